@@ -68,6 +68,7 @@ class Config(BaseConfig):
     search_batch: int = opt(2, "images a search step (OFFICIAL-CODE: 3 pretraining, 2 search)")
     pretrain_epochs: int = opt(20, "epochs without architecture updates (PAPER App. F)")
     search_epochs: int = opt(30, "epochs with them (PAPER App. F)")
+    search_steps: int = opt(0, "steps an epoch while searching, 0 = one pass over trainA")
     search_lr: float = opt(0.01, "SGD for W while searching (OFFICIAL-CODE: 0.02, then 0.01)")
     lr: float = opt(0.01, "SGD when training a derived network (OFFICIAL-CODE)")
     lr_decay: float = opt(0.99, "learning rate factor an epoch (PAPER App. H)")
@@ -104,9 +105,10 @@ class Config(BaseConfig):
 
 # Minutes on two cores. A few hundred architecture steps cannot move logits at the paper's 3e-4,
 # so the quick preset takes a larger step (OURS).
-QUICK = dict(layers=6, widths=(4, 8, 12), size=(128, 256), search_size=(96, 192), search_scale=1.0,
-             search_batch=4, pretrain_epochs=1, search_epochs=2, arch_lr=0.02, epochs=4,
-             batch_size=8, frame=(128, 256), lr=0.05, search_lr=0.02, label_stride=4)
+QUICK = dict(layers=6, widths=(2, 4, 6), stem_chi=4, size=(128, 256), search_size=(64, 128),
+             search_scale=1.0, search_batch=6, search_steps=24, pretrain_epochs=1, search_epochs=2,
+             arch_lr=0.02, search_lr=0.02, label_stride=4, held_out=0.06, frame=(128, 256),
+             epochs=8, batch_size=8, lr=0.05)
 
 RATES = (8, 16, 32)
 OPERATORS = ("skip", "conv", "conv_x2", "zoom", "zoom_x2")                   # Section 3.1.2
@@ -974,7 +976,7 @@ def update_architecture(net, arch, who, images, labels, optimizer, generator, cf
         weights = arch.weights("sample" if who == STUDENT else "max", generator)
         loss = seg_loss(net, weights, who, images, labels, cfg)
         penalty = lat(weights) if lat else torch.zeros(())
-        if not math.isfinite(loss.item() + float(penalty)):
+        if not math.isfinite(loss.item() + penalty.item()):
             return loss.detach(), penalty.detach()
         (loss + penalty).backward()                         # Eq. (8)
     descend(optimizer, list(arch.parameters()))
@@ -1096,23 +1098,20 @@ def search(cfg, device):
     if cfg.resume and (out / "last.pt").exists():
         s.load(out / "last.pt")
     epochs = cfg.pretrain_epochs + cfg.search_epochs
-    progress = Progress("search", epochs, len(loader_a), device, s.epoch)
+    steps = min(len(loader_a), len(loader_b), cfg.search_steps or len(loader_a))
+    progress = Progress("search", epochs, steps, device, s.epoch)
     s.net.train()
     while s.epoch < epochs:
         epoch, searching = s.epoch, s.epoch >= cfg.pretrain_epochs
         loader_a.sampler.set_epoch(epoch)
         loader_b.sampler.set_epoch(epoch)
         batches_b = iter(loader_b) if searching else None
-        for step, batch in enumerate(loader_a):
+        for step, batch in enumerate(itertools.islice(loader_a, steps)):
             batch = [t.to(device) for t in batch]
             if searching:
-                batch_b = next(batches_b, None)
-                if batch_b is None:                  # trainB may be a batch shorter than trainA
-                    break
-                terms = search_step(
-                    s.net, s.archs, batch, [t.to(device) for t in batch_b], (s.w, *s.a),
-                    s.generator, cfg,
-                    lambda weights: s.lam * relaxed_latency(model, weights, w123))
+                batch_b = [t.to(device) for t in next(batches_b)]
+                terms = search_step(s.net, s.archs, batch, batch_b, (s.w, *s.a), s.generator, cfg,
+                                    lambda weights: s.lam * relaxed_latency(model, weights, w123))
             else:
                 terms = pretrain_step(s.net, s.archs, batch, s.w, s.generator, cfg)
             check_finite(terms, "search", epoch, step)
