@@ -52,7 +52,7 @@ class InputError(Exception):
 #   context     road, pavement and facades share one distribution of colour and grain, grass and
 #               tree crowns another; a wet road looks like water; a poster looks like a sign, but
 #               hangs on a wall and not on a pole; a tree's trunk looks like a pole
-#   scale       the perspective draws the same car 5 or 60 pixels wide
+#   scale       the perspective draws the same car 3 to 30 pixels wide
 # Only integers, + - * / and Pillow's drawing are used, no sin or exp whose last bit depends on the
 # processor: the same numpy and Pillow versions give the same picture anywhere.
 
