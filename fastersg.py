@@ -1025,20 +1025,24 @@ def supernet_miou(net, arch, who, loader, num_classes, device, amp=False):
     return {rates: matrix.reduce().miou() for rates, matrix in matrices.items()}
 
 
+def open_split(cfg, split, size):
+    return data.open_segmentation(cfg.dataset, cfg.data_root or None, split,
+                                  cfg.num_classes or None, size, cfg.seed)
+
+
 def search_loaders(cfg):
     """(train set, loaders of trainA, trainB and held-out training images); disjoint, App. F."""
-    train = data.open_segmentation(cfg.dataset, cfg.data_root, "train", cfg.num_classes or None,
-                                   cfg.search_size, cfg.seed)
+    train = open_split(cfg, "train", cfg.search_size)
     rest = (1 - cfg.held_out) / 2
     parts = data.split_indices(len(train), (rest, rest, cfg.held_out), cfg.seed)
     moved = data.train_transform(cfg.search_size, cfg.scales, cfg.search_scale)
     plain = data.eval_transform(cfg.search_scale)
+    batch = cfg.search_batch // world_size()
     share = (cfg.workers, cfg.seed, rank(), world_size())
     return train, [
         data.make_loader(train, part, transform, size, shuffle, *share)
         for part, transform, size, shuffle in zip(
-            parts, (moved, moved, plain), (cfg.search_batch, cfg.search_batch, 1),
-            (True, True, False))]
+            parts, (moved, moved, plain), (batch, batch, 1), (True, True, False))]
 
 
 class Searcher:
@@ -1242,6 +1246,10 @@ def finish_search(s, model, ms, held_out, classes):
         print("\nstudent\n" + as_table(found["student"]))
         for name, arch in found.items():
             draw_architecture(out / f"arch_{name}.png", arch, cfg.layers, f"FasterSeg {name}")
+        alpha = {f"1/{r} layer {l}": p.tolist() for (r, l), p in sorted(
+            s.archs[STUDENT].probabilities("alpha").items())}
+        common.heat_map(out / "search_alpha_cells.png", "alpha of the student at the end",
+                        list(alpha), OPERATORS, list(alpha.values()))
         draw_search(out)
         print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\nnext: "
               f"python fastersg.py --train --eval{_data_flags(cfg)} --arch {out}/arch.json")
@@ -1409,8 +1417,7 @@ def distillation(student, teacher, kind="paper"):
 
 def open_loaders(cfg, train=True):
     """(set, loader) of the training split, with augmentation, or of cfg.split, as it is."""
-    images = data.open_segmentation(cfg.dataset, cfg.data_root, "train" if train else cfg.split,
-                                    cfg.num_classes or None, cfg.size, cfg.seed)
+    images = open_split(cfg, "train" if train else cfg.split, cfg.size)
     data.check_segmentation(images)
     transform = (data.train_transform(cfg.size, cfg.scales, cfg.image_scale) if train
                  else data.eval_transform(cfg.image_scale))
@@ -1681,6 +1688,9 @@ def main(argv=None):
     stages, cfg = common.parse_args(Config, "fastersg", STAGES, QUICK, __doc__, argv)
     check(cfg)
     device = common.setup(cfg)
+    if cfg.search_batch % world_size():
+        raise InputError(f"--search-batch {cfg.search_batch} does not divide over {world_size()} "
+                         "processes")
     if "bench-search" not in stages:
         common.write_config(cfg, stages)
     if "search" in stages:

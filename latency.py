@@ -119,12 +119,14 @@ def build_table(entries, device, frame, folder="runs", dtype=torch.float32, roun
         missing = [key for key in entries if key not in ms]
         random.Random(0).shuffle(missing)       # neighbours in time are not neighbours in size
         for i in range(0, len(missing), chunk):
-            calls = {key: prepare(entries[key][0](), entries[key][1], device, dtype)
-                     for key in missing[i:i + chunk]}
+            with torch.random.fork_rng():       # a run is the same with and without a stored table
+                calls = {key: prepare(entries[key][0](), entries[key][1], device, dtype)
+                         for key in missing[i:i + chunk]}
             ms.update({k: v["median"] for k, v in measure_many(calls, device, rounds).items()})
-            print(f"latency table: {min(i + chunk, len(missing))}/{len(missing)} operators "
-                  f"measured -> {path}", flush=True) if (i // chunk) % 8 == 0 else None
             write_text(path, json.dumps({"about": about, "ms": ms}, indent=0, sort_keys=True))
+            done = min(i + chunk, len(missing))
+            if done == len(missing) or i // chunk % 8 == 0:
+                print(f"latency table: {done}/{len(missing)} operators -> {path}", flush=True)
     if world_size() > 1:
         box = [ms]
         dist.broadcast_object_list(box)
