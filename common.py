@@ -4,10 +4,10 @@ checkpoints, losses, mIoU, the train and evaluate loops, size accounting, pictur
 Everything here is called by the paper files, which import it; it imports only `data.py`. In the
 order in which a run meets it:
 
-    settings     opt, BaseConfig, parse_args, run_main
-    processes    setup, rank, world_size, average_gradients, distribute
+    settings     opt, BaseConfig, parse_args, flags_of, run_main
+    processes    setup, rank, world_size, average_gradients, average_buffers, barrier, distribute
     run folder   write_text, write_config, log_record, read_log, save_checkpoint, load_checkpoint,
-                 rng_state, set_rng_state, Progress, check_finite
+                 Progress, training_step, check_finite, clip_gradients
     learning     cross_entropy, ohem, ConfusionMatrix, evaluate, fit
     accounting   count_params, count_macs, fold_bn, export
     pictures     overlay, comparison, line_chart, scatter_chart, stacked_chart, heat_map
@@ -64,11 +64,13 @@ class BaseConfig:
     dataset: str = opt("synthetic", "where images come from", data.SEGMENTATION_SETS)
     data_root: str = opt("", "folder of the data set (data.py shows the expected tree)")
     num_classes: int = opt(0, "classes of --dataset folder; other sets know theirs")
-    size: tuple[int, int] = opt((512, 1024), "training crop, H W in pixels")
-    image_scale: float = opt(1.0, "pictures are resized by this factor first, in every stage")
-    scales: tuple[float, float] = opt((0.75, 1.25), "range of the random scale augmentation")
-    batch_size: int = opt(12, "images a training step, over all processes")
-    epochs: int = opt(100, "training epochs of one network")
+    size: tuple[int, int] = opt((512, 1024), "training crop, H W in pixels (OFFICIAL-CODE)")
+    image_scale: float = opt(1.0, "pictures are resized by this first, to train and to evaluate")
+    scales: tuple[float, float] = opt((0.75, 1.25), "range of the random scale, drawn uniformly "
+                                      "(OURS; the release draws .75, 1 or 1.25)")
+    batch_size: int = opt(12, "images a training step, over all processes "
+                          "(OFFICIAL-CODE)")
+    epochs: int = opt(600, "training epochs of one network (OFFICIAL-CODE: 600)")
 
 
 def _add_flag(parser, f, hint):
@@ -123,6 +125,18 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
     return chosen, cfg
 
 
+def flags_of(cfg, quick):
+    """The flags that give a bare command this configuration again, for 'next:' lines."""
+    bare = type(cfg)(**(quick if cfg.dataset == "synthetic" else {}))
+    words = []
+    for f in fields(cfg):
+        value, name = getattr(cfg, f.name), "--" + f.name.replace("_", "-")
+        if f.name not in ("resume", "export") and value != getattr(bare, f.name):
+            words += ([name if value else "--no" + name[1:]] if isinstance(value, bool) else
+                      [name, *map(str, value if isinstance(value, tuple) else (value,))])
+    return "".join(" " + word for word in words)
+
+
 def run_main(main):
     """Call main(); a user's mistake ends in one sentence on stderr and exit code 2."""
     try:
@@ -173,9 +187,6 @@ def setup(cfg):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if cfg.batch_size % world_size():
-        raise InputError(f"--batch-size {cfg.batch_size} does not divide over "
-                         f"{world_size()} processes")
     torch.manual_seed(cfg.seed)
     np.random.seed(cfg.seed)
     return device
@@ -188,6 +199,22 @@ def average_gradients(parameters):
             if p.grad is not None:
                 dist.all_reduce(p.grad)
                 p.grad /= world_size()
+
+
+@torch.no_grad()
+def average_buffers(model):
+    """Mean of the floating-point buffers (BN statistics) over all ranks, in place."""
+    if world_size() > 1:
+        for b in model.buffers():
+            if b.is_floating_point():
+                dist.all_reduce(b)
+                b /= world_size()
+
+
+def barrier():
+    """Wait for all ranks: what rank 0 has written before, the others may read after."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def distribute(model, device):
@@ -286,6 +313,15 @@ def log_record(folder, **record):
             f.write(json.dumps(record) + "\n")
 
 
+def forget_log(folder, stage):
+    """Drop the records of a stage that starts anew, so that pictures do not mix two runs."""
+    path = Path(folder) / "log.jsonl"
+    if rank() == 0 and path.exists():
+        kept = [line for line in path.read_text().splitlines(True)
+                if f'"stage": "{stage}"' not in line]
+        write_text(path, "".join(kept))
+
+
 def read_log(folder, stage):
     """Records of one stage in the order of their epochs; of a repeated epoch the last counts."""
     path, found = Path(folder) / "log.jsonl", {}
@@ -373,12 +409,28 @@ class Progress:
                   + "\x1b[K" * self.live, flush=True)
 
 
-def check_finite(terms, stage, epoch, step):
-    """Stop at the first NaN or infinite loss, before it reaches the weights."""
-    if not all(math.isfinite(float(v)) for v in terms.values()):
-        listed = ", ".join(f"{k} = {float(v):.4g}" for k, v in terms.items())
+def check_finite(terms):
+    """Raise FloatingPointError, listing the terms, if one of them (scalars) is NaN or infinite."""
+    if not all(math.isfinite(float(v.detach())) for v in terms.values()):
+        raise FloatingPointError(", ".join(f"{k} = {float(v.detach()):.4g}"
+                                           for k, v in terms.items()))
+
+
+def clip_gradients(parameters, limit):
+    """Clip the gradient norm to `limit` (0: leave it); FloatingPointError if it is not finite."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm = {float(norm):.4g}")
+
+
+@contextlib.contextmanager
+def training_step(stage, epoch, step):
+    """Stop at the first NaN, before it reaches the weights, saying where it happened."""
+    try:
+        yield
+    except FloatingPointError as error:
         raise InputError(f"loss is not finite in {stage}, epoch {epoch + 1}, step {step + 1} "
-                         f"({listed}); lower the learning rate, the last checkpoint is kept")
+                         f"({error}); lower the learning rate, the last checkpoint is kept")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -468,16 +520,22 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
 
     loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
     the model, wrapped as the run needs it. The scheduler steps once an epoch. last.pt and best.pt
-    (highest mIoU) go to `folder` with the items of `extra`, one record an epoch to its log.jsonl.
+    (highest mIoU) go to `folder`, one record an epoch to its log.jsonl. extra: dict of strings that
+    say what is trained on what, stored too; a checkpoint with other ones is not resumed.
     """
     folder, start, best = Path(folder), 0, -1.0
     if cfg.resume and (folder / "last.pt").exists():
         state = load_checkpoint(folder / "last.pt", ("model", "optimizer", "scheduler", "epoch"))
+        if any(state.get(key) != value for key, value in (extra or {}).items()):
+            raise InputError(f"{folder / 'last.pt'} belongs to another network or data set; train "
+                             "without --resume or with another --out")
         load_weights(model, state["model"], folder / "last.pt")
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         start, best = state["epoch"], state["best"]
         set_rng_state(state["rng"])
+    else:
+        forget_log(folder, stage)
     forward = distribute(model, device)
     if cfg.compile:
         forward = torch.compile(forward)
@@ -489,16 +547,17 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
             images, labels = images.to(device), labels.to(device)
             if cfg.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            with autocast(device, cfg.amp):
-                terms = loss_terms(forward, images, labels)
-            check_finite(terms, stage, epoch, step)
-            optimizer.zero_grad()
-            sum(terms.values()).backward()
-            if clip:
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
+            with training_step(stage, epoch, step):
+                with autocast(device, cfg.amp):
+                    terms = loss_terms(forward, images, labels)
+                check_finite(terms)
+                optimizer.zero_grad()
+                sum(terms.values()).backward()
+                clip_gradients(model.parameters(), clip)
+                optimizer.step()
             progress.step(epoch, step, terms, len(images) * world_size())
         scheduler.step()
+        average_buffers(model)
         miou = evaluate(model, val_loader, num_classes, device, cfg.amp).miou()
         progress.close(epoch, terms, f" | val mIoU {100 * miou:.2f}")
         log_record(folder, stage=stage, epoch=epoch, miou=miou,
@@ -510,6 +569,7 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
             save_checkpoint(folder / "best.pt", **items)
         save_checkpoint(folder / "last.pt", optimizer=optimizer.state_dict(),
                         scheduler=scheduler.state_dict(), **items)
+    barrier()
     return best
 
 

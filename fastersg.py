@@ -7,15 +7,15 @@ together.
 The idea in five lines:
   1. A supernet holds L layers of cells at strides 8, 16, 32; each cell mixes five operators.
   2. Softmax weights choose: alpha an operator, beta the predecessor, gamma the channel width.
-  3. The latency of that mixture, summed from a measured table, is differentiable: add it to the loss.
-  4. Two sets of weights share one supernet: an unconstrained teacher and a fast student.
+  3. The latency of that mixture, from a measured table, is differentiable and joins the loss.
+  4. Two architectures share one supernet's weights: an unconstrained teacher and a fast student.
   5. Derive both by argmax, train the teacher, then distil it into the student.
 
-       image -> stem -> [8,0] -> [8,1] -> [8,2] -> ... -> [8,L-1] ---------------\\
-                (1/8)       \\        \\        \\                                   +-> head -> mask
-                             [16,1] -> [16,2] -> ... -> [16,L-1] - up ----------/   (b = 2 of the
-                                   \\        \\                                       3 branches)
-                                    [32,2] -> ... -> [32,L-1] - up - up ------/
+    image -> stem -> [8,0] -> [8,1] -> [8,2] -> .. -> [8,L-1] -------------\\
+             (1/8)      \\        \\        \\                                +-> head -> mask
+                         [16,1] -> [16,2] -> .. -> [16,L-1] --- up -------/   (b = 2 of the
+                                \\        \\                                    3 branches)
+                                 [32,2] -> .. -> [32,L-1] --- up - up ---/
 
     paper             here                                   meaning
     s, l, L           rate, layer, cfg.layers                downsample rate 8/16/32, layer index
@@ -38,6 +38,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -47,8 +48,9 @@ import common
 import data
 import latency
 from common import (BaseConfig, ConfusionMatrix, InputError, Progress, autocast, average_gradients,
-                    check_finite, count_macs, count_params, evaluate, fit, load_checkpoint,
-                    load_weights, log_record, ohem, opt, rank, save_checkpoint, world_size)
+                    check_finite, clip_gradients, count_macs, count_params, evaluate, fit,
+                    load_checkpoint, load_weights, log_record, ohem, opt, rank, save_checkpoint,
+                    world_size)
 
 # ---------------------------------------------------------------------------------------------
 # Settings. Defaults are the paper's; the tag says where it says so.
@@ -71,7 +73,8 @@ class Config(BaseConfig):
     search_steps: int = opt(0, "steps an epoch while searching, 0 = one pass over trainA")
     search_lr: float = opt(0.01, "SGD for W while searching (OFFICIAL-CODE: 0.02, then 0.01)")
     lr: float = opt(0.01, "SGD when training a derived network (OFFICIAL-CODE)")
-    lr_decay: float = opt(0.99, "learning rate factor an epoch (PAPER App. H)")
+    lr_decay: float = opt(0.99, "learning rate factor an epoch (PAPER App. H for the "
+                          "search; OFFICIAL-CODE training: 0.992)")
     momentum: float = opt(0.9, "of SGD (PAPER App. H)")
     weight_decay: float = opt(5e-4, "of SGD (PAPER App. H)")
     clip: float = opt(5.0, "gradient norm clip, 0 = off (OFFICIAL-CODE)")
@@ -84,7 +87,7 @@ class Config(BaseConfig):
     decouple: bool = opt(True, "Eq. (3); --no-decouple gives Figure 4(a)")
     latency_weights: str = opt("auto", "w1,w2,w3 of Eq. (3): auto solves footnote 1 for this "
                                "device, paper = 0.001,0.997,0.002, or three numbers")
-    frame: tuple[int, int] = opt((1024, 2048), "picture size H W that latency is about (PAPER 4.1)")
+    frame: tuple[int, int] = opt((1024, 2048), "picture size H W of the latency (PAPER Table 2)")
     target_ms: float = opt(8.3, "T of Eq. (5), ms (PAPER App. B)")
     target_power: float = opt(-0.07, "alpha = beta of Eq. (6) (PAPER App. B)")
     held_out: float = opt(0.1, "share of training images kept for App. B (OURS: the paper does not "
@@ -110,6 +113,8 @@ QUICK = dict(layers=6, widths=(2, 4, 6), stem_chi=4, size=(128, 256), search_siz
              arch_lr=0.02, search_lr=0.02, label_stride=4, held_out=0.06, frame=(128, 256),
              epochs=8, batch_size=8, lr=0.05)
 
+# What arch.json says about the space it was found in; the random control needs it.
+SPACE = ("layers", "widths", "branches", "stem_chi", "frame")
 RATES = (8, 16, 32)
 OPERATORS = ("skip", "conv", "conv_x2", "zoom", "zoom_x2")                   # Section 3.1.2
 TEACHER, STUDENT = 0, 1
@@ -170,15 +175,15 @@ class Architecture:
                                       int(named.get("layer", -1))))
                 branches[int(rate)] = tuple(cells)
             arch = Architecture(int(value["stem_chi"]), branches)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{where} is malformed ({type(error).__name__}: {error}); a cell reads "
-                             "like 'zoom_x2 /2, rate 8, chi 4'")
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise InputError(f"{where} is malformed ({type(error).__name__}: {error}); a cell "
+                             "reads like 'zoom_x2 /2, rate 8, chi 4'")
         arch.check(where)
         return arch
 
     def check(self, where):
-        if not 1 <= len(self.branches) <= 3 or self.stem_chi < 1 or self.stem_chi % 2:
-            raise InputError(f"{where}: an architecture has 1 to 3 branches and an even stem_chi")
+        if not 1 <= len(self.branches) <= 3 or self.stem_chi < 1:
+            raise InputError(f"{where}: it needs 1 to 3 branches and a positive stem_chi")
         for final, cells in self.branches.items():
             rate = 8
             for i, cell in enumerate(cells):
@@ -217,9 +222,9 @@ PAPER_TEACHER = Architecture(12, {
                 "conv_x2 32 384")})
 
 
-def pruned(teacher, chi):
-    """Table 3, 'T -> pruned T': the teacher's cells at the slimmest ratio, stem as the student's."""
-    return Architecture(PAPER_STUDENT.stem_chi, {
+def pruned(teacher, chi, stem_chi):
+    """Table 3, 'T -> pruned T': the teacher's cells at the slimmest ratio, the student's stem."""
+    return Architecture(stem_chi, {
         rate: tuple(replace(cell, chi=chi) for cell in cells)
         for rate, cells in teacher.branches.items()})
 
@@ -328,7 +333,8 @@ class Stem(nn.Sequential):
 
     def __init__(self, chi):
         c, layers = 8 * chi, []
-        for c_in, c_out, stride in ((3, c // 2, 2), (c // 2, c, 2), (c, c, 1), (c, c, 2), (c, c, 1)):
+        shapes = (3, c // 2, 2), (c // 2, c, 2), (c, c, 1), (c, c, 2), (c, c, 1)
+        for c_in, c_out, stride in shapes:
             layers += [*conv_bn(c_in, c_out, stride=stride), nn.ReLU()]
         super().__init__(*layers)
 
@@ -383,7 +389,7 @@ class Head(nn.Module):
                 c, num_classes, chi * 8 * len(rates), conv)
 
     def forward(self, ends, lasts):
-        """ends: {rate: final map}, lasts: {rate: {finer rate: last map}} -> logits a set, at 1/8."""
+        """ends: {rate: final map}, lasts: {rate: {finer rate: last map}} -> logits a set, 1/8."""
         maps = {}
         for rate in ends:
             y = ends[rate]
@@ -541,9 +547,9 @@ class SuperOps(nn.Module):
         zoom_x2 = self.zoom_second(F.relu(z), j, alpha[4:5])
         if self.stride == 1:
             zoom, zoom_x2 = resize(zoom, x.shape[-2:]), resize(zoom_x2, x.shape[-2:])
-            # PAPER: a skip connection, which has no width of its own (1 + 4 * 5 choices, 4.2): cut
-            # or padded to the sampled width. OFFICIAL-CODE: a 1x1 convolution, dropped when
-            # derived; then the derived network would not be the relaxed one.
+            # PAPER: a skip connection. OURS: cut or padded to the sampled width, which is lossless
+            # where a skip has no width of its own (1 + 4 * 5 choices, 4.2; see `tie_skips`).
+            # OFFICIAL-CODE: a 1x1 convolution here, nothing when derived.
             skip = alpha[0] * match(x, c)
         else:
             even = F.conv2d(x, corner(self.skip[0], c // 2, x.shape[1]), stride=2)
@@ -571,11 +577,12 @@ def branch_sets(branches):
 
 
 class Supernet(nn.Module):
-    """The search space of Figure 1. Cells are shared by teacher and student, stem and head not."""
+    """The search space of Figure 1. Teacher and student share the cells (PAPER 3.3); stem and head
+    are their own (OFFICIAL-CODE), as their widths differ."""
 
     def __init__(self, cfg, num_classes):
         super().__init__()
-        self.layers, chi, widths = cfg.layers, max(cfg.widths), sorted(cfg.widths)
+        self.layers, chi, widths = cfg.layers, max(cfg.widths), cfg.widths
         self.sets = branch_sets(cfg.branches)
         chis = (chi, cfg.stem_chi)                                          # teacher, student
         self.stems = nn.ModuleList(Stem(c) for c in chis)
@@ -659,7 +666,9 @@ class ArchParameters(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.layers, self.num_widths, self.tau = cfg.layers, len(cfg.widths), cfg.tau
+        self.num_widths, self.tau = len(cfg.widths), cfg.tau
+        self.stem_index = (cfg.widths.index(cfg.stem_chi) if cfg.stem_chi in cfg.widths
+                           else None)
         cells = cells_of(cfg.layers)
         self.keys = {
             "alpha": [(s, l) for l, s in cells],
@@ -676,6 +685,17 @@ class ArchParameters(nn.Module):
         """{(rate, layer): softmax of the logits}."""
         return dict(zip(self.keys[name], torch.softmax(getattr(self, name), 1)))
 
+    def tie_skips(self, j):
+        """j: width index of each node. A likeliest skip hands on the width it reads (3.4 removes
+        it, and Section 4.2 counts no widths for it)."""
+        j = dict(zip(self.keys["gamma"], j.tolist()))
+        beta, stem = self.probabilities("beta"), self.stem_index
+        for (s, l), a in sorted(self.probabilities("alpha").items(), key=lambda item: item[0][1]):
+            b = beta.get((s, l + 1))
+            if a.argmax() == 0 and (b is None or b[1] > b[0]):
+                j[s, l + 1] = j[s, l] if l else j[s, 1] if stem is None else stem
+        return torch.tensor([j[key] for key in self.keys["gamma"]])
+
     def weights(self, widths, generator=None):
         """Weights with the widths "max", "min", "random", "sample" (App. C) or "argmax".
 
@@ -690,9 +710,9 @@ class ArchParameters(nn.Module):
             j = p.argmax(1)
             soft = F.one_hot(j, m) + p - p.detach()                 # straight-through
         else:
-            j = {"max": torch.full((n,), m - 1), "min": torch.zeros(n, dtype=torch.long),
-                 "random": torch.randint(m, (n,), generator=generator),
-                 "argmax": gamma.argmax(1)}[widths].to(gamma.device)
+            j = {"max": lambda: torch.full((n,), m - 1), "min": lambda: torch.zeros(n).long(),
+                 "random": lambda: torch.randint(m, (n,), generator=generator),
+                 "argmax": lambda: self.tie_skips(gamma.argmax(1))}[widths]().to(gamma.device)
             soft = F.one_hot(j, m).to(gamma.dtype)
         gates = soft.gather(1, j[:, None])[:, 0]
         keys = self.keys["gamma"]
@@ -773,8 +793,8 @@ class LatencyModel:
     """The table as tensors, by index of width; index |X| stands for the stem's chi."""
 
     def __init__(self, cfg, ms, num_classes, device="cpu"):
-        widths, chi = sorted(cfg.widths), cfg.stem_chi
-        both, self.layers, self.num_widths = widths + [chi], cfg.layers, len(widths)
+        widths, chi = cfg.widths, cfg.stem_chi
+        both, self.layers, self.num_widths = widths + (chi,), cfg.layers, len(widths)
         self.sets = [s for s in branch_sets(cfg.branches) if len(s) == cfg.branches]
 
         def tensor(rows):
@@ -898,8 +918,9 @@ def solve_latency_weights(delta):
 def relaxed_latency(model, weights, w):
     """Eq. (3): w1 Lat(O | s, chi) + w2 Lat(s | O, chi) + w3 Lat(chi | O, s).
 
-    Each term sees the other two kinds as constants at their current values, so the sum weighs the
-    gradients while its value stays the latency (w sums to 1). w = None: not decoupled.
+    OURS: each term sees the other two kinds as constants at their current values (the release puts
+    neutral ones), so the sum weighs the gradients while its value stays the latency, as w sums
+    to 1. w = None: not decoupled.
     """
     if w is None:
         return model.mean(weights)
@@ -940,10 +961,13 @@ def seg_loss(net, weights, who, images, labels, cfg):
 
 
 def descend(optimizer, parameters, clip=0.0):
-    """One optimizer step on gradients that may stem from several backward passes and ranks."""
+    """One optimizer step on gradients that stem from several backward passes and all ranks.
+
+    Not through DistributedDataParallel: it would send the gradients of every pass, and its hooks
+    do not see what Corner adds.
+    """
     average_gradients(parameters)
-    if clip:
-        nn.utils.clip_grad_norm_(parameters, clip)
+    clip_gradients(parameters, clip)
     optimizer.step()
 
 
@@ -958,8 +982,7 @@ def update_weights(net, arch, who, widths, images, labels, optimizer, generator,
         with torch.no_grad():
             weights = arch.weights(kind, generator)
         loss = seg_loss(net, weights, who(kind), images, labels, cfg)
-        if not math.isfinite(loss.item()):
-            return loss.detach()                            # reported by check_finite, no step
+        check_finite({f"loss of the pass {kind}": loss})
         loss.backward()
         losses.append(loss.detach())
     descend(optimizer, list(net.parameters()), cfg.clip)
@@ -976,8 +999,7 @@ def update_architecture(net, arch, who, images, labels, optimizer, generator, cf
         weights = arch.weights("sample" if who == STUDENT else "max", generator)
         loss = seg_loss(net, weights, who, images, labels, cfg)
         penalty = lat(weights) if lat else torch.zeros(())
-        if not math.isfinite(loss.item() + penalty.item()):
-            return loss.detach(), penalty.detach()
+        check_finite({"architecture loss": loss, "latency": penalty})
         (loss + penalty).backward()                         # Eq. (8)
     descend(optimizer, list(arch.parameters()))
     return loss.detach(), penalty.detach()
@@ -1061,7 +1083,7 @@ class Searcher:
         self.a = [torch.optim.Adam(arch.parameters(), cfg.arch_lr, betas=(0.5, 0.999))
                   for arch in self.archs]                   # OFFICIAL-CODE: betas
         self.generator = torch.Generator().manual_seed(cfg.seed)
-        self.epoch, self.lam, self.best = 0, cfg.lam, 0.0
+        self.epoch, self.lam = 0, cfg.lam
 
     def save(self, path):
         save_checkpoint(path, model=self.net.state_dict(), archs=self.archs.state_dict(),
@@ -1101,6 +1123,8 @@ def search(cfg, device):
     w123 = choose_latency_weights(cfg, model, s.archs[STUDENT])
     if cfg.resume and (out / "last.pt").exists():
         s.load(out / "last.pt")
+    else:
+        common.forget_log(out, "search")
     epochs = cfg.pretrain_epochs + cfg.search_epochs
     steps = min(len(loader_a), len(loader_b), cfg.search_steps or len(loader_a))
     progress = Progress("search", epochs, steps, device, s.epoch)
@@ -1112,15 +1136,17 @@ def search(cfg, device):
         batches_b = iter(loader_b) if searching else None
         for step, batch in enumerate(itertools.islice(loader_a, steps)):
             batch = [t.to(device) for t in batch]
-            if searching:
-                batch_b = [t.to(device) for t in next(batches_b)]
-                terms = search_step(s.net, s.archs, batch, batch_b, (s.w, *s.a), s.generator, cfg,
-                                    lambda weights: s.lam * relaxed_latency(model, weights, w123))
-            else:
-                terms = pretrain_step(s.net, s.archs, batch, s.w, s.generator, cfg)
-            check_finite(terms, "search", epoch, step)
+            with common.training_step("search", epoch, step):
+                if searching:
+                    batch_b = [t.to(device) for t in next(batches_b)]
+                    terms = search_step(
+                        s.net, s.archs, batch, batch_b, (s.w, *s.a), s.generator, cfg,
+                        lambda weights: s.lam * relaxed_latency(model, weights, w123))
+                else:
+                    terms = pretrain_step(s.net, s.archs, batch, s.w, s.generator, cfg)
             progress.step(epoch, step, terms, len(batch[0]) * world_size())
         s.schedule.step()
+        common.average_buffers(s.net)
         extra = record_epoch(s, epoch, searching, terms, held_out, model, classes)
         s.epoch += 1
         s.save(out / "last.pt")
@@ -1128,19 +1154,24 @@ def search(cfg, device):
     finish_search(s, model, ms, held_out, classes)
 
 
+def three_weights(text):
+    """'paper' or 'w1,w2,w3' -> [w1, w2, w3], summing to 1 as Eq. (3) wants."""
+    try:
+        w = [float(v) for v in text.replace("paper", "0.001,0.997,0.002").split(",")]
+    except ValueError:
+        w = []
+    if len(w) != 3 or not all(v >= 0 for v in w) or abs(sum(w) - 1) > 1e-6:
+        raise InputError(f"--latency-weights {text}: give auto, paper, or three numbers that sum "
+                         "to 1, as 0.1,0.8,0.1")
+    return w
+
+
 def choose_latency_weights(cfg, model, arch):
     """w1, w2, w3 of Eq. (3) as the settings ask for them; prints Table 2 for this device."""
     if not cfg.decouple:
         return None
-    if cfg.latency_weights == "paper":
-        return [0.001, 0.997, 0.002]
     if cfg.latency_weights != "auto":
-        try:
-            values = [float(v) for v in cfg.latency_weights.split(",")]
-            assert len(values) == 3 and min(values) >= 0
-            return values
-        except (ValueError, AssertionError):
-            raise InputError("--latency-weights takes auto, paper, or three numbers as 0.1,0.8,0.1")
+        return three_weights(cfg.latency_weights)
     delta = sensitivities(model, arch)
     w = solve_latency_weights(delta)
     if rank() == 0:
@@ -1183,9 +1214,10 @@ def downsampling_places(beta, layers):
     """{rate: layers of the nodes entered from the finer rate}: footnote 2 over all places.
 
     beta: {(rate, layer): (beta0, beta1)}. 1/16 needs l1* = argmax beta0[16, l]; 1/32 needs
-    (l1*, l2*) = argmax beta0[16, l1] * beta0[32, l2] with l1 < l2. Nodes with a single input have
-    no beta and cannot be chosen. Of equal places the last wins: the walk back from the branch's
-    end meets it first, so that one-hot weights derive exactly the network they describe.
+    (l1*, l2*) = argmax beta0[16, l1] * beta0[32, l2] with l1 < l2. OURS: the first node of a rate
+    has one input, so no beta, and the footnote's argmax cannot compare it: of the 15 places that
+    Section 4.2 counts for 1/16 it chooses among 14. Of equal places the last wins, which the walk
+    back from the branch's end meets first: one-hot beta derives the network it describes.
     """
     first, second = range(2, layers), range(3, layers)
     score = {key: float(b[0]) for key, b in beta.items()}
@@ -1194,12 +1226,15 @@ def downsampling_places(beta, layers):
     return {8: (), 16: (max((score[16, a], a) for a in first)[1],), 32: (l1, l2)}
 
 
-def derive(arch, cfg, who, rates):
-    """The discrete network of the branches `rates` from architecture logits."""
+def derive(arch, cfg, who, rates, places=None):
+    """The discrete network of the branches `rates` from architecture logits.
+
+    places: {rate: nodes entered from the finer rate}, by default from beta.
+    """
     with torch.no_grad():
         w = arch.weights("argmax" if who == STUDENT else "max")
-    widths, branches = sorted(cfg.widths), {}
-    places = downsampling_places(w.beta, cfg.layers)
+    widths, branches = cfg.widths, {}
+    places = places or downsampling_places(w.beta, cfg.layers)
     for rate in rates:
         s, cells = 8, []
         for l in range(cfg.layers):
@@ -1239,8 +1274,8 @@ def finish_search(s, model, ms, held_out, classes):
         rows[name] = {"derived_miou": evaluate(net, held_out, classes, s.device, cfg.amp).miou()}
     if rank() == 0:
         common.write_text(out / "arch.json", json.dumps(
-            {**{k: a.to_json() for k, a in found.items()}, "classes": classes,
-             "frame": cfg.frame, "selection": rows}, indent=1))
+            {**{k: a.to_json() for k, a in found.items()}, "classes": classes, "space": {
+                k: getattr(cfg, k) for k in SPACE}, "selection": rows}, indent=1))
         for name, row in rows.items():
             print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
         print("\nstudent\n" + as_table(found["student"]))
@@ -1252,7 +1287,8 @@ def finish_search(s, model, ms, held_out, classes):
                         list(alpha), OPERATORS, list(alpha.values()))
         draw_search(out)
         print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\nnext: "
-              f"python fastersg.py --train --eval{_data_flags(cfg)} --arch {out}/arch.json")
+              f"python fastersg.py --train --eval{common.flags_of(cfg, QUICK)}")
+    common.barrier()
 
 
 @torch.no_grad()
@@ -1300,14 +1336,19 @@ def copy_cell(cell_net, ops, cell, j):
         copy_norm(norm, second.norms[j])
 
 
-def random_architecture(cfg, generator, rates=None):
-    """A network drawn uniformly from the search space; generator: random.Random."""
+def random_architecture(cfg, generator):
+    """A network with every choice drawn uniformly: branches, paths, operators, widths.
+
+    generator: random.Random.
+    """
     arch = ArchParameters(cfg)
     with torch.no_grad():
         for p in arch.parameters():
             p.copy_(torch.tensor([[generator.random() for _ in row] for row in p]))
     sets = [s for s in branch_sets(cfg.branches) if len(s) == cfg.branches]
-    return derive(arch, cfg, STUDENT, rates or generator.choice(sets))
+    places = {8: (), 16: (generator.randrange(1, cfg.layers),),
+              32: tuple(sorted(generator.sample(range(1, cfg.layers), 2)))}
+    return derive(arch, cfg, STUDENT, generator.choice(sets), places)
 
 
 def random_like(cfg, student, ms, classes, tolerance=0.03, tries=20000):
@@ -1375,13 +1416,13 @@ def draw_architecture(path, arch, layers, title):
 
 
 def draw_search(out):
-    """alpha, beta, gamma over time, and Figure 4: mIoU and latency of the supernet, from the log."""
+    """From the log: alpha, beta, gamma over time, and Figure 4, mIoU and latency."""
     records = common.read_log(out, "search")
     epochs = [r["epoch"] + 1 for r in records]
     for who in ("teacher", "student"):
         shares = list(zip(*(r[who]["operators"] for r in records)))
-        common.stacked_chart(out / f"search_alpha_{who}.png", f"alpha of the {who}, mean over cells",
-                             "epoch", dict(zip(OPERATORS, shares)), xs=epochs)
+        common.stacked_chart(out / f"search_alpha_{who}.png", f"alpha of the {who}, mean over "
+                             "cells", "epoch", dict(zip(OPERATORS, shares)), xs=epochs)
     gammas = list(zip(*(r["student"]["widths"] for r in records)))
     common.stacked_chart(out / "search_gamma.png", "gamma of the student, mean over nodes, slim "
                          "to wide", "epoch", {f"width {i + 1}": g for i, g in enumerate(gammas)},
@@ -1426,24 +1467,35 @@ def open_loaders(cfg, train=True):
         train, cfg.workers, cfg.seed, rank(), world_size())
 
 
-def find_architecture(cfg, which, classes):
+def space_of(cfg, path):
+    """cfg with the search space that arch.json was found in; the paper's for 'paper'."""
+    space = {k: getattr(Config, k) for k in SPACE}
+    if path != "paper":
+        space = common.read_json(path, "arch.json").get("space")
+        if not isinstance(space, dict) or set(space) != set(SPACE):
+            raise InputError(f"{path} does not say in which space it was found; run --search")
+        space = {k: tuple(v) if isinstance(v, list) else v for k, v in space.items()}
+    return replace(cfg, **space)
+
+
+def find_architecture(cfg, which, classes, device):
     """The architecture that --network names, from --arch or the run folder."""
     path = cfg.arch or str(Path(cfg.out) / "arch.json")
+    if which in ("student", "teacher"):
+        return load_architecture(path, which)
+    teacher, student = (load_architecture(path, w) for w in ("teacher", "student"))
+    space = space_of(cfg, path)
     if which == "pruned_teacher":
-        return pruned(load_architecture(path, "teacher"), min(cfg.widths))
-    if which == "random":
-        cached = Path(cfg.out) / "random" / "arch.json"
-        student = load_architecture(path, "student")
-        if path == "paper" or json.loads(Path(path).read_text()).get("classes") != classes:
-            raise InputError("--network random needs the arch.json of a search on this data set")
-        if cached.exists():                # drawn once: the same control in every stage
-            return load_architecture(str(cached), "random")
-        ms = latency.build_table(latency_entries(cfg, classes, cfg.frame),
-                                 common.torch.device("cpu"), cfg.frame, Path(cfg.out).parent)
-        arch = random_like(cfg, student, ms, classes)
-        common.write_text(cached, json.dumps({"random": arch.to_json()}, indent=1))
-        return arch
-    return load_architecture(path, which)
+        return pruned(teacher, min(space.widths), student.stem_chi)
+    drawn, wanted = Path(cfg.out) / "random" / "arch.json", student.to_json()
+    if not drawn.exists() or common.read_json(drawn, "arch.json").get("student") != wanted:
+        ms = latency.build_table(latency_entries(space, classes, space.frame), device, space.frame,
+                                 Path(cfg.out).parent)
+        arch = random_like(space, student, ms, classes)
+        common.write_text(drawn, json.dumps({"random": arch.to_json(), "student": wanted},
+                                            indent=1))
+        common.barrier()
+    return load_architecture(str(drawn), "random")          # the same control in every stage
 
 
 def folder_of(cfg, which):
@@ -1454,7 +1506,7 @@ def folder_of(cfg, which):
 
 def train_network(cfg, which, device, train_loader, val_loader, classes, teacher=None):
     """Train one derived network from scratch; returns it with its best weights."""
-    arch = find_architecture(cfg, which, classes)
+    arch = find_architecture(cfg, which, classes, device)
     torch.manual_seed(cfg.seed)
     net = FasterSeg(arch, classes, auxiliary=True).to(device)
     if cfg.channels_last:
@@ -1477,62 +1529,53 @@ def train_network(cfg, which, device, train_loader, val_loader, classes, teacher
                                 weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, cfg.lr_decay)
     best = fit(which, net, loss_terms, optimizer, schedule, train_loader, val_loader, classes, cfg,
-               device, folder, cfg.clip, {"arch": json.dumps(arch.to_json())})
+               device, folder, cfg.clip, identity_of(cfg, arch))
     if rank() == 0:
         print(f"{which}: best retrained mIoU on val {100 * best:.2f} -> {folder}/best.pt")
-    return restore(cfg, which, classes, folder / "best.pt").to(device)
+    return restore(cfg, which, classes, device, folder / "best.pt")
 
 
-def restore(cfg, which, classes, path):
+def identity_of(cfg, arch):
+    """What a checkpoint says about itself, so that it is not taken for another network's."""
+    return {"arch": json.dumps(arch.to_json()), "dataset": f"{cfg.dataset} {cfg.data_root}"}
+
+
+def restore(cfg, which, classes, device, path):
     """A trained network in eval mode, without its auxiliary heads."""
     state = load_checkpoint(path, ("model", "arch"))
-    arch = find_architecture(cfg, which, classes)
-    if Architecture.from_json(json.loads(state["arch"]), str(path)) != arch:
+    arch = find_architecture(cfg, which, classes, device)
+    if state["arch"] != identity_of(cfg, arch)["arch"]:
         raise InputError(f"{path} was trained for another architecture than --arch holds; train "
                          "again or name its own arch.json")
     net = FasterSeg(arch, classes)
     load_weights(net, {k: v for k, v in state["model"].items() if "auxiliary" not in k}, path)
-    return net.eval()
+    return net.eval().to(device)
 
 
-def finished(cfg, which, classes):
-    """Whether this network has been trained to the end, for this architecture."""
+def finished(cfg, which, classes, device):
+    """Whether this network has been trained to the end, for this architecture and data set."""
     path = folder_of(cfg, which) / "last.pt"
     if not path.exists():
         return False
-    state = load_checkpoint(path, ("epoch", "arch"))
-    arch = find_architecture(cfg, which, classes)
-    return (state["epoch"] >= cfg.epochs
-            and Architecture.from_json(json.loads(state["arch"]), str(path)) == arch)
+    state = load_checkpoint(path, ("epoch", "arch", "dataset"))
+    identity = identity_of(cfg, find_architecture(cfg, which, classes, device))
+    return state["epoch"] >= cfg.epochs and identity.items() <= state.items()
 
 
 def train(cfg, device):
     """--train: the chosen network; its teacher first, unless that one is there already."""
     images, loader = open_loaders(cfg)
-    _, val_loader = open_loaders(replace_split(cfg), train=False)
+    _, val_loader = open_loaders(replace(cfg, split="val"), train=False)    # chooses best.pt
     classes, teacher = images.num_classes, None
     if cfg.distill and cfg.network != "teacher":
-        if finished(cfg, "teacher", classes):
-            teacher = restore(cfg, "teacher", classes, folder_of(cfg, "teacher") / "best.pt")
-            teacher = teacher.to(device)
+        if finished(cfg, "teacher", classes, device):
+            teacher = restore(cfg, "teacher", classes, device,
+                              folder_of(cfg, "teacher") / "best.pt")
         else:
             teacher = train_network(cfg, "teacher", device, loader, val_loader, classes)
     train_network(cfg, cfg.network, device, loader, val_loader, classes, teacher)
     if rank() == 0:
-        print(f"next: python fastersg.py --eval --bench{_data_flags(cfg)} --network {cfg.network}"
-              + ("" if cfg.distill else " --no-distill"))
-
-
-def replace_split(cfg):
-    return replace(cfg, split="val")        # best.pt is chosen on val, whatever --eval looks at
-
-
-def _data_flags(cfg):
-    """The flags that tell the next command about the same data."""
-    flags = f" --out {cfg.out}" if cfg.out != "runs/fastersg" else ""
-    if cfg.dataset != "synthetic":
-        flags += f" --dataset {cfg.dataset} --data-root {cfg.data_root}"
-    return flags + (f" --num-classes {cfg.num_classes}" if cfg.num_classes else "")
+        print(f"next: python fastersg.py --eval --bench{common.flags_of(cfg, QUICK)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1544,7 +1587,7 @@ def evaluate_network(cfg, device):
     """--eval: mIoU at the label's own resolution, one scale, no flip (4.4), and pictures."""
     images, loader = open_loaders(cfg, train=False)
     classes, folder = images.num_classes, folder_of(cfg, cfg.network)
-    net = restore(cfg, cfg.network, classes, cfg.weights or folder / "best.pt").to(device)
+    net = restore(cfg, cfg.network, classes, device, cfg.weights or folder / "best.pt")
     forward = torch.compile(net) if cfg.compile else net
     matrix = evaluate(forward, loader, classes, device, cfg.amp)
     if rank() > 0:
@@ -1561,7 +1604,7 @@ def evaluate_network(cfg, device):
         with torch.no_grad():
             x, y = data.Samples(images, transform)[0, i]
             prediction = resize(net(x[None].to(device)).float(), y.shape).argmax(1)[0].cpu()
-        pixels = common.np.asarray(picture.convert("RGB"))
+        pixels = np.asarray(picture.convert("RGB"))
         rows.append([picture, common.overlay(pixels, y, images.palette),
                      common.overlay(pixels, prediction, images.palette)])
     common.comparison(rows, ("image", "label", "prediction"), folder / "segmentations.png")
@@ -1573,8 +1616,12 @@ def bench(cfg, device):
     path, classes = cfg.arch or str(Path(cfg.out) / "arch.json"), 19
     nets = {"published student": PAPER_STUDENT, "published teacher": PAPER_TEACHER}
     if path != "paper" and (cfg.arch or Path(path).exists()):
-        classes = int(common.read_json(path, "arch.json").get("classes", 19))
-        nets = {f"found {w}": load_architecture(path, w) for w in ("student", "teacher")} | nets
+        load_architecture(path, "student")                  # refuses what is no arch.json
+        classes = common.read_json(path, "arch.json").get("classes")
+        if not isinstance(classes, int) or not 2 <= classes <= 254:
+            raise InputError(f"{path} does not say for how many classes it was found")
+        found = {"student": None, "teacher": None, cfg.network: None}
+        nets = {f"found {w}": find_architecture(cfg, w, classes, device) for w in found} | nets
     nets = {name: FasterSeg(arch, classes).eval() for name, arch in nets.items()}
     dtype = torch.bfloat16 if cfg.amp else torch.float32
     calls = {}
@@ -1601,7 +1648,7 @@ def bench(cfg, device):
         "params_with_auxiliary": count_params(FasterSeg(PAPER_STUDENT, 19, True))}
     ours = rows["published student, 19 classes, 1024x2048"]
     print("published student at 1024x2048, 19 classes, ours | paper (Table 3):\n"
-          f"  parameters {ours['params']:,} deployed, {ours['params_with_auxiliary']:,} in training "
+          f"  parameters {ours['params']:,}, in training {ours['params_with_auxiliary']:,} "
           f"| 4.4 M\n  conv MACs {ours['conv_macs'] / 1e9:.6f} G | 28.2 G with BN and ReLU\n"
           "  latency: another device and backend, not comparable | 163.9 FPS (1080Ti, TensorRT)")
     common.write_text(Path(cfg.out) / "bench.json", json.dumps({**about, "networks": rows},
@@ -1649,7 +1696,8 @@ def export_network(cfg):
     """--export FILE: the folded network as a torch.export program for pictures of --frame."""
     classes = open_loaders(cfg, train=False)[0].num_classes
     path = cfg.weights or folder_of(cfg, cfg.network) / "best.pt"
-    error = common.export(restore(cfg, cfg.network, classes, path), cfg.frame, cfg.export)
+    net = restore(cfg, cfg.network, classes, torch.device("cpu"), path)
+    error = common.export(net, cfg.frame, cfg.export)
     print(f"{cfg.export}: torch.export program for 1x3x{cfg.frame[0]}x{cfg.frame[1]}, largest "
           f"difference to the network {error:.1e}\nrun it anywhere: "
           f"torch.export.load('{cfg.export}').module()(image)")
@@ -1681,18 +1729,33 @@ def check(cfg):
                          "and --tau must be positive")
     if cfg.search_batch < 1 or cfg.label_stride < 1:
         raise InputError("--search-batch and --label-stride must be 1 or more")
-    cfg.widths = tuple(sorted(cfg.widths))
+    if cfg.latency_weights != "auto":
+        three_weights(cfg.latency_weights)
+    cfg.widths = tuple(sorted(cfg.widths))                  # everything below counts on the order
+
+
+def check_batches(cfg, stages):
+    """BN needs two values a channel: the coarsest map is a zoomed one at rate 32."""
+    for stage, flag, batch, size in (("search", "search-", cfg.search_batch, cfg.search_size),
+                                     ("train", "", cfg.batch_size, cfg.size)):
+        if stage in stages and batch % world_size():
+            raise InputError(f"--{flag}batch{'-size' * (not flag)} {batch} does not divide over "
+                             f"{world_size()} processes")
+        values = batch // world_size() * math.prod(math.ceil(d / 64) for d in size)
+        if stage in stages and values < 2:
+            raise InputError(f"--{flag}size {size[0]} {size[1]} leaves BN a single value at 1/64 "
+                             "of the resolution; take a larger crop or batch")
 
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "fastersg", STAGES, QUICK, __doc__, argv)
     check(cfg)
     device = common.setup(cfg)
-    if cfg.search_batch % world_size():
-        raise InputError(f"--search-batch {cfg.search_batch} does not divide over {world_size()} "
-                         "processes")
+    check_batches(cfg, stages)
     if "bench-search" not in stages:
         common.write_config(cfg, stages)
+    if stages & {"train", "eval"}:
+        open_split(cfg, "val", cfg.size)                    # missing? say so before hours of search
     if "search" in stages:
         search(cfg, device)
     if "train" in stages:
@@ -1701,7 +1764,9 @@ def main(argv=None):
         evaluate_network(cfg, device)
     if rank() == 0 and "bench" in stages:
         bench(cfg, device)
-    if rank() == 0 and "bench-search" in stages:
+    if "bench-search" in stages:
+        if world_size() > 1:
+            raise InputError("--bench-search measures a single process; run it without torchrun")
         bench_search(cfg, device)
     if rank() == 0 and cfg.export:
         export_network(cfg)

@@ -94,12 +94,13 @@ def read_table(path, about):
     """dict entry -> ms from a table file; InputError if damaged or measured under other terms."""
     stored = read_json(path, "latency table")
     advice = "delete it to measure again"
-    if not isinstance(stored, dict) or not isinstance(stored.get("ms"), dict):
+    if not (isinstance(stored, dict) and isinstance(stored.get("ms"), dict)
+            and isinstance(stored.get("about"), dict)):
         raise InputError(f"{path} is not a latency table; {advice}")
     for key, value in about.items():
-        if stored.get("about", {}).get(key) != value:
-            raise InputError(f"{path} was measured with {key} "
-                             f"{stored.get('about', {}).get(key)}, this run has {value}; {advice}")
+        if stored["about"].get(key) != value:
+            raise InputError(f"{path} was measured with {key} {stored['about'].get(key)}, this run "
+                             f"has {value}; {advice}")
     if not all(isinstance(v, float) and 0 < v < 1e7 for v in stored["ms"].values()):
         raise InputError(f"{path} holds a latency that is not a positive number; {advice}")
     return stored["ms"]
@@ -144,10 +145,9 @@ def pearson(xs, ys):
 # ---------------------------------------------------------------------------------------------
 
 
-def correlation(args, device, dtype):
+def correlation(args, cfg, device, dtype):
     """FasterSeg, App. E and Figure 3: random networks, LUT estimate against measurement."""
-    import fastersg          # only the bench knows a paper; the tools above know modules
-    cfg = fastersg.Config(widths=tuple(args.widths), layers=args.layers)
+    import fastersg
     ms = build_table(fastersg.latency_entries(cfg, 19, args.size), device, args.size, args.out,
                      dtype)
     generator = random.Random(args.seed)
@@ -163,7 +163,8 @@ def correlation(args, device, dtype):
                   "estimate (ms)", "measured (ms)", {"network": list(zip(estimates, real))},
                   diagonal=True, annotate=f"r = {r:.4f}")
     print(f"{len(nets)} random networks, {min(real):.1f} to {max(real):.1f} ms: Pearson r = {r:.4f}"
-          f" (paper, Figure 3: 0.993), median estimate / measured = {ratio:.3f}\npicture: {picture}")
+          f" (paper, Figure 3: 0.993), median estimate / measured = {ratio:.3f}\n"
+          f"picture: {picture}")
 
 
 def main(argv=None):
@@ -196,9 +197,10 @@ def main(argv=None):
     if not (args.table or args.time or args.correlation):
         p.print_help()
         raise InputError("choose one, for example: python latency.py --correlation 40")
-    import fastersg
+    import fastersg          # only the bench knows a paper; the tools above know modules
+    cfg = fastersg.Config(widths=tuple(args.widths), layers=args.layers)
+    fastersg.check(cfg)
     if args.table:
-        cfg = fastersg.Config(widths=tuple(args.widths), layers=args.layers)
         ms = build_table(fastersg.latency_entries(cfg, 19, args.size), device, args.size, args.out,
                          dtype)
         print(f"{len(ms)} entries in {table_path(args.out, identity(device, dtype, args.size))}")
@@ -208,7 +210,7 @@ def main(argv=None):
     if args.correlation is not None:
         if args.correlation < 3:
             raise InputError("--correlation needs 3 networks or more")
-        correlation(args, device, dtype)
+        correlation(args, cfg, device, dtype)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -537,7 +538,7 @@ def test_overlay_blends_and_darkens_ignored_pixels():
 
 def test_overlay_refuses_what_would_give_a_wrong_picture():
     palette, label = [(0, 0, 0), (9, 9, 9)], torch.zeros(4, 5, dtype=torch.long)
-    assert _value_error(common.overlay, torch.zeros(3, 4, 5), label, palette)                    # float
+    assert _value_error(common.overlay, torch.zeros(3, 4, 5), label, palette)   # float
     assert _value_error(common.overlay, torch.zeros(3, 5, 4, dtype=torch.uint8), label, palette)
     assert _value_error(common.overlay, torch.zeros(3, 4, 5, dtype=torch.uint8), label + 2, palette)
     assert _value_error(common.overlay, torch.zeros(3, 4, 5, dtype=torch.uint8), label - 1, palette)
@@ -869,8 +870,7 @@ SMALL = dict(layers=5, widths=(2, 4, 6), stem_chi=4, label_stride=4, search_size
 
 
 def one_hot(cfg, seed):
-    """Architecture logits whose softmax is one-hot, a member of the space that Section 4.2 counts:
-    a skip has no width of its own, so the node it writes has the width of the one it reads."""
+    """Architecture logits whose softmax is one-hot."""
     g, arch, sure = random.Random(seed), fastersg.ArchParameters(cfg), 200.0
     with torch.no_grad():
         for p in arch.parameters():
@@ -880,15 +880,6 @@ def one_hot(cfg, seed):
         first = g.randrange(2, cfg.layers - 1)
         for node in ((16, first), (32, g.randrange(first + 1, cfg.layers))):
             arch.beta[arch.keys["beta"].index(node)] = torch.tensor([sure, -sure])
-        widths = arch.keys["gamma"]
-        for s, l in sorted(arch.keys["alpha"], key=lambda key: key[1]):
-            if arch.alpha[arch.keys["alpha"].index((s, l))].argmax() == 0:
-                row = arch.gamma[widths.index((s, l + 1))]
-                if l:
-                    row.copy_(arch.gamma[widths.index((s, l))])
-                else:
-                    row.copy_(torch.tensor([sure if w == cfg.stem_chi else -sure
-                                            for w in cfg.widths]))
     return arch
 
 
@@ -1051,8 +1042,9 @@ def test_gumbel_softmax_draws_follow_gamma():
     arch = fastersg.ArchParameters(cfg)
     with torch.no_grad():
         arch.gamma.copy_(torch.tensor([0.0, 1.0, 2.0]).expand_as(arch.gamma))
-    p, g = torch.softmax(arch.gamma[0], 0), torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        p = torch.softmax(arch.gamma[0], 0)
         draws = [w[0] for _ in range(300) for w in arch.weights("sample", g).width.values()]
     for j in range(3):
         assert abs(draws.count(j) / len(draws) - float(p[j])) < 0.03
@@ -1267,7 +1259,7 @@ def test_stages_resume_after_kill_bit_for_bit():
             assert "retrained mIoU on val" in out
         before = state_of(whole / "random" / "last.pt")   # a diverging run leaves it in place
         refused("--train", *base, "--out", whole, "--network", "random", "--no-distill", "--lr",
-                "1e30", "--clip", "0", words=("not finite", "step", "seg ="))
+                "1e30", "--clip", "0", words=("not finite", "step"))
         assert all(torch.equal(v, before[k])
                    for k, v in state_of(whole / "random" / "last.pt").items())
 
@@ -1312,7 +1304,6 @@ def test_two_processes_end_with_equal_weights():
     batch (not equal: BN and OHEM see half of it)."""
     probe = ("import sys, hashlib, torch, torch.distributed as dist; sys.path.insert(0, {here!r}); "
              "import common, fastersg\n"
-             "saved = fastersg.train_network\n"
              "def tell(tag, net):\n"
              "    h = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in "
              "net.parameters())).hexdigest()\n"
@@ -1330,15 +1321,13 @@ def test_two_processes_end_with_equal_weights():
         script = Path(tmp, "probe.py")
         script.write_text(probe.format(here=str(HERE)))
         base = ["--search", "--train", *TINY, "--data-root", tiny_set(Path(tmp, "set")),
-                "--no-distill", "--out"]
+                "--no-distill", "--search-batch", "4", "--out"]
         out, _ = run(*base, Path(tmp, "runs", "two"), script=script, before=(
             "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"))
-        hashes = [line.split()[-4:] for line in out.splitlines() if "HASH" in line]
-        tags = {h[1] for h in hashes}
-        assert tags == {"supernet", "archs", "student"}, out
-        for tag in tags:
-            found = {h[2]: h[3] for h in hashes if h[1] == tag}
-            assert set(found) == {"0", "1"} and found["0"] == found["1"], (tag, found)
+        hashes = re.findall(r"HASH (supernet|archs|student) ([01]) ([0-9a-f]{64})", out)
+        for tag in ("supernet", "archs", "student"):
+            found = {rank: value for name, rank, value in hashes if name == tag}
+            assert set(found) == {"0", "1"} and found["0"] == found["1"], (tag, found, out)
         run(*base, Path(tmp, "runs", "one"))
         two, one = (state_of(Path(tmp, "runs", n, "last.pt")) for n in ("two", "one"))
         far = sum(float((two[k] - one[k]).pow(2).sum()) for k in one if k.startswith(".model")
