@@ -555,6 +555,7 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
                 sum(terms.values()).backward()
                 clip_gradients(model.parameters(), clip)
                 optimizer.step()
+            terms = {name: value.detach() for name, value in terms.items()}
             progress.step(epoch, step, terms, len(images) * world_size())
         scheduler.step()
         average_buffers(model)

@@ -1285,7 +1285,7 @@ def finish_search(s, model, ms, held_out, classes):
             s.archs[STUDENT].probabilities("alpha").items())}
         common.heat_map(out / "search_alpha_cells.png", "alpha of the student at the end",
                         list(alpha), OPERATORS, list(alpha.values()))
-        draw_search(out)
+        draw_search(out, cfg)
         print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\nnext: "
               f"python fastersg.py --train --eval{common.flags_of(cfg, QUICK)}")
     common.barrier()
@@ -1415,7 +1415,7 @@ def draw_architecture(path, arch, layers, title):
             temporary, format="PNG")
 
 
-def draw_search(out):
+def draw_search(out, cfg):
     """From the log: alpha, beta, gamma over time, and Figure 4, mIoU and latency."""
     records = common.read_log(out, "search")
     epochs = [r["epoch"] + 1 for r in records]
@@ -1423,14 +1423,15 @@ def draw_search(out):
         shares = list(zip(*(r[who]["operators"] for r in records)))
         common.stacked_chart(out / f"search_alpha_{who}.png", f"alpha of the {who}, mean over "
                              "cells", "epoch", dict(zip(OPERATORS, shares)), xs=epochs)
-    gammas = list(zip(*(r["student"]["widths"] for r in records)))
-    common.stacked_chart(out / "search_gamma.png", "gamma of the student, mean over nodes, slim "
-                         "to wide", "epoch", {f"width {i + 1}": g for i, g in enumerate(gammas)},
-                         xs=epochs)
-    down = list(zip(*(r["student"]["down"] for r in records)))
-    common.line_chart(out / "search_beta.png", "beta0 of the student, one line a node", "epoch",
-                      "probability of coming from the finer rate",
-                      {f"node {i + 1}": list(zip(epochs, v)) for i, v in enumerate(down[:12])})
+    gammas = zip(*(r["student"]["widths"] for r in records))
+    common.stacked_chart(out / "search_gamma.png", "gamma of the student, mean over nodes", "epoch",
+                         {f"chi {chi}": g for chi, g in zip(cfg.widths, gammas)}, xs=epochs)
+    down = zip(*(r["student"]["down"] for r in records))
+    nodes = [f"1/{s} layer {l}" for s, l in ArchParameters(cfg).keys["beta"]]
+    common.line_chart(out / "search_beta.png", "beta0 of the student", "epoch",
+                      "probability of coming from the finer rate, by node",
+                      {n: list(zip(epochs, v)) for n, v in zip(nodes, down)}, size=(
+                          760, 420 + 20 * max(0, len(nodes) - 15)))
     common.scatter_chart(out / "search_trajectory.png", "Supernet during the search (Figure 4)",
                          "expected latency (ms)", "mIoU (%)", {
                              name: [(r["ms"], 100 * r["supernet_miou"], r["epoch"] + 1)
@@ -1549,7 +1550,8 @@ def restore(cfg, which, classes, device, path):
                          "again or name its own arch.json")
     net = FasterSeg(arch, classes)
     load_weights(net, {k: v for k, v in state["model"].items() if "auxiliary" not in k}, path)
-    return net.eval().to(device)
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    return net.eval().to(device, memory_format=layout)
 
 
 def finished(cfg, which, classes, device):
@@ -1671,6 +1673,10 @@ def bench_search(cfg, device):
           f"{'bf16 autocast' if cfg.amp else 'float32'}, batch {cfg.search_batch}, 3x"
           f"{cfg.search_size[0]}x{cfg.search_size[1]}, L = {cfg.layers}, widths {cfg.widths}, "
           f"{classes} classes, {count_params(s.net) / 1e6:.1f} M supernet parameters")
+    conv = nn.Conv2d(256, 256, 3, padding=1, bias=False)        # what the device can do at best
+    call = latency.prepare(conv, [(2, 256, 64, 128)], device)
+    ms = latency.measure_many({"conv": call}, device)["conv"]["median"]
+    print(f"one large 3x3 convolution alone: {2 * 64 * 128 * 9 * 256 ** 2 / ms / 1e6:.0f} G MACs/s")
     entries = latency_entries(cfg, classes, cfg.search_size)
     model = LatencyModel(cfg, dict.fromkeys(entries, 1.0), classes, device)     # any table: speed
     w123 = [1 / 3] * 3
