@@ -109,7 +109,7 @@ class Config(BaseConfig):
 # Minutes on two cores. A few hundred architecture steps cannot move logits at the paper's 3e-4,
 # so the quick preset takes a larger step (OURS).
 QUICK = dict(layers=6, widths=(2, 4, 6), stem_chi=4, size=(128, 256), search_size=(64, 128),
-             search_scale=1.0, search_batch=6, search_steps=24, pretrain_epochs=1, search_epochs=2,
+             search_scale=1.0, search_batch=6, search_steps=20, pretrain_epochs=1, search_epochs=2,
              arch_lr=0.02, search_lr=0.02, label_stride=4, held_out=0.06, frame=(128, 256),
              epochs=8, batch_size=8, lr=0.05)
 

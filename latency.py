@@ -1,7 +1,7 @@
 """Latency: measuring a module, a lookup table (LUT) of operator latencies, and how well the table
 predicts whole networks.
 
-    python latency.py --table --size 256 512          # build or complete the table of FasterSeg
+    python latency.py --table --size 320 640          # build or complete the table of FasterSeg
     python latency.py --time paper --size 512 1024    # time a network (paper, or an arch.json)
     python latency.py --correlation 40                # estimate against measurement, Pearson r
 
@@ -149,7 +149,7 @@ def correlation(args, cfg, device, dtype):
     """FasterSeg, App. E and Figure 3: random networks, LUT estimate against measurement."""
     import fastersg
     ms = build_table(fastersg.latency_entries(cfg, 19, args.size), device, args.size, args.out,
-                     dtype)
+                     dtype, args.rounds)
     generator = random.Random(args.seed)
     nets = [fastersg.random_architecture(cfg, generator) for _ in range(args.correlation)]
     estimates = [fastersg.table_latency(net, ms, 19) for net in nets]
@@ -173,10 +173,10 @@ def main(argv=None):
     p.add_argument("--table", action="store_true", help="build or complete FasterSeg's table")
     p.add_argument("--time", metavar="ARCH", help="time a network: paper, or an arch.json")
     p.add_argument("--correlation", type=int, metavar="N", help="N random networks, at least 3")
-    p.add_argument("--size", type=int, nargs=2, default=[256, 512], metavar=("H", "W"))
+    p.add_argument("--size", type=int, nargs=2, default=[320, 640], metavar=("H", "W"))
     p.add_argument("--widths", type=int, nargs="+", default=[4, 8, 12], help="expansion ratios chi")
     p.add_argument("--layers", type=int, default=16, help="L")
-    p.add_argument("--rounds", type=int, default=9, help="turns of each measured network")
+    p.add_argument("--rounds", type=int, default=15, help="turns of each operator and network")
     p.add_argument("--threads", type=int, help="CPU threads [torch's default]")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -202,7 +202,7 @@ def main(argv=None):
     fastersg.check(cfg)
     if args.table:
         ms = build_table(fastersg.latency_entries(cfg, 19, args.size), device, args.size, args.out,
-                         dtype)
+                         dtype, args.rounds)
         print(f"{len(ms)} entries in {table_path(args.out, identity(device, dtype, args.size))}")
     if args.time:
         net = fastersg.FasterSeg(fastersg.load_architecture(args.time, "student"), 19)
