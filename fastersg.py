@@ -1,4 +1,4 @@
-"""FasterSeg: search operators, resolutions and widths under a latency budget, teacher and student
+r"""FasterSeg: search operators, resolutions and widths under a latency budget, teacher and student
 together.
 
     Chen, Gong, Liu, Zhang, Li, Wang: FasterSeg: Searching for Faster Real-time Semantic
@@ -11,10 +11,10 @@ The idea in five lines:
   4. Two architectures share one supernet's weights: an unconstrained teacher and a fast student.
   5. Derive both by argmax, train the teacher, then distil it into the student.
 
-    image -> stem -> [8,0] -> [8,1] -> [8,2] -> .. -> [8,L-1] -------------\\
-             (1/8)      \\        \\        \\                                +-> head -> mask
+    image -> stem -> [8,0] -> [8,1] -> [8,2] -> .. -> [8,L-1] -------------\
+             (1/8)      \        \        \                                +-> head -> mask
                          [16,1] -> [16,2] -> .. -> [16,L-1] --- up -------/   (b = 2 of the
-                                \\        \\                                    3 branches)
+                                \        \                                    3 branches)
                                  [32,2] -> .. -> [32,L-1] --- up - up ---/
 
     paper             here                                   meaning
