@@ -514,6 +514,19 @@ def evaluate(model, loader, num_classes, device, amp=False):
     return matrix.reduce()
 
 
+def _resume(path, model, optimizer, scheduler, extra):
+    """Load everything from last.pt -> (epochs done, best mIoU)."""
+    state = load_checkpoint(path, ("model", "optimizer", "scheduler", "epoch", "best"))
+    if any(state.get(key) != value for key, value in extra.items()):
+        raise InputError(f"{path} belongs to another network or data set; train without --resume "
+                         "or with another --out")
+    load_weights(model, state["model"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    set_rng_state(state["rng"])
+    return state["epoch"], state["best"]
+
+
 def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader, num_classes, cfg,
         device, folder, clip=0.0, extra=None):
     """Train a segmentation network; returns its best validation mIoU.
@@ -525,15 +538,7 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
     """
     folder, start, best = Path(folder), 0, -1.0
     if cfg.resume and (folder / "last.pt").exists():
-        state = load_checkpoint(folder / "last.pt", ("model", "optimizer", "scheduler", "epoch"))
-        if any(state.get(key) != value for key, value in (extra or {}).items()):
-            raise InputError(f"{folder / 'last.pt'} belongs to another network or data set; train "
-                             "without --resume or with another --out")
-        load_weights(model, state["model"], folder / "last.pt")
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        start, best = state["epoch"], state["best"]
-        set_rng_state(state["rng"])
+        start, best = _resume(folder / "last.pt", model, optimizer, scheduler, extra or {})
     else:
         forget_log(folder, stage)
     forward = distribute(model, device)
@@ -604,7 +609,7 @@ def fold_bn(model):
     """
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
-        previous = None
+        previous = previous_name = None
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d):
                 setattr(module, previous_name, fuse_conv_bn_eval(previous, child))

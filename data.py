@@ -827,12 +827,6 @@ def classification_transform(size, train):
     return v2.Compose([*steps, *_normalize()])
 
 
-def denormalize(image):
-    """(..., 3, H, W) normalised float -> the same shape in uint8, for pictures."""
-    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (MEAN, STD))
-    return ((image.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 # --------------------------------------------------------------------------------------------------
 # Samples and batches
 # --------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ The idea in five lines:
 
     python fastersg.py --search                  1.5 minutes, 0.7 GiB on two CPU cores
     python fastersg.py --train --eval            4.5 minutes: teacher 52, distilled student 55 mIoU
-    python fastersg.py --bench --arch paper      10 s: the published network at 128x256, exact counts
+    python fastersg.py --bench --arch paper      10 seconds: the published network, exact counts
 """
 import copy
 import itertools
@@ -1118,6 +1118,9 @@ def search(cfg, device):
     train, (loader_a, loader_b, held_out) = search_loaders(cfg)
     data.check_segmentation(train)
     out, classes = Path(cfg.out), train.num_classes
+    if rank() == 0:
+        print(f"search space (4.2): {count_paths(cfg.layers)} paths of two branches, times "
+              f"{count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
     ms = latency.build_table(latency_entries(cfg, classes, cfg.frame), device, cfg.frame,
                              out.parent)
     model = LatencyModel(cfg, ms, classes, device)

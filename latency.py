@@ -167,7 +167,7 @@ def correlation(args, cfg, device, dtype):
           f"picture: {picture}")
 
 
-def main(argv=None):
+def parse(argv):
     p = argparse.ArgumentParser(prog="latency.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--table", action="store_true", help="build or complete FasterSeg's table")
@@ -183,9 +183,19 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs", help="folder of tables and pictures")
     args = p.parse_args(argv)
+    if not (args.table or args.time or args.correlation is not None):
+        p.print_help()
+        raise InputError("choose one, for example: python latency.py --correlation 40")
     args.size = tuple(args.size)
     if min(args.size) < 32 or args.rounds < 1:
         raise InputError("--size needs 32 pixels or more a side, and --rounds 1 or more")
+    if args.correlation is not None and args.correlation < 3:
+        raise InputError("--correlation needs 3 networks or more")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
@@ -194,9 +204,6 @@ def main(argv=None):
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {args.device} is not usable here; try --device cpu")
     dtype = DTYPES[args.dtype]
-    if not (args.table or args.time or args.correlation):
-        p.print_help()
-        raise InputError("choose one, for example: python latency.py --correlation 40")
     import fastersg          # only the bench knows a paper; the tools above know modules
     cfg = fastersg.Config(widths=tuple(args.widths), layers=args.layers)
     fastersg.check(cfg)
@@ -208,8 +215,6 @@ def main(argv=None):
         net = fastersg.FasterSeg(fastersg.load_architecture(args.time, "student"), 19)
         print(json.dumps(measure(net, (1, 3, *args.size), device, dtype, args.rounds)))
     if args.correlation is not None:
-        if args.correlation < 3:
-            raise InputError("--correlation needs 3 networks or more")
         correlation(args, cfg, device, dtype)
 
 
