@@ -1035,7 +1035,7 @@ def search_step(net, archs, batch_a, batch_b, optimizers, generator, cfg, lat):
 @torch.no_grad()
 def supernet_miou(net, arch, who, loader, num_classes, device, amp=False):
     """{branch set: mIoU} of the supernet itself (not of a derived network) at the likeliest
-    widths. Part by part under torchrun."""
+    widths; the counts of all ranks are added up."""
     net.eval()
     weights = arch.weights("argmax" if who == STUDENT else "max")
     matrices = {rates: ConfusionMatrix(num_classes, device) for rates in net.sets}
@@ -1394,18 +1394,19 @@ def draw_architecture(path, arch, layers, title):
     draw.text((20 * scale, 22 * scale), title, "black", ImageFont.load_default(size=32), "lm")
     for rate in RATES:
         draw.text((14, xy(0, rate, 0)[1]), f"1/{rate}", "#606060", font, "lm")
-    boxes, links, drawn, end = [], [], set(), xy(longest + 1, 8, 0)
+    boxes, links, drawn, end = [], [], {}, xy(longest + 1, 8, 0)
     for lane, rate in enumerate(sorted(arch.branches)):
         previous = xy(0, 8, 0)
         for i, cell in enumerate(arch.branches[rate]):
             prefix = arch.branches[rate][:i + 1]
             shared = any(prefix == o[:i + 1] for r, o in arch.branches.items() if r != rate)
             at = xy((cell.layer if cell.layer >= 0 else i) + 1, cell.rate, 0 if shared else lane)
-            links.append((previous, at))
-            if prefix not in drawn:
+            if prefix in drawn:         # equal cells may stem from different layers: one place
+                at = drawn[prefix]
+            else:
                 boxes.append((*at, f"{cell.chi}{' /2' if cell.down else ''}", OP_COLORS[cell.op]))
-            drawn.add(prefix)
-            previous = at
+                links.append((previous, at))
+            drawn[prefix] = previous = at
         links += [(previous, (end[0] - 60, previous[1])), ((end[0] - 60, previous[1]), end)]
     for a, b in links:
         draw.line((*a, *b), "#909090", 4)
