@@ -1394,19 +1394,20 @@ def draw_architecture(path, arch, layers, title):
     draw.text((20 * scale, 22 * scale), title, "black", ImageFont.load_default(size=32), "lm")
     for rate in RATES:
         draw.text((14, xy(0, rate, 0)[1]), f"1/{rate}", "#606060", font, "lm")
-    boxes, links, drawn, end = [], [], {}, xy(longest + 1, 8, 0)
+    boxes, links, drawn, end = [], [], set(), xy(longest + 1, 8, 0)
     for lane, rate in enumerate(sorted(arch.branches)):
         previous = xy(0, 8, 0)
         for i, cell in enumerate(arch.branches[rate]):
             prefix = arch.branches[rate][:i + 1]
-            shared = any(prefix == o[:i + 1] for r, o in arch.branches.items() if r != rate)
-            at = xy((cell.layer if cell.layer >= 0 else i) + 1, cell.rate, 0 if shared else lane)
-            if prefix in drawn:         # equal cells may stem from different layers: one place
-                at = drawn[prefix]
-            else:
+            # Equal cells may stem from different layers: drawn once, at the first of them.
+            same = [o[i] for o in arch.branches.values() if o[:i + 1] == prefix]
+            layer = min(c.layer for c in same)
+            at = xy((layer if layer >= 0 else i) + 1, cell.rate, 0 if len(same) > 1 else lane)
+            links.append((previous, at))
+            if prefix not in drawn:
                 boxes.append((*at, f"{cell.chi}{' /2' if cell.down else ''}", OP_COLORS[cell.op]))
-                links.append((previous, at))
-            drawn[prefix] = previous = at
+            drawn.add(prefix)
+            previous = at
         links += [(previous, (end[0] - 60, previous[1])), ((end[0] - 60, previous[1]), end)]
     for a, b in links:
         draw.line((*a, *b), "#909090", 4)
