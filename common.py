@@ -8,7 +8,9 @@ order in which a run meets it:
     processes    setup, rank, world_size, average_gradients, average_buffers, barrier, distribute
     run folder   write_text, write_config, log_record, read_log, save_checkpoint, load_checkpoint,
                  Progress, training_step, check_finite, clip_gradients
-    learning     cross_entropy, ohem, ConfusionMatrix, evaluate, fit
+    networks     classifier, load_backbone, narrowed
+    learning     cross_entropy, ohem, ConfusionMatrix, probabilities, evaluate, open_split,
+                 open_loader, report_segmentation, draw_segmentations, fit
     accounting   count_params, count_macs, fold_bn, export
     pictures     overlay, comparison, line_chart, scatter_chart, stacked_chart, heat_map
 """
@@ -434,6 +436,78 @@ def training_step(stage, epoch, step):
 
 
 # ---------------------------------------------------------------------------------------------
+# Networks: torchvision's classifiers as encoders, and cutting channels out of layers
+# ---------------------------------------------------------------------------------------------
+
+
+def classifier(name, weights="none"):
+    """torchvision.models.<name>, e.g. mobilenet_v2 or resnet50, with its 1000-class head.
+
+    weights: "none" (random), "imagenet" (torchvision's own, downloaded once) or the path of a
+    state_dict of the whole network, or of its `features` alone; a head in the file is left out.
+    InputError for a file that belongs to another network.
+    """
+    build = data.torchvision.models.get_model
+    if weights == "imagenet":
+        try:
+            return build(name, weights="DEFAULT")
+        except OSError as error:
+            raise InputError(f"cannot download the ImageNet weights of {name} ({error}); give a "
+                             "file or none")
+    net = build(name, weights=None)
+    if weights != "none":
+        load_backbone(net, weights)
+    return net
+
+
+def load_backbone(net, path):
+    """Load the file's state_dict into a torchvision classifier, all but its head."""
+    state = load_checkpoint(path, ())
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    own = {key: value for key, value in net.state_dict().items()
+           if not key.startswith(("fc.", "classifier."))}
+    for key, value in own.items():
+        found = [k for k in (key, key.removeprefix("features.")) if k in state]
+        if not found or state[found[0]].shape != value.shape:
+            raise InputError(f"{path} holds the weights of another network: "
+                             f"'{key}' is missing or has another shape")
+        own[key] = state[found[0]]
+    net.load_state_dict(own, strict=False)
+
+
+def narrowed(layer, out=None, into=None):
+    """A copy of a Conv2d, Linear or BatchNorm2d that keeps some of its channels only.
+
+    out, into: index tensors of the output and input channels that stay, None = all. A depth-wise
+    convolution and a BN have one set of channels: `out`.
+    """
+    small = copy.deepcopy(layer)
+    depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    if depthwise and not layer.groups == layer.in_channels == layer.out_channels:
+        raise ValueError(f"cannot cut channels out of a convolution of {layer.groups} groups")
+    for name, tensor in list(small._parameters.items()) + list(small._buffers.items()):
+        if tensor is None or tensor.ndim == 0:               # no bias; BN's count of batches
+            continue
+        kept = tensor.detach() if out is None else tensor.detach()[out]
+        if into is not None and name == "weight" and not depthwise and kept.ndim > 1:
+            kept = kept[:, into]
+        if name in small._parameters:
+            kept = nn.Parameter(kept.clone(), tensor.requires_grad)
+        setattr(small, name, kept)
+    if isinstance(layer, nn.BatchNorm2d):
+        small.num_features = len(small.running_mean)
+    elif isinstance(layer, nn.Linear):
+        small.out_features, small.in_features = small.weight.shape
+    else:
+        small.out_channels = len(small.weight)
+        small.in_channels = small.out_channels if depthwise else small.weight.shape[1]
+        small.groups = small.out_channels if depthwise else 1
+    return small
+
+
+# ---------------------------------------------------------------------------------------------
 # Losses, mIoU, the train and evaluate loops
 # ---------------------------------------------------------------------------------------------
 
@@ -495,23 +569,78 @@ class ConfusionMatrix:
         return float(self.matrix.diag().sum() / self.matrix.sum())
 
 
+def probabilities(model, images, size, scales=(1.0,), flip=False):
+    """Class probabilities (B, K, *size), averaged over rescaled and mirrored copies of the images.
+
+    model(images (B, 3, H, W)) -> logits (B, K, h, w); scales: factors of H and W.
+    """
+    total = 0
+    for scale in scales:
+        scaled = [max(32, round(scale * side)) for side in images.shape[-2:]]
+        x = images if scale == 1 else F.interpolate(images, scaled, mode="bilinear",
+                                                    align_corners=False, antialias=True)
+        for mirrored in (False, True)[:1 + flip]:
+            logits = model(x.flip(-1) if mirrored else x).float()
+            if logits.shape[-2:] != size:
+                logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+            total = total + (logits.flip(-1) if mirrored else logits).softmax(1)
+    return total / (len(scales) * (1 + flip))
+
+
 @torch.no_grad()
-def evaluate(model, loader, num_classes, device, amp=False):
+def evaluate(model, loader, num_classes, device, amp=False, scales=(1.0,), flip=False):
     """ConfusionMatrix of a segmentation model over a loader, at the label's own resolution.
 
-    model(images (B, 3, H, W)) -> logits (B, K, h, w); one scale, no flip.
+    One scale and no flip unless asked for; otherwise the mean of the probabilities decides.
     """
     training, matrix = model.training, ConfusionMatrix(num_classes, device)
     model.eval()
     for images, labels in loader:
         with autocast(device, amp):
-            logits = model(images.to(device))
-        if logits.shape[-2:] != labels.shape[-2:]:
-            logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear",
-                                   align_corners=False)
-        matrix.update(labels.to(device), logits.argmax(1))
+            scores = probabilities(model, images.to(device), labels.shape[-2:], scales, flip)
+        matrix.update(labels.to(device), scores.argmax(1))
     model.train(training)
     return matrix.reduce()
+
+
+def open_split(cfg, split, size):
+    return data.open_segmentation(cfg.dataset, cfg.data_root or None, split,
+                                  cfg.num_classes or None, size, cfg.seed)
+
+
+def open_loader(cfg, split, train=False):
+    """(set, loader) of a split: to train augmented and in batches, else as it is, one by one."""
+    images = open_split(cfg, split, cfg.size)
+    data.check_segmentation(images)
+    transform = (data.train_transform(cfg.size, cfg.scales, cfg.image_scale) if train
+                 else data.eval_transform(cfg.image_scale))
+    return images, data.make_loader(
+        images, range(len(images)), transform, cfg.batch_size // world_size() if train else 1,
+        train, cfg.workers, cfg.seed, rank(), world_size())
+
+
+def report_segmentation(name, matrix, images, cfg, folder):
+    """Print IoU by class and the means of a ConfusionMatrix; log them."""
+    for kind, iou in zip(images.class_names, matrix.iou().tolist()):
+        print(f"  {kind:24s} {'absent' if math.isnan(iou) else f'{100 * iou:6.2f}'}")
+    print(f"{name}: retrained mIoU on {cfg.split} {100 * matrix.miou():.2f}, pixel accuracy "
+          f"{100 * matrix.pixel_accuracy():.2f}")
+    log_record(folder, stage="eval", split=cfg.split, miou=matrix.miou())
+
+
+@torch.no_grad()
+def draw_segmentations(net, images, cfg, device, folder, count=4):
+    """segmentations.png: picture, label and the network's prediction of `count` pictures."""
+    rows, samples = [], data.Samples(images, data.eval_transform(cfg.image_scale))
+    for i in range(0, len(images), max(1, len(images) // count))[:count]:
+        x, label = samples[0, i]
+        scores = probabilities(net, x[None].to(device), label.shape)
+        picture = images[i][0]
+        pixels = np.asarray(picture)
+        rows.append([picture, overlay(pixels, label, images.palette),
+                     overlay(pixels, scores.argmax(1)[0].cpu(), images.palette)])
+    comparison(rows, ("image", "label", "prediction"), Path(folder) / "segmentations.png")
+    print(f"picture: {folder}/segmentations.png")
 
 
 def _resume(path, model, optimizer, scheduler, extra):
@@ -528,13 +657,14 @@ def _resume(path, model, optimizer, scheduler, extra):
 
 
 def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader, num_classes, cfg,
-        device, folder, clip=0.0, extra=None):
+        device, folder, clip=0.0, extra=None, per_step=False):
     """Train a segmentation network; returns its best validation mIoU.
 
     loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
-    the model, wrapped as the run needs it. The scheduler steps once an epoch. last.pt and best.pt
-    (highest mIoU) go to `folder`, one record an epoch to its log.jsonl. extra: dict of strings that
-    say what is trained on what, stored too; a checkpoint with other ones is not resumed.
+    the model, wrapped as the run needs it. The scheduler steps once an epoch, or after every step
+    if `per_step` (poly schedules). last.pt and best.pt (highest mIoU) go to `folder`, one record an
+    epoch to its log.jsonl. extra: dict of strings that say what is trained on what, stored too; a
+    checkpoint with other ones is not resumed.
     """
     folder, start, best = Path(folder), 0, -1.0
     if cfg.resume and (folder / "last.pt").exists():
@@ -560,9 +690,12 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
                 sum(terms.values()).backward()
                 clip_gradients(model.parameters(), clip)
                 optimizer.step()
+            if per_step:
+                scheduler.step()
             terms = {name: value.detach() for name, value in terms.items()}
             progress.step(epoch, step, terms, len(images) * world_size())
-        scheduler.step()
+        if not per_step:
+            scheduler.step()
         average_buffers(model)
         miou = evaluate(model, val_loader, num_classes, device, cfg.amp).miou()
         progress.close(epoch, terms, f" | val mIoU {100 * miou:.2f}")

@@ -40,7 +40,6 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -51,8 +50,8 @@ import data
 import latency
 from common import (BaseConfig, ConfusionMatrix, InputError, Progress, autocast, average_gradients,
                     check_finite, clip_gradients, count_macs, count_params, evaluate, fit,
-                    load_checkpoint, load_weights, log_record, ohem, opt, rank, save_checkpoint,
-                    world_size)
+                    load_checkpoint, load_weights, log_record, ohem, open_loader, open_split, opt,
+                    rank, save_checkpoint, world_size)
 
 # ---------------------------------------------------------------------------------------------
 # Settings. Defaults are the paper's; the tag says where it says so.
@@ -1049,11 +1048,6 @@ def supernet_miou(net, arch, who, loader, num_classes, device, amp=False):
     return {rates: matrix.reduce().miou() for rates, matrix in matrices.items()}
 
 
-def open_split(cfg, split, size):
-    return data.open_segmentation(cfg.dataset, cfg.data_root or None, split,
-                                  cfg.num_classes or None, size, cfg.seed)
-
-
 def search_loaders(cfg):
     """(train set, loaders of trainA, trainB and held-out training images); disjoint, App. F."""
     train = open_split(cfg, "train", cfg.search_size)
@@ -1464,17 +1458,6 @@ def distillation(student, teacher, kind="paper"):
     return (log_s.exp() * (log_s - log_t)).sum(1).mean()
 
 
-def open_loaders(cfg, train=True):
-    """(set, loader) of the training split, with augmentation, or of cfg.split, as it is."""
-    images = open_split(cfg, "train" if train else cfg.split, cfg.size)
-    data.check_segmentation(images)
-    transform = (data.train_transform(cfg.size, cfg.scales, cfg.image_scale) if train
-                 else data.eval_transform(cfg.image_scale))
-    return images, data.make_loader(
-        images, range(len(images)), transform, cfg.batch_size // world_size() if train else 1,
-        train, cfg.workers, cfg.seed, rank(), world_size())
-
-
 def space_of(cfg, path):
     """cfg with the search space that arch.json was found in; the paper's for 'paper'."""
     space = {k: getattr(Config, k) for k in SPACE}
@@ -1573,8 +1556,8 @@ def finished(cfg, which, classes, device):
 
 def train(cfg, device):
     """--train: the chosen network; its teacher first, unless that one is there already."""
-    images, loader = open_loaders(cfg)
-    _, val_loader = open_loaders(replace(cfg, split="val"), train=False)    # chooses best.pt
+    images, loader = open_loader(cfg, "train", train=True)
+    _, val_loader = open_loader(cfg, "val")                    # chooses best.pt
     classes, teacher = images.num_classes, None
     if cfg.distill and cfg.network != "teacher":
         if finished(cfg, "teacher", classes, device):
@@ -1594,30 +1577,15 @@ def train(cfg, device):
 
 def evaluate_network(cfg, device):
     """--eval: mIoU at the label's own resolution, one scale, no flip (4.4), and pictures."""
-    images, loader = open_loaders(cfg, train=False)
+    images, loader = open_loader(cfg, cfg.split)
     classes, folder = images.num_classes, folder_of(cfg, cfg.network)
     net = restore(cfg, cfg.network, classes, device, cfg.weights or folder / "best.pt")
     forward = torch.compile(net) if cfg.compile else net
     matrix = evaluate(forward, loader, classes, device, cfg.amp)
     if rank() > 0:
         return
-    for name, iou in zip(images.class_names, matrix.iou().tolist()):
-        print(f"  {name:24s} {'absent' if math.isnan(iou) else f'{100 * iou:6.2f}'}")
-    print(f"{cfg.network}: retrained mIoU on {cfg.split} {100 * matrix.miou():.2f}, pixel accuracy "
-          f"{100 * matrix.pixel_accuracy():.2f}")
-    log_record(folder, stage="eval", split=cfg.split, miou=matrix.miou())
-    rows = []
-    transform = data.eval_transform(cfg.image_scale)
-    for i in range(0, len(images), max(1, len(images) // 4))[:4]:
-        picture, label = images[i]
-        with torch.no_grad():
-            x, y = data.Samples(images, transform)[0, i]
-            prediction = resize(net(x[None].to(device)).float(), y.shape).argmax(1)[0].cpu()
-        pixels = np.asarray(picture.convert("RGB"))
-        rows.append([picture, common.overlay(pixels, y, images.palette),
-                     common.overlay(pixels, prediction, images.palette)])
-    common.comparison(rows, ("image", "label", "prediction"), folder / "segmentations.png")
-    print(f"picture: {folder}/segmentations.png")
+    common.report_segmentation(cfg.network, matrix, images, cfg, folder)
+    common.draw_segmentations(net, images, cfg, device, folder)
 
 
 def bench(cfg, device):
@@ -1632,24 +1600,7 @@ def bench(cfg, device):
         found = {"student": None, "teacher": None, cfg.network: None}
         nets = {f"found {w}": find_architecture(cfg, w, classes, device) for w in found} | nets
     nets = {name: FasterSeg(arch, classes).eval() for name, arch in nets.items()}
-    dtype = torch.bfloat16 if cfg.amp else torch.float32
-    calls = {}
-    for name, net in nets.items():
-        call = latency.prepare(net, [(1, 3, *cfg.frame)], device, dtype, cfg.channels_last)
-        calls[name] = torch.compile(call) if cfg.compile else call
-    times = latency.measure_many(calls, device)
-    about = latency.identity(device, dtype, cfg.frame)
-    print(f"{about['device']}, torch {about['torch']}, {about['threads']} threads, "
-          f"{about['dtype']}, 1x3x{cfg.frame[0]}x{cfg.frame[1]}, {classes} classes, BN folded"
-          + ", compiled" * cfg.compile)
-    print(f"{'network':20s} {'params':>11s} {'conv MACs':>11s} {'median':>10s} {'p90':>10s}  FPS")
-    rows = {}
-    for name, net in nets.items():
-        t = times[name]
-        rows[name] = {"params": count_params(net), "conv_macs": count_macs(net, cfg.frame),
-                      "median_ms": t["median"], "p90_ms": t["p90"], "fps": 1e3 / t["median"]}
-        print(f"{name:20s} {rows[name]['params']:11,d} {rows[name]['conv_macs'] / 1e9:9.3f} G "
-              f"{t['median']:7.1f} ms {t['p90']:7.1f} ms  {rows[name]['fps']:.1f}")
+    about, rows = latency.compare(nets, cfg.frame, device, cfg)
     full = FasterSeg(PAPER_STUDENT, 19)
     rows["paper"] = {"params": 4.4e6, "flops": 28.2e9, "fps": 163.9}
     rows["published student, 19 classes, 1024x2048"] = {
@@ -1707,7 +1658,7 @@ def bench_search(cfg, device):
 
 def export_network(cfg):
     """--export FILE: the folded network as a torch.export program for pictures of --frame."""
-    classes = open_loaders(cfg, train=False)[0].num_classes
+    classes = open_loader(cfg, cfg.split)[0].num_classes
     path = cfg.weights or folder_of(cfg, cfg.network) / "best.pt"
     net = restore(cfg, cfg.network, classes, torch.device("cpu"), path)
     error = common.export(net, cfg.frame, cfg.export)

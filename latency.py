@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import (InputError, device_name, fold_bn, rank, read_json, run_main, scatter_chart,
-                    world_size, write_text)
+from common import (InputError, count_macs, count_params, device_name, fold_bn, rank, read_json,
+                    run_main, scatter_chart, world_size, write_text)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORTEST_MS = 1.0        # shorter calls are repeated within one sample, above the timer's noise
@@ -75,6 +75,29 @@ def measure(module, shape, device="cpu", dtype=torch.float32, rounds=15, channel
     """
     call = prepare(module, [shape], device, dtype, channels_last)
     return {**measure_many({"": call}, device, rounds)[""], **identity(device, dtype, shape[-2:])}
+
+
+def compare(nets, frame, device, cfg):
+    """Parameters, conv MACs and latency of networks, measured in turn and printed as a table.
+
+    nets: dict name -> network in eval mode for one (1, 3, *frame) picture; cfg: amp, compile and
+    channels_last count. Returns (what it was measured on, dict name -> its numbers).
+    """
+    dtype, calls, rows = torch.bfloat16 if cfg.amp else torch.float32, {}, {}
+    for name, net in nets.items():
+        call = prepare(net, [(1, 3, *frame)], device, dtype, cfg.channels_last)
+        calls[name] = torch.compile(call) if cfg.compile else call
+    times, about = measure_many(calls, device), identity(device, dtype, frame)
+    print(f"{about['device']}, torch {about['torch']}, {about['threads']} threads, "
+          f"{about['dtype']}, 1x3x{frame[0]}x{frame[1]}, BN folded" + ", compiled" * cfg.compile)
+    print(f"{'network':20s} {'params':>11s} {'conv MACs':>11s} {'median':>10s} {'p90':>10s}  FPS")
+    for name, net in nets.items():
+        t = times[name]
+        rows[name] = {"params": count_params(net), "conv_macs": count_macs(net, frame),
+                      "median_ms": t["median"], "p90_ms": t["p90"], "fps": 1e3 / t["median"]}
+        print(f"{name:20s} {rows[name]['params']:11,d} {rows[name]['conv_macs'] / 1e9:9.3f} G "
+              f"{t['median']:7.1f} ms {t['p90']:7.1f} ms  {rows[name]['fps']:.1f}")
+    return about, rows
 
 
 def identity(device, dtype, frame):
