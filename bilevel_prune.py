@@ -1,5 +1,5 @@
-r"""Pruning parameterization with bi-level optimization: a mask on every channel, learnt under a MACs
-target together with the weights; what is left is a small network that needs no fine-tuning.
+r"""Pruning parameterization with bi-level optimization: a mask on every channel, learnt together
+with the weights under a MACs target; what is left is a small network, without fine-tuning.
 
     Pruning Parameterization with Bi-level Optimization for Efficient Semantic Segmentation on the
     Edge. CVPR 2023. Section, equation, table and appendix numbers below are the paper's.
@@ -14,9 +14,9 @@ The idea in five lines:
 
     expansion channels of an inverted residual (one mask s, one place, three layers shrink)
 
-    x --> 1x1 expand --> BN, ReLU --> k x k depth-wise --> BN, ReLU --> [ x b ] --> 1x1 project --> y
-                                                                          ^
-                                                   b = (s > tau);  dL/ds := dL/db
+    x --> 1x1 expand, BN, ReLU --> k x k depth-wise, BN, ReLU --> [ x b ] --> 1x1 project, BN --> y
+                                                                    ^
+                                             b = (s > tau),  dL/ds := dL/db
 
     paper                here                              meaning
     w, s, b              net, masks.s, masks()             weights, soft masks, binary masks
@@ -362,7 +362,7 @@ class Separable(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """App. H, on MobileNet-V2 at output stride 16: (B, 3, H, W) -> logits (B, num_classes, H/4, W/4).
+    """App. H, MobileNet-V2 at output stride 16: (B, 3, H, W) -> logits (B, num_classes, H/4, W/4).
 
     The paper prints 2.26 M parameters and 9.5 GMACs and no structure. OURS: the ASPP and decoder
     that give both, 2,263,139 and 9,490,180,608 at 512x1024 with 19 classes.
@@ -428,6 +428,11 @@ def build(name, num_classes, widths=None, drop_path=0.0):
     """The network `name` of NETWORKS, dense or with the given widths."""
     return (DeepLabV3Plus(num_classes, widths) if name == "deeplab" else
             TopFormer(name, num_classes, widths, drop_path))
+
+
+def dense_widths(name):
+    """{site: elements} of a dense network."""
+    return DeepLabV3Plus.dense_widths() if name == "deeplab" else TopFormer.dense_widths(name)
 
 
 def layers_of(net):
@@ -506,10 +511,10 @@ def load_published(net, path):
                                  "has another shape; choose another --network")
             left.append(key)
     net.load_state_dict(own)
-    unused = sorted(set(found) - set(own))
-    return (f"{path}: {len(own) - len(left)} of {len(own)} tensors loaded" + (
-        f"; random: {', '.join(left[:3])}{' ...' if len(left) > 3 else ''}" if left else "") + (
-        f"; not used: {', '.join(unused[:3])}{' ...' if len(unused) > 3 else ''}" if unused else ""))
+    said = f"{path}: {len(own) - len(left)} of {len(own)} tensors loaded"
+    for what, names in (("random", left), ("not used", sorted(set(found) - set(own)))):
+        said += f"; {what}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" if names else ""
+    return said
 
 
 def load_mobilenet(net, init):
@@ -593,10 +598,10 @@ class Masked(nn.Module):
 # 4. Losses, Section 3.3
 # ---------------------------------------------------------------------------------------------
 
-# OURS: the unit of Eq. (5). The paper does not say in what MACs are counted; squared, beta = 0.01
-# means nothing without it. It was tuned (App. I) on a network of 8.2 GMACs, and in GMACs the pull on
-# a mask is of the size of the loss's own gradient. So the dense network counts as 8.2, whatever it
-# and the picture measure.
+# OURS: the unit of Eq. (5). The paper does not say in what it counts MACs; they are squared, so
+# beta = 0.01 means nothing without it. It was tuned (App. I) on a network of 8.2 GMACs, and with
+# GMACs the pull on a mask is of the size of the loss's own gradient. So the dense network counts as
+# 8.2 here, whatever network and picture measure.
 DENSE_UNITS = 8.2
 
 
@@ -643,7 +648,7 @@ class Macs:
 
 def areas(net, frame):
     """{name of a layer: H * W of its output} for a picture of `frame`; nothing is computed."""
-    probe, area = copy.deepcopy(net).to("meta").eval(), {}
+    probe, area = copy.deepcopy(net).to("meta").float().eval(), {}
     for name, m in probe.named_modules():
         if isinstance(m, (Layer, Attention)):
             m.register_forward_hook(lambda m, _, y, name=name: area.update(
@@ -691,13 +696,13 @@ def task_loss(forward, gates, images, labels, cfg):
 #   Eq. (12)   grad2_bw L =  F' a'(w) =: grad_wb L
 #
 # Approximation 2: F'' = 0, the loss is linear in the channel's output too. A mask meets the weights
-# of its own channel alone: hence diag in Eq. (12). (Eq. (25) in print lacks the factor w* before the
-# second derivative; it vanishes either way.)
+# of its own channel alone: hence diag in Eq. (12). (Eq. (25) should read diag(w*) times the second
+# derivative; it vanishes either way.)
 # Approximation 3, Eq. (3): grad_s = grad_b.
 #
 #   Eq. (13)   dL_m/ds = grad_s L_m - lambda (F' a') (b F' a')     the second factor is grad_w L_m
-#   Eq. (14)   F' a' = grad_w L_m where b = 1: no second copy of the gradients is needed. Where b = 0
-#              it is not zero, as printed, but it meets grad_w L_m = 0 in Eq. (13).
+#   Eq. (14)   F' a' = grad_w L_m where b = 1: no second copy of the gradients is needed. It is not
+#              zero where b = 0, as printed, but meets grad_w L_m = 0 there in Eq. (13).
 #   Eq. (15)   dL_m/ds = grad_s L_m - lambda b [grad_w L_m]^2      summed over a channel's weights
 #
 # Approximation 4: w is what a few steps of training have reached, not w*.
@@ -733,8 +738,8 @@ def mask_rates(masks, macs, target, steps, cfg):
       of the transformer, and under one rate its masks would be gone before the loss can speak.
       Then L_reg pulls at all masks alike, and L per MAC decides who goes first. A positive factor
       does not move the point where the gradient is zero.
-    - Unless --mask-lr says it, so that a mask that the loss ignores falls from 1 to tau in a third of
-      the steps under the first pull of beta = 0.01. At n steps 1 / n, however long the search.
+    - Unless --mask-lr gives it, so large that a mask which the loss ignores falls from 1 to tau in
+      a third of the steps, however many, under the first pull of beta = 0.01.
     """
     costs = macs.costs()
     mean = sum(costs[site] * len(s) for site, s in masks.s.items()) / sum(map(len,
@@ -773,7 +778,8 @@ def protected(net, gates):
         for p in layer.parameters():
             stays = out
             if p.ndim > 1:
-                stays = out.view(-1, 1, 1, 1) & (True if layer.depthwise else into.view(1, -1, 1, 1))
+                stays = out.view(-1, 1, 1, 1)
+                stays = stays if layer.depthwise else stays & into.view(1, -1, 1, 1)
             if not stays.all():
                 found.append((p, stays))
     return found
@@ -785,7 +791,9 @@ def weight_step(forward, net, gates, stays, images, labels, optimizer, cfg, pena
     A pruned channel gets no gradient, but weight decay and momentum would move it: `stays`, from
     protected(), puts it back, so it returns with the weights it left with.
     """
-    terms = {"loss": task_loss(forward, gates, images, labels, cfg)} | (penalty() if penalty else {})
+    terms = {"loss": task_loss(forward, gates, images, labels, cfg)}
+    if penalty:
+        terms |= penalty()
     check_finite(terms)
     optimizer.zero_grad()
     sum(terms.values()).backward()
@@ -809,6 +817,17 @@ def optimizer_for(net, cfg, steps):
         optimizer, lambda i: max(0.0, 1 - i / steps) ** cfg.power)
 
 
+def free_epochs(cfg):
+    """Epochs before channels are chosen: masks move, or BN scales shrink; others choose at once."""
+    return round(cfg.search_epochs * (1 - cfg.settle)) * (cfg.method in ("bilevel", "slimming"))
+
+
+def check_mask_steps(cfg, steps):
+    if cfg.method == "bilevel" and free_epochs(cfg) * steps <= cfg.weight_steps:
+        raise InputError(f"{free_epochs(cfg)} search epochs of {steps} batches before the masks "
+                         "settle leave no mask step; raise --search-epochs, lower --weight-steps")
+
+
 class Search:
     """State of a search: weights, masks, optimizer, and how to save it."""
 
@@ -820,9 +839,7 @@ class Search:
         sites = sites_of(net, cfg.scope)
         self.masks = SoftMasks(net, sites, cfg.tau, cfg.round_to).to(device)
         self.optimizer, self.schedule = optimizer_for(net, cfg, cfg.search_epochs * steps)
-        # Masks move, or BN scales shrink, for so many epochs; the other baselines cut at once.
-        self.free = round(cfg.search_epochs * (1 - cfg.settle)) * (cfg.method in ("bilevel",
-                                                                                  "slimming"))
+        self.free = free_epochs(cfg)
         self.mask_steps = self.free * steps // (cfg.weight_steps + 1)
         self.rates = mask_rates(self.masks, self.macs, self.target, max(self.mask_steps, 1), cfg)
         self.forward = torch.compile(net) if cfg.compile else net
@@ -885,12 +902,11 @@ def search(cfg, device, folder):
     _, val_loader = open_loader(cfg, "val")
     net = dense_network(cfg, images.num_classes)
     target_of(cfg, net, Macs(net, cfg.frame))           # refused now, not after hours
-    net = start(cfg, net, device, images, loader, val_loader)
-    s, steps = Search(cfg, net.train(), device, len(loader)), len(loader)
-    if cfg.method == "bilevel" and not s.mask_steps:
-        raise InputError(f"{s.free} of {cfg.search_epochs} search epochs with {steps} batches leave "
-                         "no mask step; raise --search-epochs or lower --weight-steps")
-    torch.manual_seed(cfg.seed)                 # the same whether or not the dense net was trained now
+    steps = len(loader)
+    check_mask_steps(cfg, steps)
+    net = start(cfg, net, device, loader, val_loader)
+    s = Search(cfg, net.train(), device, steps)
+    torch.manual_seed(cfg.seed)         # as if the dense network had been there before
     if cfg.resume and (folder / "last.pt").exists():
         s.load(folder / "last.pt")
     else:
@@ -900,7 +916,7 @@ def search(cfg, device, folder):
     progress = Progress(f"search {cfg.method}", cfg.search_epochs, steps, device, s.epoch)
     while s.epoch < cfg.search_epochs:
         start_time, trace, learning = time.perf_counter(), [], s.epoch < s.free
-        loader.sampler.set_epoch(cfg.epochs + s.epoch)          # other crops than the dense training
+        loader.sampler.set_epoch(cfg.epochs + s.epoch)          # not the crops of dense training
         for i, (pictures, labels) in enumerate(loader):
             pictures, labels = on_device(pictures, labels, device, cfg)
             done = s.epoch * steps + i
@@ -959,7 +975,7 @@ def target_of(cfg, net, macs):
     target = cfg.target_gmacs * 1e9 or cfg.target * macs.dense
     if target > macs.dense:
         raise InputError(f"the target of {target / 1e9:.4g} GMACs is above the dense network's "
-                         f"{macs.dense / 1e9:.4g} at {cfg.frame[0]}x{cfg.frame[1]}; nothing to prune")
+                         f"{macs.dense / 1e9:.4g} at {cfg.frame[0]}x{cfg.frame[1]}; lower it")
     sites = sites_of(net, cfg.scope)
     least = macs.of(net.widths | {k: unit_of(k, net.widths[k], cfg.round_to) for k in sites})
     if target < least:
@@ -972,8 +988,8 @@ def target_of(cfg, net, macs):
 def select(scores, macs, target, round_to=1):
     """The gates {site: b} that keep the best channels the target has room for.
 
-    scores {site: (n,)}: higher stays. Channels go in units of --round-to, best first over all sites,
-    until one does not fit; then its site is closed, and what is cheaper may still fit.
+    scores {site: (n,)}: higher stays. Channels are taken in units of --round-to, the best of all
+    sites first. Where one does not fit its site is closed; what is cheaper may still fit.
     """
     order, units, widths = {}, [], dict(macs.widths)
     for site, s in scores.items():
@@ -1016,21 +1032,19 @@ def prune(net, gates):
 def load_arch(path):
     """(network, classes, widths) of an arch.json; InputError if it does not fit."""
     value = common.read_json(path, "arch.json")
-    try:
-        name, classes, widths = value["network"], value["classes"], value["widths"]
-        dense = build(name, 2).widths if name in NETWORKS else {}
-        fits = 2 <= classes <= 254 and {"", *widths} == set(dense) and all(
-            type(n) is int and 1 <= n <= dense[site] for site, n in widths.items())
-    except (KeyError, TypeError):
-        raise InputError(f"{path} is no arch.json of this program: it needs network, classes, widths")
-    if not fits:
-        wrong = [site or "classes" for site in {**widths, **dense} if site and (
-            site not in dense or type(widths.get(site)) is not int
-            or not 1 <= widths[site] <= dense[site])]
-        raise InputError(f"{path} does not fit --network {name}: " + (
-            f"site '{wrong[0]}' needs a whole number of channels from 1 to "
-            f"{dense.get(wrong[0], 'nothing, it does not exist')}" if dense and wrong else
-            f"networks are {', '.join(NETWORKS)}, classes 2 to 254"))
+    name, classes, widths = ([value.get(key) for key in ("network", "classes", "widths")]
+                             if isinstance(value, dict) else (None, None, None))
+    if name not in NETWORKS or type(classes) is not int or not isinstance(widths, dict) or not (
+            2 <= classes <= 254):
+        raise InputError(f"{path} is no arch.json of this program: it needs network (one of "
+                         f"{', '.join(NETWORKS)}), classes (2 to 254) and widths")
+    dense = dense_widths(name)
+    for site in {**dense, **widths}:
+        n, full = widths.get(site), dense.get(site, 0)
+        if type(n) is not int or not 1 <= n <= full:
+            raise InputError(f"{path} does not fit {name}: " + (
+                f"site '{site}' has {n} channels, not 1 to {full}" if full else
+                f"it has no site '{site}'"))
     return name, classes, widths
 
 
@@ -1091,8 +1105,8 @@ def finish(s, images, val_loader, device, folder):
 # 8. Baselines and dense training
 # ---------------------------------------------------------------------------------------------
 
-# A baseline is a score for every channel. Network, target, data, optimizer and number of batches are
-# those of the paper's method; a mask step uses up a batch, so the baselines get more weight steps.
+# A baseline is a score for every channel. Network, target, data, optimizer and number of batches
+# are the paper's method's, whose mask steps use up some: the baselines get more weight steps.
 
 
 def uniform(net):
@@ -1171,7 +1185,7 @@ def identity_of(cfg, net):
             "dataset": f"{cfg.dataset} {cfg.data_root}"}
 
 
-def start(cfg, net, device, images, loader, val_loader):
+def start(cfg, net, device, loader, val_loader):
     """The dense network the search starts from: --dense, or what --train made, or made now."""
     folder, path = Path(cfg.out) / "dense", cfg.dense
     if not path:
@@ -1185,7 +1199,7 @@ def start(cfg, net, device, images, loader, val_loader):
 
 
 def train(cfg, device):
-    """--train: the dense network, or with --method retrained the found widths from random weights."""
+    """--train: the dense network, or with --method retrained the found widths from scratch."""
     images, loader = open_loader(cfg, "train", train=True)
     _, val_loader = open_loader(cfg, "val")                     # chooses best.pt
     if cfg.method == "retrained":
@@ -1227,9 +1241,10 @@ def bench(cfg, device):
     print("parameters and MACs, ours | printed in the paper (150 classes, 512x512; deeplab 19, "
           "512x1024)")
     for name in NETWORKS:
-        net = build(name, *((19,) if name == "deeplab" else (150,)))
-        size = (512, 1024) if name == "deeplab" else (512, 512)
-        print(f"  {name:8s} {count_params(net):11,d} {count_macs(net, size):15,d} | {PRINTED[name]}")
+        classes, size = (19, (512, 1024)) if name == "deeplab" else (150, (512, 512))
+        net = build(name, classes)
+        print(f"  {name:8s} {count_params(net):11,d} {count_macs(net, size):15,d} | "
+              f"{PRINTED[name]}")
     nets, classes, network = {}, 19, cfg.network
     folders = {m: folder_of(cfg, m) / "arch.json" for m in METHODS}
     folders["no_implicit"] = Path(cfg.out) / "no_implicit" / "arch.json"
@@ -1241,13 +1256,13 @@ def bench(cfg, device):
             nets[method] = build(network, classes, widths).eval()
     nets = {"dense": build(network, classes).eval(), **nets}
     about, rows = latency.compare(nets, cfg.frame, device, cfg)
-    backends = bench_backends(list(nets.values())[:2][-1], cfg.frame, device)
+    backends = bench_backends(*list(nets.items())[:2][-1], cfg.frame, device)
     common.write_text(Path(cfg.out) / "bench.json", json.dumps(
         {**about, "networks": rows, "backends": backends}, indent=1))
     print(f"in {cfg.out}: bench.json")
 
 
-def bench_backends(net, frame, device):
+def bench_backends(name, net, frame, device):
     """App. F as far as PyTorch goes: each step on the same network, measured in turn."""
     x, last = torch.randn(1, 3, *frame, device=device), torch.channels_last
     net = copy.deepcopy(net).to(device)
@@ -1264,9 +1279,8 @@ def bench_backends(net, frame, device):
     except Exception as error:                      # no C++ compiler, no Triton: many types
         print(f"torch.compile does not work here ({type(error).__name__}); left out")
     rows = latency.measure_many(calls, device)
-    print(f"App. F in PyTorch, the {'pruned' if net.widths != build(net.name, 2).widths else 'dense'}"
-          " network. Not reproduced: sparse storage (nothing sparse is left), matrix\nreordering, "
-          "tuning of the phone's kernels by a genetic algorithm, the Adreno GPU")
+    print(f"App. F in PyTorch, {name}. Not reproduced: sparse storage and matrix reordering (cut "
+          "channels leave nothing sparse),\ngenetic tuning of a phone's kernels, its Adreno GPU")
     for name, t in rows.items():
         print(f"  {name:32s} {t['median']:8.2f} ms, p90 {t['p90']:8.2f} ms")
     return rows
@@ -1301,10 +1315,10 @@ def bench_search(cfg, device):
         print(f"  {name:36s} {ms:9.1f} ms")
     k = cfg.weight_steps
     full, plain, bare = (k * t["weight step"] + t[name] for name in list(t)[1:])
-    print(f"{k} weight steps and a mask step: the implicit term costs {100 * (full / plain - 1):+.1f}% "
-          f"(paper, Table 3: 1.3 against 1.1 GPU days);\na plain step that leaves out the weight "
-          f"gradients saves {100 * (1 - bare / plain):.1f}%. Peak memory "
-          f"{common.peak_memory(device):.2f} GiB")
+    print(f"{k} weight steps and a mask step: the implicit term costs "
+          f"{100 * (full / plain - 1):+.1f}% (paper, Table 3: 1.3 against 1.1 GPU days);\na plain "
+          "step that leaves out the weights' gradients would save "
+          f"{100 * (1 - bare / plain):.1f}%. Peak memory {common.peak_memory(device):.2f} GiB")
 
 
 def measure_steps(steps, device, rounds=9):
@@ -1326,7 +1340,7 @@ def sweep(cfg, device):
     settings = [("beta", {"beta": v}) for v in cfg.sweep_betas]
     settings += [("lambda", {"lam": v}) for v in cfg.sweep_lams]
     settings += [("target", {"target": v, "target_gmacs": 0.0}) for v in cfg.sweep_targets]
-    done, lines = {}, ["| swept | value | pruned mIoU | parameters | GMACs | MACs met | ms | search s |",
+    done, lines = {}, ["| swept | value | pruned mIoU | parameters | GMACs | met | ms | search s |",
                        "|---|---|---|---|---|---|---|---|"]
     for name, change in settings:
         changed = replace(cfg, **change)
@@ -1412,11 +1426,11 @@ STAGES = {"train": "train the dense network, or retrain found widths (--method r
 def check(cfg):
     """Refuse early what cannot work."""
     if not 0 < cfg.target <= 1:
-        raise InputError(f"--target {cfg.target:g} is a share of the dense MACs, above 0 and at most "
-                         "1; give GMACs with --target-gmacs")
+        raise InputError(f"--target {cfg.target:g} is a share of the dense MACs, above 0 and at "
+                         "most 1; give GMACs with --target-gmacs")
     if cfg.target_gmacs < 0 or cfg.round_to < 1 or cfg.weight_steps < 1:
-        raise InputError("--target-gmacs must not be negative, --round-to and --weight-steps need 1 "
-                         "or more")
+        raise InputError("--target-gmacs must not be negative, --round-to and --weight-steps need "
+                         "1 or more")
     if not 0 < cfg.tau < 1 or min(cfg.beta, cfg.lam, cfg.mask_lr, cfg.slim_l1) < 0:
         raise InputError("--tau lies between 0 and 1; --beta, --lam, --mask-lr, --slim-l1 are not "
                          "negative")
@@ -1438,8 +1452,8 @@ def check_batches(cfg, stages):
         raise InputError(f"--batch-size {cfg.batch_size} does not divide over {world_size()} "
                          "processes")
     if share * (cfg.network == "deeplab" or math.prod(math.ceil(d / 64) for d in cfg.size)) < 2:
-        raise InputError(f"--size {cfg.size[0]} {cfg.size[1]} and --batch-size {cfg.batch_size} leave "
-                         "BN a single value; take a larger crop or batch")
+        raise InputError(f"--size {cfg.size[0]} {cfg.size[1]} and --batch-size {cfg.batch_size} "
+                         "leave BN a single value; take a larger crop or batch")
 
 
 def main(argv=None):
@@ -1452,7 +1466,7 @@ def main(argv=None):
                          f"from {', '.join(METHODS[:4])}")
     common.write_config(cfg, stages)
     if stages & {"train", "search", "sweep", "eval"}:
-        open_split(cfg, "val", cfg.size)                    # missing? say so before hours of training
+        open_split(cfg, "val", cfg.size)                    # missing? say so before hours of work
     if stages & {"train", "search", "sweep"}:
         data.check_segmentation(open_split(cfg, "train", cfg.size))
     if "train" in stages:
