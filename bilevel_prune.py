@@ -744,7 +744,8 @@ def mask_rates(masks, macs, target, steps, cfg):
     costs = macs.costs()
     mean = sum(costs[site] * len(s) for site, s in masks.s.items()) / sum(map(len,
                                                                               masks.s.values()))
-    pull = 0.01 * 2 * DENSE_UNITS ** 2 * (macs.dense - target) * mean / macs.dense ** 2
+    gap = max(macs.dense - target, 0.1 * macs.dense)    # a target next to the dense needs no haste
+    pull = 0.01 * 2 * DENSE_UNITS ** 2 * gap * mean / macs.dense ** 2
     rate = cfg.mask_lr or (1 - cfg.tau) / max(pull * steps / 3, 1e-12)
     return {site: rate * mean / costs[site] for site in masks.s}
 
@@ -754,11 +755,11 @@ def mask_rates(masks, macs, target, steps, cfg):
 # ---------------------------------------------------------------------------------------------
 
 
-def mask_step(forward, net, masks, macs, target, images, labels, rates, cfg):
+def mask_step(forward, net, masks, macs, target, images, labels, rates, beta, cfg):
     """Second step of Section 4.2: move the masks, leave the weights. Returns the loss terms."""
     gates = masks()
     terms = {"loss": task_loss(forward, gates, images, labels, cfg),
-             "reg": cfg.beta * regularizer(macs, gates, target).float()}
+             "reg": beta * regularizer(macs, gates, target).float()}
     check_finite(terms)
     mask_gradient(net, masks, sum(terms.values()), cfg.lam, cfg.implicit)       # Eqs. (4), (15)
     with torch.no_grad():
@@ -817,6 +818,15 @@ def optimizer_for(net, cfg, steps):
         optimizer, lambda i: max(0.0, 1 - i / steps) ** cfg.power)
 
 
+def settings_of(cfg):
+    """What must not change between a search and its resumption."""
+    return {name: str(getattr(cfg, name)) for name in (
+        "network", "dataset", "data_root", "method", "implicit", "scope", "target", "target_gmacs",
+        "round_to", "frame", "tau", "beta", "lam", "weight_steps", "mask_lr", "search_epochs",
+        "settle", "slim_l1", "optimizer", "lr", "batch_size", "size", "scales", "image_scale",
+        "seed")}
+
+
 def free_epochs(cfg):
     """Epochs before channels are chosen: masks move, or BN scales shrink; others choose at once."""
     return round(cfg.search_epochs * (1 - cfg.settle)) * (cfg.method in ("bilevel", "slimming"))
@@ -852,10 +862,16 @@ class Search:
         return sum(int((old[k] != b).sum()) for k, b in self.gates.items()) if old else 0
 
     def move_masks(self, images, labels, done):
-        """One mask step; done: share of the mask steps taken. OURS: their rate is poly as well."""
-        rates = {site: rate * (1 - done) ** self.cfg.power for site, rate in self.rates.items()}
+        """One mask step; done: share of the mask steps taken, below 1.
+
+        OURS: the rate of the masks is poly too, and beta grows as it falls: the noise of the loss
+        dies away, while the pull to the target keeps its pace. Under a constant beta the two
+        balance where the MACs are still above the target.
+        """
+        fall = (1 - done) ** self.cfg.power
+        rates = {site: rate * fall for site, rate in self.rates.items()}
         return mask_step(self.forward, self.net, self.masks, self.macs, self.target, images, labels,
-                         rates, self.cfg)
+                         rates, self.cfg.beta / fall, self.cfg)
 
     def train_weights(self, images, labels):
         penalty = None
@@ -881,12 +897,15 @@ class Search:
         save_checkpoint(path, model=self.net.state_dict(), masks=self.masks.state_dict(),
                         optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
                         epoch=self.epoch, seconds=self.seconds, reached=self.reached,
-                        method=self.cfg.method)
+                        settings=settings_of(self.cfg))
 
     def load(self, path):
-        state = load_checkpoint(path, ("model", "masks", "optimizer", "schedule", "method"))
-        if state["method"] != self.cfg.method:
-            raise InputError(f"{path} belongs to --method {state['method']}")
+        state = load_checkpoint(path, ("model", "masks", "optimizer", "schedule", "settings"))
+        for name, value in settings_of(self.cfg).items():
+            if state["settings"].get(name) != value:
+                raise InputError(f"{path} is of a search with another --{name.replace('_', '-')} ("
+                                 f"{state['settings'].get(name)}, not {value}); leave out --resume "
+                                 "or give another --out")
         load_weights(self.net, state["model"], path)
         load_weights(self.masks, state["masks"], path)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -915,23 +934,23 @@ def search(cfg, device, folder):
             s.settle()
     progress = Progress(f"search {cfg.method}", cfg.search_epochs, steps, device, s.epoch)
     while s.epoch < cfg.search_epochs:
-        start_time, trace, learning = time.perf_counter(), [], s.epoch < s.free
+        begun, trace, terms = time.perf_counter(), [], {}
+        moving = cfg.method == "bilevel" and s.epoch < s.free
         loader.sampler.set_epoch(cfg.epochs + s.epoch)          # not the crops of dense training
         for i, (pictures, labels) in enumerate(loader):
             pictures, labels = on_device(pictures, labels, device, cfg)
             done = s.epoch * steps + i
-            with common.training_step("search", s.epoch, i):
-                if cfg.method == "bilevel" and learning and done % (cfg.weight_steps + 1) == (
-                        cfg.weight_steps):                                          # Section 4.2:
-                    terms = s.move_masks(pictures, labels, done // (cfg.weight_steps + 1)
-                                         / s.mask_steps)                            # second step
-                    trace.append([done, float(s.macs(s.masks.binary())) / s.macs.dense,
-                                  s.refresh()])
-                else:
-                    terms = s.train_weights(pictures, labels)                       # first step
+            turn, rest = divmod(done, cfg.weight_steps + 1)
+            with common.training_step("search", s.epoch, i):                # Section 4.2
+                if moving and rest == cfg.weight_steps:                     # its second step
+                    terms |= s.move_masks(pictures, labels, turn / s.mask_steps)
+                    flips = s.refresh()
+                    trace.append([done, float(s.macs(s.gates)) / s.macs.dense, flips])
+                else:                                                       # its first step
+                    terms |= s.train_weights(pictures, labels)
             s.schedule.step()
             progress.step(s.epoch, i, terms, len(pictures) * world_size())
-        s.seconds += time.perf_counter() - start_time
+        s.seconds += time.perf_counter() - begun
         common.average_buffers(s.net)
         s.epoch += 1
         if s.epoch == s.free:
@@ -1089,7 +1108,7 @@ def finish(s, images, val_loader, device, folder):
                "dense_latency_ms": rows["dense"]["median_ms"]}
         write_arch(small, folder, frame=list(cfg.frame), result=row, measured_on=about)
         draw_widths(folder / "widths.png", s.net.widths, small.widths, cfg)
-        draw_search(folder, cfg, target / s.macs.dense)
+        draw_search(folder, target / s.macs.dense)
         print(f"target {target / 1e9:.4f} GMACs: the masks came to {s.reached / 1e9:.4f}, the "
               f"ranking to {macs / 1e9:.4f} ({100 * (macs / target - 1):+.2f}%): "
               f"{'met within 1%' if met else 'NOT met within 1%'}\n"
@@ -1299,7 +1318,7 @@ def bench_search(cfg, device):
         net.requires_grad_(weights)
         s.cfg = replace(s.cfg, implicit=implicit)
         mask_step(s.forward, net, s.masks, s.macs, s.target, images, labels,
-                  dict.fromkeys(s.rates, 0.0), s.cfg)
+                  dict.fromkeys(s.rates, 0.0), cfg.beta, s.cfg)
         net.requires_grad_(True)
 
     steps = {"weight step": lambda: weight_step(s.forward, net, gates, s.stays, images, labels,
@@ -1394,17 +1413,18 @@ def draw_widths(path, before, after, cfg):
                      Image.Resampling.LANCZOS).save(temporary, format="PNG")
 
 
-def draw_search(folder, cfg, target):
+def draw_search(folder, target):
     """From the log: MACs and mask flips by mask step, loss and masked mIoU by epoch."""
     records = common.read_log(folder, "search")
     steps = [point for r in records for point in r["trace"]]
-    ends = [(r["epoch"] + 1, r["macs"]) for r in records]
-    common.line_chart(folder / "search_macs.png", "MACs during the search", "epoch",
-                      "share of the dense network", {
-                          "end of epoch": ends,
-                          "target": [(0, target), (cfg.search_epochs, target)]})
-    common.line_chart(folder / "search_flips.png", "Mask flips", "batch", "masks that changed in a "
-                      "mask step", {"flips": [(at, flips) for at, _, flips in steps]})
+    if steps:
+        first, last = steps[0][0], steps[-1][0]
+        common.line_chart(folder / "search_macs.png", "MACs that the masks leave", "batch",
+                          "share of the dense network", {
+                              "masks": [(at, share) for at, share, _ in steps],
+                              "target": [(first, target), (last, target)]})
+        common.line_chart(folder / "search_flips.png", "Mask flips", "batch", "masks that changed "
+                          "in a mask step", {"flips": [(at, flips) for at, _, flips in steps]})
     common.line_chart(folder / "search_loss.png", "Training loss", "epoch", "cross-entropy of the "
                       "last batch", {"loss": [(r["epoch"] + 1, r["loss"]) for r in records]})
     common.line_chart(folder / "search_miou.png", "Masked network on val", "epoch", "mIoU (%)", {

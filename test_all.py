@@ -3,6 +3,8 @@
 No network, no data set, no GPU; minutes on two CPU cores. Each test compares with something that
 does not share code with what it tests: loops, brute force, torchvision, counts from the papers.
 """
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -1864,6 +1866,13 @@ PRUNE = ("--dataset folder --num-classes 3 --network tiny --size 32 64 --frame 6
          ).split()
 
 
+def here(*flags):
+    """bilevel_prune.main in this process, which saves the imports; returns what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        bilevel_prune.main([*map(str, flags)])
+    return out.getvalue()
+
+
 def test_pruning_stages_resume_after_kill_bit_for_bit():
     script = "bilevel_prune.py"
     with tempfile.TemporaryDirectory() as tmp:
@@ -1894,40 +1903,42 @@ def test_pruning_stages_resume_after_kill_bit_for_bit():
         assert both[0] == both[1]
 
         for method in ("uniform", "slimming"):
-            out, _ = run("--search", "--eval", *base, "--out", whole, "--method", method,
-                         "--round-to", "8", script=script)
+            out = here("--search", "--eval", *base, "--out", whole, "--method", method,
+                       "--round-to", "8")
             assert "dense: best" not in out and f"{method}: pruned mIoU on val" in out
-        out, _ = run("--search", *base, "--out", whole, "--no-implicit", "--scope", "pyramid",
-                     "--optimizer", "adamw", "--amp", "--channels-last", script=script)
+        here("--search", *base, "--out", whole, "--no-implicit", "--scope", "pyramid",
+             "--optimizer", "adamw", "--channels-last")
         widths = json.loads((whole / "no_implicit/arch.json").read_text())["widths"]
         assert widths["inject"] == 128 and widths["row8"] < 576
-        out, _ = run("--train", "--eval", *base, "--out", whole, "--method", "retrained",
-                     script=script)
+        out = here("--train", "--eval", *base, "--out", whole, "--method", "retrained", "--amp")
         assert "retrained: retrained mIoU on val" in out
         before = state_of(whole / "last.pt")                # a diverging run leaves it in place
-        refused("--search", *base, "--out", whole, "--lr", "1e30", script=script,
-                words=("not finite", "step"))
+        _refused(lambda: here("--search", *base, "--out", whole, "--lr", "1e30"), "not finite",
+                 "step")
         assert all(torch.equal(v, before[k]) for k, v in state_of(whole / "last.pt").items())
-        refused("--search", *base, "--out", whole, "--resume", "--dense", whole / "pruned.pt",
-                script=script, words=("does not fit", "dense" * 0))
+        _refused(lambda: here("--search", *base, "--out", whole, "--dense", whole / "pruned.pt"),
+                 "does not fit")
         best = whole / "pruned.pt"
         best.write_bytes(best.read_bytes()[:5000])
         refused("--eval", *base, "--out", whole, script=script, words=(best, "truncated"))
 
 
 def test_pruning_bench_and_sweep_from_the_command_line():
-    script = "bilevel_prune.py"
     with tempfile.TemporaryDirectory() as tmp:
         base = [*PRUNE, "--data-root", tiny_set(Path(tmp, "set")), "--out", Path(tmp, "r"),
                 "--search-epochs", "2", "--settle", "0.5"]
-        out, _ = run("--sweep", *base, "--sweep-betas", "0.01", "1", "--sweep-lams", "0.1",
-                     "--sweep-targets", "0.5", "0.3", script=script)
+        out = here("--sweep", *base, "--sweep-betas", "0.01", "1", "--sweep-lams", "0.1",
+                   "--sweep-targets", "0.5", "0.3")
         table = Path(tmp, "r", "sweep.md").read_text()
-        assert table.count("\n| ") == 4 and table.count("| beta |") == 2 and table in out + "\n"
+        assert table.count("\n| ") == 5 and table.count("| beta |") == 2 and table in out
         assert len(json.loads(Path(tmp, "r", "sweep.json").read_text())) == 3
         folder = next(Path(tmp, "r", "sweep").iterdir())
-        out, _ = run("--bench", "--bench-search", *base, "--arch", folder / "arch.json",
-                     script=script)
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"             # compiling takes a minute
+        try:
+            out, _ = run("--bench", "--bench-search", *base, "--arch", folder / "arch.json",
+                         script="bilevel_prune.py")
+        finally:
+            del os.environ["TORCHDYNAMO_DISABLE"]
         for word in ("10,345,958", "9,490,180,608", "conv and BN folded", "channels_last",
                      "the implicit term costs", "found"):
             assert word in out, f"'{word}' is missing in:\n{out}"
@@ -1966,8 +1977,6 @@ def test_pruning_refuses_wrong_input_in_one_sentence():
     with tempfile.TemporaryDirectory() as tmp:
         base = [*PRUNE, "--data-root", tiny_set(Path(tmp, "set")), "--out", Path(tmp, "r")]
         arch = Path(tmp, "arch.json")
-        refused("--search", *base, "--target-gmacs", "5", script=script, words=("above the dense",))
-        refused("--search", *base, "--target", "0.001", script=script, words=("fewest channels",))
         torch.save(bilevel_prune.build("tiny", 3).state_dict(), Path(tmp, "other.pth"))
         refused("--search", *base, "--network", "base", "--init", Path(tmp, "other.pth"),
                 script=script, words=("not of TopFormer-base",))
@@ -1982,13 +1991,13 @@ def test_pruning_refuses_wrong_input_in_one_sentence():
             _refused(lambda: bilevel_prune.load_arch(arch), arch, *words)
         refused("--eval", *base, "--arch", arch, script=script, words=("row9",))
         refused("--eval", *base, script=script, words=("arch.json", "no"))
-        with_main = lambda *flags: lambda: bilevel_prune.main([*map(str, (*base, *flags))])
-        _refused(with_main("--search", "--target", "1.5"), "--target-gmacs")
-        _refused(with_main("--search", "--method", "dense"), "prunes nothing")
-        _refused(with_main("--search", "--search-epochs", "1", "--settle", "0.9"), "no mask step")
-        _refused(with_main("--search", "--tau", "1"), "--tau")
-        _refused(with_main("--search", "--batch-size", "1"), "single value")
-        _refused(with_main("--search", "--dense", Path(tmp, "none.pt")), "no checkpoint")
+        for flags, words in (
+                ("--target 1.5", ("--target-gmacs",)), ("--method dense", ("prunes nothing",)),
+                ("--search-epochs 1 --settle 0.9", ("no mask step",)), ("--tau 1", ("--tau",)),
+                ("--batch-size 1", ("single value",)), ("--dense none.pt", ("no checkpoint",)),
+                ("--target-gmacs 5", ("above the dense",)),
+                ("--target 0.001", ("fewest channels",))):
+            _refused(lambda: here("--search", *base, *flags.split()), *words)
         assert run(code=2, script=script)[1].strip().startswith("error: choose a stage")
 
 
