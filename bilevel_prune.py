@@ -1,8 +1,9 @@
 r"""Pruning parameterization with bi-level optimization: a mask on every channel, learnt together
 with the weights under a MACs target; what is left is a small network, without fine-tuning.
 
-    Pruning Parameterization with Bi-level Optimization for Efficient Semantic Segmentation on the
-    Edge. CVPR 2023. Section, equation, table and appendix numbers below are the paper's.
+    Yang et al.: Pruning Parameterization with Bi-level Optimization for Efficient Semantic
+    Segmentation on the Edge. CVPR 2023. Numbers of sections, equations and tables below are those
+    of the version with its appendices that was under review.
 
 The idea in five lines:
   1. Every prunable layer is followed by a depth-wise 1x1 layer whose weight s is a soft mask.
@@ -112,8 +113,8 @@ class Config(BaseConfig):
 
 
 # Under two minutes on two cores: the smallest network, learning rates for a few hundred steps.
-QUICK = dict(network="tiny", size=(96, 192), frame=(128, 256), scales=(0.75, 1.5), batch_size=8,
-             epochs=4, search_epochs=4, lr=0.05, target=0.5, drop_path=0.0)
+QUICK = dict(network="tiny", size=(96, 192), frame=(256, 512), scales=(0.75, 1.5), batch_size=8,
+             epochs=3, search_epochs=4, lr=0.05, target=0.5, drop_path=0.0)
 
 # ---------------------------------------------------------------------------------------------
 # 1. Networks. Every layer says to which sites its channels belong: masks, MACs and surgery read it
@@ -741,13 +742,12 @@ def mask_rates(masks, macs, target, steps, cfg):
     - Unless --mask-lr gives it, so large that a mask which the loss ignores falls from 1 to tau in
       a third of the steps, however many, under the first pull of beta = 0.01.
     """
-    costs = macs.costs()
-    mean = sum(costs[site] * len(s) for site, s in masks.s.items()) / sum(map(len,
-                                                                              masks.s.values()))
+    costs, sizes = macs.costs(), {site: len(s) for site, s in masks.s.items()}
+    mean = sum(costs[site] * n for site, n in sizes.items()) / sum(sizes.values())
     gap = max(macs.dense - target, 0.1 * macs.dense)    # a target next to the dense needs no haste
     pull = 0.01 * 2 * DENSE_UNITS ** 2 * gap * mean / macs.dense ** 2
     rate = cfg.mask_lr or (1 - cfg.tau) / max(pull * steps / 3, 1e-12)
-    return {site: rate * mean / costs[site] for site in masks.s}
+    return {site: rate * mean / costs[site] for site in sizes}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -762,6 +762,7 @@ def mask_step(forward, net, masks, macs, target, images, labels, rates, beta, cf
              "reg": beta * regularizer(macs, gates, target).float()}
     check_finite(terms)
     mask_gradient(net, masks, sum(terms.values()), cfg.lam, cfg.implicit)       # Eqs. (4), (15)
+    clip_gradients(masks.parameters(), 0.0)     # no clipping; a NaN stops here
     with torch.no_grad():
         for site, s in masks.s.items():         # no weight decay: Eq. (5) alone makes masks fall
             s -= rates[site] * s.grad
@@ -1034,18 +1035,17 @@ def prune(net, gates):
     """The network without the channels whose gate is 0; same output as net(x, gates), Eq. (16)."""
     widths = {site: int(gates[site].sum()) if site in gates else n
               for site, n in net.widths.items()}
-    small = build(net.name, net.num_classes, widths, net.drop_path)
+    small, like = build(net.name, net.num_classes, widths, net.drop_path), next(net.parameters())
 
     def kept(where):
-        return channels(gates, where, net.widths,
-                        layer.conv.weight.device).nonzero()[:, 0]
+        return channels(gates, where, net.widths, like.device).nonzero()[:, 0]
 
     for layer, cut in zip(layers_of(net), layers_of(small), strict=True):
         into = None if layer.depthwise else kept(layer.into)
         cut.conv.load_state_dict(narrowed(layer.conv, kept(layer.out), into).state_dict())
         if layer.norm is not None:
             cut.norm.load_state_dict(narrowed(layer.norm, kept(layer.out)).state_dict())
-    return small.to(layer.conv.weight).train(net.training)
+    return small.to(like).train(net.training)
 
 
 def load_arch(path):
@@ -1158,7 +1158,7 @@ def site_means(net, value, counts):
 
 
 def scale_norm(net):
-    """L1 norm of the BN scales of layers that write masked channels."""
+    """L1 norm of all BN scales."""
     return sum(layer.norm.weight.abs().sum() for layer in layers_of(net) if layer.norm is not None)
 
 
@@ -1209,8 +1209,8 @@ def start(cfg, net, device, loader, val_loader):
     folder, path = Path(cfg.out) / "dense", cfg.dense
     if not path:
         path, last = folder / "best.pt", folder / "last.pt"
-        state = load_checkpoint(last, ("epoch", "network")) if last.exists() else {}
-        if state.get("network") != identity_of(cfg, net)["network"] or state["epoch"] < cfg.epochs:
+        state = load_checkpoint(last, ("epoch",)) if last.exists() else {"epoch": 0}
+        if state["epoch"] < cfg.epochs or not identity_of(cfg, net).items() <= state.items():
             train_network(cfg, net.to(device), device, folder, loader, val_loader)
     load_weights(net, load_checkpoint(path)["model"], path)
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
@@ -1265,12 +1265,10 @@ def bench(cfg, device):
         print(f"  {name:8s} {count_params(net):11,d} {count_macs(net, size):15,d} | "
               f"{PRINTED[name]}")
     nets, classes, network = {}, 19, cfg.network
-    folders = {m: folder_of(cfg, m) / "arch.json" for m in METHODS}
-    folders["no_implicit"] = Path(cfg.out) / "no_implicit" / "arch.json"
-    if cfg.arch:
-        folders = {"found": Path(cfg.arch)}
-    for method, path in folders.items():
-        if method != "dense" and (cfg.arch or path.exists()):
+    paths = {"bilevel": Path(cfg.out) / "arch.json", **{
+        m: Path(cfg.out) / m / "arch.json" for m in ("no_implicit", *METHODS[1:4])}}
+    for method, path in ({"found": Path(cfg.arch)} if cfg.arch else paths).items():
+        if cfg.arch or path.exists():
             network, classes, widths = load_arch(path)
             nets[method] = build(network, classes, widths).eval()
     nets = {"dense": build(network, classes).eval(), **nets}
@@ -1326,8 +1324,7 @@ def bench_search(cfg, device):
              "mask step, Eq. (15)": lambda: masks(True),
              "mask step, --no-implicit": lambda: masks(False),
              "the same without weight gradients": lambda: masks(False, False)}
-    with torch.enable_grad():
-        t = {name: row["median"] for name, row in measure_steps(steps, device).items()}
+    t = measure_steps(steps, device)
     print(f"{latency.device_name(device)}, {torch.get_num_threads()} threads, {cfg.network}, batch "
           f"{shape[0]}, 3x{shape[1]}x{shape[2]}")
     for name, ms in t.items():
@@ -1341,7 +1338,7 @@ def bench_search(cfg, device):
 
 
 def measure_steps(steps, device, rounds=9):
-    """latency.measure_many with gradients: {name: {"median", ...}} in ms."""
+    """{name: median ms}; latency.measure_many works without gradients."""
     times = {name: [] for name in steps}
     for i in range(rounds + 2):
         for name, step in steps.items():
@@ -1351,7 +1348,7 @@ def measure_steps(steps, device, rounds=9):
                 torch.cuda.synchronize()
             if i > 1:
                 times[name].append(1e3 * (time.perf_counter() - begun))
-    return {name: {"median": sorted(ms)[len(ms) // 2]} for name, ms in times.items()}
+    return {name: sorted(ms)[len(ms) // 2] for name, ms in times.items()}
 
 
 def sweep(cfg, device):
