@@ -1891,9 +1891,10 @@ def test_pruning_stages_resume_after_kill_bit_for_bit():
         assert abs(result["macs"] / (0.5 * dense) - 1) <= 0.01 and result["met"]
         assert torch.export.load(export).module()(torch.zeros(1, 3, 64, 128)).shape[1] == 3
 
-        stages = ["--train", "--search", *base, "--out", broken]
+        stages = ["--search", *base, "--out", broken]
         killed(stages, broken / "last.pt", script)
-        run(*stages[1:], "--resume", script=script)
+        here(*stages, "--resume")
+        _refused(lambda: here(*stages, "--resume", "--beta", "0.02"), "another --beta")
         for name in ("dense/best.pt", "last.pt", "pruned.pt"):
             a, b = state_of(whole / name), state_of(broken / name)
             assert a.keys() == b.keys()
@@ -1978,9 +1979,10 @@ def test_pruning_refuses_wrong_input_in_one_sentence():
         base = [*PRUNE, "--data-root", tiny_set(Path(tmp, "set")), "--out", Path(tmp, "r")]
         arch = Path(tmp, "arch.json")
         torch.save(bilevel_prune.build("tiny", 3).state_dict(), Path(tmp, "other.pth"))
-        refused("--search", *base, "--network", "base", "--init", Path(tmp, "other.pth"),
-                script=script, words=("not of TopFormer-base",))
+        _refused(lambda: here("--search", *base, "--network", "base", "--init",
+                              Path(tmp, "other.pth")), "not of TopFormer-base")
         good = {site: n for site, n in bilevel_prune.dense_widths("tiny").items()}
+        refused("--search", *base, "--tau", "1", script=script, words=("--tau",))
         for value, words in (
                 ([], ("no arch.json",)), ({"network": "huge"}, ("no arch.json",)),
                 ({"network": "tiny", "classes": 3, "widths": {}}, ("c2", "None channels")),
@@ -1989,16 +1991,21 @@ def test_pruning_refuses_wrong_input_in_one_sentence():
                 ({"network": "tiny", "classes": 3, "widths": good | {"row9": 5}}, ("row9",))):
             arch.write_text(json.dumps(value))
             _refused(lambda: bilevel_prune.load_arch(arch), arch, *words)
-        refused("--eval", *base, "--arch", arch, script=script, words=("row9",))
-        refused("--eval", *base, script=script, words=("arch.json", "no"))
+        _refused(lambda: here("--eval", *base, "--arch", arch), "row9")
+        _refused(lambda: here("--eval", *base), "arch.json", "no")
         for flags, words in (
                 ("--target 1.5", ("--target-gmacs",)), ("--method dense", ("prunes nothing",)),
-                ("--search-epochs 1 --settle 0.9", ("no mask step",)), ("--tau 1", ("--tau",)),
+                ("--search-epochs 1 --settle 0.9", ("no mask step",)),
                 ("--batch-size 1", ("single value",)), ("--dense none.pt", ("no checkpoint",)),
                 ("--target-gmacs 5", ("above the dense",)),
                 ("--target 0.001", ("fewest channels",))):
             _refused(lambda: here("--search", *base, *flags.split()), *words)
-        assert run(code=2, script=script)[1].strip().startswith("error: choose a stage")
+        for flags, word in (([], "choose a stage"), (["--search", "--beat", "1"], "--beat")):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try:
+                    here(*flags)
+                except SystemExit as stop:
+                    assert stop.code == 2 and word in said.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------
