@@ -28,9 +28,9 @@ The idea in five lines:
     dL_m / ds            mask_gradient                     Eq. (15)
     o', i', t, t', k     Macs                              Eq. (5)
 
-    python bilevel_prune.py --search                            1.5 minutes, 0.6 GiB on two CPU cores
-    python bilevel_prune.py --search --method uniform --eval    1 minute more, from the same dense network
-    python bilevel_prune.py --bench                             1 minute, most of it torch.compile
+    python bilevel_prune.py --search                           1.5 minutes, 0.6 GiB on two CPU cores
+    python bilevel_prune.py --search --method uniform --eval   1 minute, from the same dense network
+    python bilevel_prune.py --bench                            1 minute, most of it torch.compile
 """
 import copy
 import json
