@@ -657,14 +657,15 @@ def _resume(path, model, optimizer, scheduler, extra):
 
 
 def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader, num_classes, cfg,
-        device, folder, clip=0.0, extra=None, per_step=False):
+        device, folder, clip=0.0, extra=None, per_step=False, after_step=None, observe=None):
     """Train a segmentation network; returns its best validation mIoU.
 
     loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
     the model, wrapped as the run needs it. The scheduler steps once an epoch, or after every step
     if `per_step` (poly schedules). last.pt and best.pt (highest mIoU) go to `folder`, one record an
     epoch to its log.jsonl. extra: dict of strings that say what is trained on what, stored too; a
-    checkpoint with other ones is not resumed.
+    checkpoint with other ones is not resumed. after_step() follows every optimizer step;
+    observe() -> dict joins the record of the epoch.
     """
     folder, start, best = Path(folder), 0, -1.0
     if cfg.resume and (folder / "last.pt").exists():
@@ -690,6 +691,8 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
                 sum(terms.values()).backward()
                 clip_gradients(model.parameters(), clip)
                 optimizer.step()
+            if after_step:
+                after_step()
             if per_step:
                 scheduler.step()
             terms = {name: value.detach() for name, value in terms.items()}
@@ -700,7 +703,7 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
         miou = evaluate(model, val_loader, num_classes, device, cfg.amp).miou()
         progress.close(epoch, terms, f" | val mIoU {100 * miou:.2f}")
         log_record(folder, stage=stage, epoch=epoch, miou=miou,
-                   **{k: float(v) for k, v in terms.items()})
+                   **{k: float(v) for k, v in terms.items()}, **(observe() if observe else {}))
         improved, best = miou > best, max(miou, best)
         items = dict(model=model.state_dict(), epoch=epoch + 1, miou=miou, best=best,
                      **(extra or {}))
@@ -738,10 +741,12 @@ def fold_bn(model):
     """A copy in eval mode with every BN folded into the convolution registered just before it.
 
     Works where conv and BN are neighbours in registration order and in data flow, as in
-    torchvision's backbones and in all networks here.
+    torchvision's backbones. A module where they are not brings a method fold_norms.
     """
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
+        if hasattr(module, "fold_norms"):
+            module.fold_norms()
         previous = previous_name = None
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d):

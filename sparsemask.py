@@ -1,0 +1,1179 @@
+r"""SparseMask: learn which connections of a densely connected decoder to keep.
+
+    Wu, Zhang, Huang: SparseMask: Differentiable Connectivity Learning for Dense Image Prediction.
+    ICCV 2019. Section, equation and table numbers below are the paper's.
+
+The idea in five lines:
+  1. A pre-trained classifier, cut into L stages, is the encoder; its features are E_1 .. E_L and G.
+  2. A decoder of L stages D_L .. D_1 reads everything that is not finer: the Fully Dense Network.
+  3. Each connection has a weight w in [0, 1]; a loss makes the weights binary, and few of them 1.
+  4. Connections with w < sigma go, then stages without input or without reader.
+  5. The small network that is left is trained anew, or moved to other encoders, data and tasks.
+
+    image -> [E1 1/2] -> [E2 1/2] -> [E3 1/4] -> .. -> [E9 1/32] -> (G 1x1)
+                |            |           |                 |          |
+                v            v           v                 v          v      every D_l may read
+    mask  <- [D1 1/2] <- [D2 1/2] <- [D3 1/4] <- .. <- [D9 1/32] <----+      E_i (i >= l),
+                                                                             D_i (i > l) and G
+
+    paper              here                                meaning
+    E_l, G, D_l        "E9", "G", "D9"                     features of encoder and decoder, 1 finest
+    T_l                sources(l, L)                       what D_l may read, 2 (L - l + 1) features
+    conv_l^t, bn_l^t   Decoder.conv[t], .link_norm[t]      of all readers of t, side by side
+    w_l^t              FullyDenseNet.w[D_l]                importance of a connection
+    f_up               resize                              bilinear up-sampling
+    L_s, L_m, mu       sparse_loss, cross, mean            Eq. (2)
+    alpha_l, lambda    alpha(l, L), cfg.lam                Eq. (5), Eq. (3)
+    sigma              cfg.sigma                           pruning threshold, Section 3.3
+
+@COMMANDS@
+"""
+import json
+import math
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch.func import functional_call
+
+import common
+import data
+import latency
+from common import (BaseConfig, InputError, autocast, count_macs, count_params, cross_entropy,
+                    evaluate, fit, load_checkpoint, load_weights, log_record, opt, rank,
+                    world_size)
+from data import IGNORE, torchvision
+
+# ---------------------------------------------------------------------------------------------
+# 1. Settings. Defaults are the paper's; the tag says where it says so.
+# ---------------------------------------------------------------------------------------------
+
+LOSSES = ("ours", "binary", "sparse", "task", "l1", "maskconnect")
+
+
+@dataclass
+class Config(BaseConfig):
+    size: tuple[int, int] = opt((513, 513), "training crop, H W in pixels (PAPER 4.1)")
+    scales: tuple[float, float] = opt((0.5, 2.0), "range of the random scale, drawn uniformly "
+                                      "(PAPER 4.1; OFFICIAL-CODE draws steps of 0.25)")
+    batch_size: int = opt(16, "images a training step, over all processes (PAPER 4.1)")
+    epochs: int = opt(50, "epochs of a pruned network or baseline (PAPER 4.1)")
+    search_epochs: int = opt(50, "epochs of the Fully Dense Network (PAPER 4.1)")
+    encoder: str = opt("mobilenet_v2", "classifier that becomes the encoder (PAPER 4.1, 5.1)",
+                       ("mobilenet_v2", "vgg16", "resnet50", "resnet101"))
+    weights_encoder: str = opt("imagenet", "none, imagenet (torchvision's, downloaded) or a file")
+    width: int = opt(64, "channels of every decoder stage (OFFICIAL-CODE)")
+    lam: float = opt(0.01, "lambda of Eq. (3) (PAPER 4.1)")
+    sigma: float = opt(0.001, "connections with w below it are dropped (PAPER 4.1)")
+    loss: str = opt("ours", "what drives w besides the task loss: ours = Eq. (2), its binary or "
+                    "sparse part alone, task = nothing (Table 1); l1, maskconnect (Figure 4)",
+                    LOSSES)
+    l1: float = opt(5e-3, "strength of --loss l1 (PAPER 4.2: 1e-3, 5e-3, 1e-2)")
+    k: int = opt(2, "inputs of every stage with --loss maskconnect (PAPER 4.2: 2 to 5)")
+    bn: bool = opt(True, "BN on every connection, Eq. (4); --no-bn is the ablation of 4.2")
+    w_range: str = opt("paper", "paper: w in [0, 1]; release: noisy w in [0, 2], halved in the "
+                       "loss and for pruning", ("paper", "release"))
+    simplify: bool = opt(False, "after the paper's rules, drop duplicate and subset stages "
+                         "(OFFICIAL-CODE)")
+    lr_encoder: float = opt(0.005, "SGD, encoder (PAPER 4.1)")
+    lr_decoder: float = opt(0.05, "SGD, decoder and w (PAPER 4.1; w: OFFICIAL-CODE)")
+    momentum: float = opt(0.9, "of SGD (PAPER 4.1)")
+    weight_decay: float = opt(4e-5, "of SGD (PAPER 4.1), on w too (OFFICIAL-CODE)")
+    poly: float = opt(0.9, "lr = lr0 (1 - step / steps)^poly (PAPER 4.1, power OFFICIAL-CODE)")
+    bn_momentum: float = opt(0.0, "of running BN statistics; 0 = 3e-4 (OFFICIAL-CODE), or "
+                             "10 / steps where that is more (OURS: a short run would never get "
+                             "away from the initial statistics)")
+    task: str = opt("segmentation", "what is predicted (PAPER 5.3)",
+                    ("segmentation", "saliency", "edges"))
+    network: str = opt("found", "what --train, --eval and --export work on: found is --arch",
+                       ("found", "released", "unet", "sparseacn", "fdn", "random", "random_rule",
+                        "fcn", "deeplabv3"))
+    arch: str = opt("", "arch.json, or the release's mask as .npy [<out>/arch.json]")
+    init: str = opt("", "checkpoint to start --train from: the later steps of 5.1 and 5.2")
+    weights: str = opt("", "checkpoint for --eval and --export [<out>/<network>/best.pt]")
+    split: str = opt("val", "split for --eval")
+    eval_scales: tuple[float, ...] = opt((1.0,), "scales for --eval, averaged (PAPER 5.1)")
+    flip: bool = opt(False, "average over mirrored pictures in --eval (PAPER 5.1)")
+    thresholds: int = opt(99, "thresholds of the edge scores, as in the benchmark")
+    frame: tuple[int, int] = opt((512, 512), "picture H W of the latency (PAPER Table 1)")
+    beside: str = opt("", "arch.json of another search, drawn beside this one as in Figure 5")
+    export: str = opt("", "after the other stages, write the network as a torch.export program")
+
+
+# Minutes on two cores. Some hundred steps cannot make w binary with the paper's lambda, so the
+# quick preset takes a larger one (OURS).
+QUICK = dict(size=(96, 192), batch_size=8, epochs=8, search_epochs=5, weights_encoder="none",
+             lam=0.3, lr_encoder=0.05, frame=(128, 256), scales=(0.75, 1.5), thresholds=19)
+
+# ---------------------------------------------------------------------------------------------
+# 2. Connectivities: {"D8": ("E9", "G"), ...}, deepest stage first
+# ---------------------------------------------------------------------------------------------
+
+# Strides of E_1 .. E_L, and their channels.
+ENCODERS = {
+    "mobilenet_v2": ((2, 2, 4, 8, 16, 16, 32, 32, 32), (32, 16, 24, 32, 64, 96, 160, 320, 1280)),
+    "vgg16": ((2, 4, 8, 16, 32), (64, 128, 256, 512, 512)),
+    "resnet50": ((2, 4, 8, 16, 32), (64, 256, 512, 1024, 2048)),
+    "resnet101": ((2, 4, 8, 16, 32), (64, 256, 512, 1024, 2048))}
+
+
+def sources(l, L):
+    """T_l of Eq. (1), 2 (L - l + 1) names: E_l .. E_L, G, D_L .. D_{l+1}."""
+    return (*(f"E{i}" for i in range(l, L + 1)), "G", *(f"D{i}" for i in range(L, l, -1)))
+
+
+def fully_dense(L):
+    """Every connection of Eq. (1); 2^{L (L + 1)} subsets."""
+    return {f"D{l}": sources(l, L) for l in range(L, 0, -1)}
+
+
+def unet(L):
+    """D_l reads E_l and D_{l+1}; the deepest stage reads E_L only (no G)."""
+    return {f"D{l}": (f"E{l}", f"D{l + 1}")[:1 + (l < L)] for l in range(L, 0, -1)}
+
+
+def sparse_acn(L):
+    """Of T_l in the order above, what lies 1, 2, 4, 8, 16 places back from the newest.
+
+    OURS: the only simple logarithmic pattern that gives Table 1's 0.72 M parameters.
+    """
+    return {stage: tuple(t for i, t in enumerate(found) if len(found) - i in (1, 2, 4, 8, 16))
+            for stage, found in fully_dense(L).items()}
+
+
+def drop_useless(connectivity):
+    """Rules (2) and (3) of Section 3.3, until nothing changes: stages without input go, stages that
+    nobody reads go. D_1 is read by the classifier. {} if nothing reaches D_1."""
+    while True:
+        read = {t for found in connectivity.values() for t in found} | {"D1"}
+        kept = {stage: tuple(t for t in found if t[0] != "D" or connectivity.get(t))
+                for stage, found in connectivity.items() if found and stage in read}
+        if kept == connectivity:
+            return kept
+        connectivity = kept
+
+
+def in_order(names):
+    """Names of features as T_l lists them: E from fine to deep, G, D from deep to fine."""
+    return tuple(sorted(names, key=lambda t: ("EGD".index(t[0]),
+                                              int(t[1:] or 0) * (-1 if t[0] == "D" else 1))))
+
+
+def drop_repeated(connectivity):
+    """The release's two passes after the paper's rules (OFFICIAL-CODE); D_1 is exempt.
+
+    Duplicates: of stages with the same inputs the deepest survives, for the others' readers too.
+    Subsets: a deeper stage goes if a finer one has all of its inputs and all of its readers.
+    """
+    kept = {stage: set(found) for stage, found in connectivity.items()}
+    inner = [stage for stage in kept if stage != "D1"]                      # deepest first
+
+    def readers(stage):
+        return {reader for reader, found in kept.items() if stage in found}
+
+    def drop(stage, heir=None):
+        for reader in readers(stage):
+            kept[reader] = kept[reader] - {stage} | ({heir} if heir else set())
+        del kept[stage]
+
+    for i, deep in enumerate(inner):
+        for fine in inner[i + 1:]:
+            if deep in kept and fine in kept and kept[deep] == kept[fine]:
+                drop(fine, heir=deep)
+    for i, fine in reversed(list(enumerate(inner))):
+        for deep in inner[:i]:
+            if (deep in kept and fine in kept and kept[deep] <= kept[fine]
+                    and readers(deep) <= readers(fine)):
+                drop(deep)
+    return {stage: in_order(found) for stage, found in kept.items()}
+
+
+def check_connectivity(value, L, where):
+    """A connectivity read from outside, in the order used here; InputError says what is wrong."""
+    known = fully_dense(L)
+    if not isinstance(value, dict) or not all(isinstance(v, (list, tuple)) for v in value.values()):
+        raise InputError(f"{where} is not a connectivity: stages with lists of their inputs, such "
+                         'as {"D1": ["E1", "G"]}, are expected')
+    for stage, found in value.items():
+        if stage not in known:
+            raise InputError(f"{where}: there is no decoder stage {stage}; this encoder has "
+                             f"D{L} to D1")
+        for t in found:
+            if t not in known["D1"] and t != "D1":
+                raise InputError(f"{where}: {stage} reads {t}, but there are only E1 to E{L}, G "
+                                 f"and D{L} to D1")
+            if t not in known[stage]:
+                raise InputError(f"{where}: {stage} cannot read {t}: inputs may not be finer than "
+                                 "the stage, and a decoder stage read by itself or by a deeper "
+                                 "one would close a cycle")
+            if t[0] == "D" and not value.get(t):
+                raise InputError(f"{where}: {stage} reads {t}, which has no inputs")
+    if not value.get("D1"):
+        raise InputError(f"{where}: nothing reaches D1, which the classifier reads; give it inputs")
+    read = {t for found in value.values() for t in found} | {"D1"}
+    useless = [stage for stage in value if stage not in read or not value[stage]]
+    if useless:
+        raise InputError(f"{where}: {useless[0]} has no inputs or no reader; leave it out")
+    return {stage: in_order(set(value[stage])) for stage in known if stage in value}
+
+
+def from_release_mask(mask, where):
+    """The release's bool mask (L, L, 2) -> connectivity.
+
+    Row r is stage D_{L-r}; [r, c, 0] is E_{L-c}, [r, 0, 1] is G, [r, c, 1] is D_{L+1-c}.
+    """
+    if mask.ndim != 3 or mask.dtype != bool or mask.shape != (len(mask), len(mask), 2):
+        raise InputError(f"{where} is not a mask of the release: {mask.dtype} of shape "
+                         f"{mask.shape}, expected bool (L, L, 2)")
+    L = len(mask)
+    found = {f"D{L - r}": [f"E{L - c}" if kind == 0 else "G" if c == 0 else f"D{L + 1 - c}"
+                           for c, kind in np.argwhere(mask[r])] for r in range(L)}
+    return check_connectivity({stage: names for stage, names in found.items() if names}, L, where)
+
+
+def read_connectivity(path):
+    """(encoder name, connectivity) of an arch.json or of the release's .npy mask."""
+    if str(path).endswith(".npy"):
+        try:
+            mask = np.load(path)                        # allow_pickle is False by default
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"cannot read the mask {path} ({error})")
+        if len(np.shape(mask)) and len(mask) != len(ENCODERS["mobilenet_v2"][0]):
+            raise InputError(f"{path} is a mask of shape {mask.shape}; MobileNet-V2's is (9, 9, 2)")
+        return "mobilenet_v2", from_release_mask(np.asarray(mask), path)
+    value = common.read_json(path, "arch.json")
+    if not isinstance(value, dict) or value.get("encoder") not in ENCODERS:
+        raise InputError(f"{path} does not name its encoder ({', '.join(ENCODERS)}); run --search")
+    L = len(ENCODERS[value["encoder"]][0])
+    return value["encoder"], check_connectivity(value.get("connectivity"), L, path)
+
+
+def transfer(connectivity, old, new):
+    """Section 5.1: the connectivity for another encoder, features matched by spatial size.
+
+    old, new: strides of the encoders' features. A size may have several features in one encoder
+    and fewer in the other: counted from the deepest of that size, the k-th goes to the k-th, or to
+    the last there is (OURS; D_1 goes to D_1, which the classifier reads). A decoder stage whose
+    place is missing, or taken by a deeper one, is dropped.
+    """
+    def place(l):
+        deeper = sum(stride == old[l - 1] for stride in old[l:])
+        same = [i for i, stride in enumerate(new, 1) if stride == old[l - 1]][::-1]
+        return same[min(deeper, len(same) - 1)] if same else None
+
+    stages = {}                                             # old stage -> new stage
+    for stage in connectivity:                              # deepest first
+        target = 1 if stage == "D1" else place(int(stage[1:]))
+        if target and f"D{target}" not in stages.values():
+            stages[stage] = f"D{target}"
+
+    def renamed(t):
+        if t[0] == "E":
+            return f"E{place(int(t[1:]))}" if place(int(t[1:])) else None
+        return t if t == "G" else stages.get(t)
+
+    moved = {stages[stage]: in_order({renamed(t) for t in found} - {None})
+             for stage, found in connectivity.items() if stage in stages}
+    return drop_useless(moved)
+
+
+def random_connectivity(L, generator, rule=False):
+    """A random subset of all connections, pruned by Section 3.3's rules.
+
+    rule: as in Section 4.2, all but the last decoder stage read a part of {E_l, G} only.
+    """
+    while True:
+        found = {stage: tuple(t for t in names if torch.rand((), generator=generator) < 0.5
+                              and (not rule or stage == "D1" or t in ("G", "E" + stage[1:])))
+                 for stage, names in fully_dense(L).items()}
+        if kept := drop_useless(found):
+            return kept
+
+
+# The release's, 15 connections. Figure 3 draws it without E8 -> D1; the 0.56 M need all 15.
+CONNECTIVITIES = {
+    "released": {"D8": ("E9", "G"), "D7": ("E7", "G"), "D6": ("E6", "G"),
+                 "D1": ("E1", "E6", "E7", "E8", "E9", "G", "D8", "D7", "D6")},
+    "unet": unet(9), "sparseacn": sparse_acn(9), "fdn": fully_dense(9)}
+
+
+def named_connectivity(name, encoder):
+    """A key of CONNECTIVITIES for any encoder: the patterns anew, the released one transferred."""
+    patterns = {"unet": unet, "sparseacn": sparse_acn, "fdn": fully_dense}
+    strides = ENCODERS[encoder][0]
+    if name in patterns:
+        return patterns[name](len(strides))
+    return transfer(CONNECTIVITIES[name], ENCODERS["mobilenet_v2"][0], strides)
+
+# ---------------------------------------------------------------------------------------------
+# 3. Networks: encoder (3.1.1), decoder (3.1.2), search form and pruned form, baselines
+# ---------------------------------------------------------------------------------------------
+
+
+def resize(x, size):
+    """f_up: bilinear, align_corners (OFFICIAL-CODE). A 1x1 map becomes a constant one."""
+    if x.shape[-2:] == size:
+        return x
+    if x.shape[-2:] == (1, 1):
+        return x.expand(*x.shape[:2], *size)
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+class Encoder(nn.Module):
+    """A torchvision classifier without its head: images (B, 3, H, W) -> {"E1": .., "EL": .., "G"}.
+
+    E_l has stride ENCODERS[name][0][l - 1], rounded up; G is the global average of E_L. On
+    MobileNet-V2, E_1 and E_9 are taken before their activation (OFFICIAL-CODE), which the decoder
+    applies. A stage of VGG16 ends with its pooling, so that the five strides are those of Figure 6
+    (OURS). weights: as common.classifier. dilate: the last halving is left out, for DeepLab-V3.
+    """
+
+    def __init__(self, name, weights="none", dilate=False):
+        super().__init__()
+        net = common.classifier(name, weights)
+        if name == "mobilenet_v2":
+            f = net.features
+            second = nn.Sequential(nn.ReLU6(), f[1])        # not in place: it would change E_1
+            cuts = [nn.Sequential(f[0][0], f[0][1]), second, f[2:4], f[4:7], f[7:11], f[11:14],
+                    f[14:17], f[17:18], nn.Sequential(f[18][0], f[18][1])]
+        elif name == "vgg16":
+            cuts = [net.features[a:b] for a, b in ((0, 5), (5, 10), (10, 17), (17, 24), (24, 31))]
+        else:
+            cuts = [nn.Sequential(net.conv1, net.bn1, net.relu),
+                    nn.Sequential(net.maxpool, net.layer1), net.layer2, net.layer3, net.layer4]
+        self.stages = nn.ModuleList(cuts)
+        self.strides, self.channels = ENCODERS[name]
+        self.act = nn.ReLU6() if name == "mobilenet_v2" else nn.ReLU()
+        if dilate:
+            for stage in (s for s, stride in zip(cuts, self.strides) if stride == 32):
+                _undo_stride(stage)
+
+    def forward(self, images):
+        features, x = {}, images
+        for l, stage in enumerate(self.stages, 1):
+            x = features[f"E{l}"] = stage(x)
+        features["G"] = x.mean((2, 3), keepdim=True)
+        return features
+
+
+def _undo_stride(stage):
+    """Stride 2 becomes 1, and the 3x3 convolutions behind it look twice as far."""
+    for module in list(stage.modules()):
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+            module.stride = (1, 1)
+        elif isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.dilation = module.padding = (2, 2)
+        elif isinstance(module, nn.MaxPool2d):
+            module.kernel_size, module.stride, module.padding = 3, 1, 1
+
+
+class Decoder(nn.Module):
+    """Eqs. (1) and (4) for any connectivity: features {"E1": .., "G": ..} -> D_1 (B, width, h, w).
+
+    Theorem 2: 1x1 convolution and up-sampling commute, so all convolutions run at the resolution
+    of their input. As they do not depend on the reader's resolution, one convolution serves all
+    readers of a feature, its output channels side by side. Up-sampling is linear: what has one
+    resolution is summed first, and up-sampled once.
+
+    search: with bn_l^t and, in forward, w_l^t. OFFICIAL-CODE, where the paper is silent: every
+    input passes `act` first, and one BN a stage follows the sum and stays after pruning.
+    """
+
+    def __init__(self, connectivity, channels, act, width=64, search=False, bn=True):
+        """channels: dict name of an encoder feature -> channels."""
+        super().__init__()
+        self.connectivity, self.act, self.width = connectivity, act, width
+        self.readers = {}                       # feature -> [(stage, position among its inputs)]
+        for stage, found in connectivity.items():
+            for j, t in enumerate(found):
+                self.readers.setdefault(t, []).append((stage, j))
+        channels = {**channels, **dict.fromkeys(connectivity, width)}
+        # Theorem 1: a convolution of concatenated features is a sum of convolutions.
+        self.conv = nn.ModuleDict({
+            t: nn.Conv2d(channels[t], width * len(readers), 1, bias=False)
+            for t, readers in self.readers.items()})
+        self.link_norm = nn.ModuleDict({
+            t: nn.BatchNorm2d(conv.out_channels) for t, conv in self.conv.items() if search and bn})
+        self.norm = nn.ModuleDict({stage: nn.BatchNorm2d(width) for stage in connectivity})
+
+    def channels_of(self, t, stage):
+        """The output channels of conv[t] that go to this stage."""
+        place = self.width * [reader for reader, _ in self.readers[t]].index(stage)
+        return slice(place, place + self.width)
+
+    def links(self, t, x, w):
+        """The feature x, named t, on its way to each reader: {stage: (B, width, h, w)}."""
+        z, readers = self.conv[t](self.act(x)), self.readers[t]
+        if w is not None:
+            scale = torch.stack([w[stage][j] for stage, j in readers]).repeat_interleave(self.width)
+            if t in self.link_norm:         # w bn(z) is a BN with w times its affine parameters
+                norm = self.link_norm[t]
+                z = functional_call(norm, {"weight": norm.weight * scale,
+                                           "bias": norm.bias * scale}, z)
+            else:
+                z = z * scale[:, None, None]
+        return {stage: part for (stage, _), part in zip(readers, z.split(self.width, 1))}
+
+    def forward(self, features, w=None):
+        """w: {stage: (|T_l|,)}, or None for the pruned form."""
+        features, links = dict(features), {}
+        for stage, found in self.connectivity.items():
+            sums = {}                                       # resolution -> sum over T_l
+            for t in found:
+                if t not in links:
+                    links[t] = self.links(t, features[t], w)
+                part = links[t].pop(stage)
+                size = part.shape[-2:]
+                sums[size] = sums[size] + part if size in sums else part
+            size = features["E" + stage[1:]].shape[-2:]
+            features[stage] = self.norm[stage](sum(resize(part, size) for part in sums.values()))
+        return self.act(features["D1"])
+
+
+def plain_decoder(decoder, features, w):
+    """Eq. (4) as it is written: convolution, BN, up-sampling and w one connection at a time.
+
+    The same parameters and running statistics as `decoder`, whose speed it is compared with.
+    """
+    features = dict(features)
+    for stage, found in decoder.connectivity.items():
+        size, total = features["E" + stage[1:]].shape[-2:], 0
+        for j, t in enumerate(found):
+            part = decoder.channels_of(t, stage)
+            z = F.conv2d(decoder.act(features[t]), decoder.conv[t].weight[part])
+            if t in decoder.link_norm:
+                norm = decoder.link_norm[t]
+                z = F.batch_norm(z, norm.running_mean[part], norm.running_var[part],
+                                 norm.weight[part], norm.bias[part], norm.training,
+                                 norm.momentum, norm.eps)
+            z = F.interpolate(z, size, mode="bilinear", align_corners=True)
+            total = total + w[stage][j] * z
+        features[stage] = decoder.norm[stage](total)
+    return decoder.act(features["D1"])
+
+
+class FullyDenseNet(nn.Module):
+    """The search space: encoder, fully dense decoder with w, classifier; Figures 1a and 7.
+
+    images (B, 3, H, W) -> logits (B, num_classes, H, W). encoder: name in ENCODERS. `w` holds the
+    learned parameters {stage: (|T_l|,)}; `used` what the last forward pass multiplied by, in the
+    range of `w_range`. k: MaskConnect's number of inputs, 0 for the paper's method.
+    """
+
+    def __init__(self, encoder="mobilenet_v2", num_classes=21, weights="none", width=64, bn=True,
+                 w_range="paper", k=0):
+        super().__init__()
+        self.encoder = Encoder(encoder, weights)
+        channels, L = feature_channels(self.encoder), len(self.encoder.channels)
+        self.decoder = Decoder(fully_dense(L), channels, self.encoder.act, width, True, bn)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        # w starts in the middle of its range (OFFICIAL-CODE: at 1 of [0, 2]).
+        self.top = 2.0 if w_range == "release" else 1.0
+        self.w = nn.ParameterDict({stage: nn.Parameter(torch.full((len(found),), self.top / 2))
+                                   for stage, found in self.decoder.connectivity.items()})
+        self.noisy, self.k, self.used = w_range == "release", k, None
+
+    def freeze_affine(self):
+        """OFFICIAL-CODE: BN's gamma and beta are fixed while searching, or they would do w's work
+        of scaling a connection; at (1, 0) in the decoder, as pre-trained in the encoder."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.requires_grad_(False)
+                module.bias.requires_grad_(False)
+
+    def forward(self, images):
+        self.used = {stage: self.effective(w) for stage, w in self.w.items()}
+        features = self.decoder(self.encoder(images), self.used)
+        return resize(self.classifier(features), images.shape[-2:])
+
+    def effective(self, w):
+        """What a connection is multiplied by: w, noisy w (release) or k ones (MaskConnect)."""
+        if self.k:
+            # MaskConnect: draw k inputs with probabilities w / sum(w), use them with weight 1, and
+            # hand the gradient on to the real w. Evaluation takes the k largest.
+            k = min(self.k, len(w))
+            chosen = (torch.multinomial(w.detach() + 1e-6, k) if self.training
+                      else w.detach().topk(k).indices)
+            return torch.zeros_like(w).index_fill(0, chosen, 1.0) + w - w.detach()
+        if self.noisy and self.training:        # the release adds noise in evaluation too: a slip
+            return (w + 0.1 * torch.randn_like(w)).clamp(0, self.top)
+        return w * 1.0
+
+    @torch.no_grad()
+    def clamp(self):
+        """After an optimizer step: back into the range."""
+        for w in self.w.values():
+            w.clamp_(0, self.top)
+
+    def shares(self):
+        """{stage: w in [0, 1]} as numbers, for pruning, pictures and arch.json."""
+        return {stage: (w.detach() / self.top).tolist() for stage, w in self.w.items()}
+
+
+def feature_channels(encoder):
+    """dict E_l, G -> channels."""
+    names = [f"E{l}" for l in range(1, len(encoder.channels) + 1)]
+    return {**dict(zip(names, encoder.channels)), "G": encoder.channels[-1]}
+
+
+class SparseMaskNet(nn.Module):
+    """The pruned network of a connectivity: images (B, 3, H, W) -> logits (B, num_classes, H, W).
+
+    connectivity: {"D8": ("E9", "G"), ...} for this encoder, or a key of CONNECTIVITIES. InputError
+    if it does not fit the encoder.
+    """
+
+    def __init__(self, connectivity, encoder="mobilenet_v2", num_classes=21, weights="none",
+                 width=64):
+        super().__init__()
+        self.encoder = Encoder(encoder, weights)
+        if isinstance(connectivity, str):
+            connectivity = named_connectivity(connectivity, encoder)
+        found = check_connectivity(connectivity, len(self.encoder.channels), "connectivity")
+        self.decoder = Decoder(found, feature_channels(self.encoder), self.encoder.act, width)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, images):
+        # D_1 is at 1/2; OURS: an activation before the classifier, else both are one linear map.
+        return resize(self.classifier(self.decoder(self.encoder(images))), images.shape[-2:])
+
+    def fold_norms(self):
+        """Eval mode: every stage's BN goes into its convolutions, the shift into the first one."""
+        decoder = self.decoder
+        for stage, found in decoder.connectivity.items():
+            norm = decoder.norm[stage]
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            for j, t in enumerate(found):
+                conv, part = decoder.conv[t], decoder.channels_of(t, stage)
+                conv.weight.data[part] *= scale[:, None, None, None]
+                if conv.bias is None:
+                    conv.bias = nn.Parameter(torch.zeros_like(conv.weight[:, 0, 0, 0]))
+                if j == 0:
+                    conv.bias.data[part] = norm.bias - norm.running_mean * scale
+            decoder.norm[stage] = nn.Identity()
+
+
+class FCN(nn.Module):
+    """The baseline of Table 1: one 1x1 convolution on E_L, up-sampled."""
+
+    def __init__(self, encoder="mobilenet_v2", num_classes=21, weights="none"):
+        super().__init__()
+        self.encoder = Encoder(encoder, weights)
+        self.classifier = nn.Conv2d(self.encoder.channels[-1], num_classes, 1)
+
+    def forward(self, images):
+        features = self.encoder(images)
+        deepest = self.encoder.act(features[f"E{len(self.encoder.channels)}"])
+        return resize(self.classifier(deepest), images.shape[-2:])
+
+
+class DeepLabV3(nn.Module):
+    """The baseline of Table 1 at output stride 16: ASPP of 1x1, three 3x3 and pooling, a 3x3.
+
+    OURS: the paper's 0.67 M parameters do not identify it. On MobileNet-V2 the ASPP reads E_8 (320
+    channels, before the expansion to 1280).
+    """
+
+    def __init__(self, encoder="mobilenet_v2", num_classes=21, weights="none", width=64):
+        super().__init__()
+        self.encoder = Encoder(encoder, weights, dilate=True)
+        self.source = "E8" if encoder == "mobilenet_v2" else "E5"
+        channels = feature_channels(self.encoder)[self.source]
+        self.aspp = torchvision.models.segmentation.deeplabv3.ASPP(channels, [6, 12, 18], width)
+        self.head = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False),
+                                  nn.BatchNorm2d(width), nn.ReLU())
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, images):
+        features = self.encoder(images)
+        deepest = self.encoder.act(features[self.source])
+        return resize(self.classifier(self.head(self.aspp(deepest))), images.shape[-2:])
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The sparse loss (3.2) and what it is compared with
+# ---------------------------------------------------------------------------------------------
+
+
+def cross(p, q):
+    """L_m(p, q) of Eq. (2), element by element; 1e-10 as in the release, log(0) being infinite."""
+    return -p * (q + 1e-10).log() - (1 - p) * (1 - q + 1e-10).log()
+
+
+def alpha(l, L):
+    """Eq. (5): every stage tends to two inputs."""
+    return min(2 / len(sources(l, L)), 0.5)
+
+
+def sparse_loss(w, alpha):
+    """The two terms of L_s(w_l, alpha), Eq. (2): w (|T_l|,) in [0, 1] -> scalars.
+
+    The first pushes every w to the nearer of 0 and 1: its gradient log((1 - w) / w) / |T_l| is
+    positive below 1/2. The second pulls the mean of w to alpha.
+    """
+    mean = w.mean()
+    return cross(w, w).mean(), cross(alpha, mean)
+
+
+def regularizer(net, cfg):
+    """What is added to the task loss, by name; lambda sum_l L_s of Eq. (3) for --loss ours."""
+    shares = {int(stage[1:]): used / net.top for stage, used in net.used.items()}
+    if cfg.loss == "l1":
+        return {"l1": cfg.l1 * sum(w.abs().sum() for w in shares.values())}
+    L = len(shares)
+    binary, sparse = map(sum, zip(*(sparse_loss(w, alpha(l, L)) for l, w in shares.items())))
+    return {name: cfg.lam * term for name, term in (("binary", binary), ("sparse", sparse))
+            if cfg.loss in ("ours", name)}
+
+
+def task_loss(logits, labels, cfg):
+    """L_task: pixel-wise cross-entropy (4.1); for edges balanced between the classes, as in HED.
+
+    Balanced: edge pixels weigh the share of the others, and the others the share of the edges, so
+    that both classes count the same however rare edges are.
+    """
+    if cfg.task != "edges":
+        return cross_entropy(logits, labels)
+    positive, negative = (labels == 1).sum(), (labels == 0).sum()
+    total = (positive + negative).clamp(min=1)
+    weight = torch.stack([positive, negative]) / total          # of classes 0 and 1
+    loss = F.cross_entropy(logits.float(), labels, weight.float(), ignore_index=IGNORE,
+                           reduction="sum")
+    return loss / total
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Search: train the Fully Dense Network under Eq. (3)
+# ---------------------------------------------------------------------------------------------
+
+
+def open_data(cfg, split, train=False):
+    """(set, loader) of a split for cfg.task: to train augmented and in batches, else one by one."""
+    if cfg.task == "segmentation":
+        return common.open_loader(cfg, split, train)
+    images = open_images(cfg, split)
+    data.check_segmentation(images)
+    transform = (data.eval_transform(cfg.image_scale) if not train else
+                 data.edge_transform(cfg.size) if cfg.task == "edges" else
+                 data.train_transform(cfg.size, cfg.scales, cfg.image_scale))
+    return images, data.make_loader(
+        images, range(len(images)), transform, cfg.batch_size // world_size() if train else 1,
+        train, cfg.workers, cfg.seed, rank(), world_size())
+
+
+def open_images(cfg, split):
+    return data.open_task(cfg.task, cfg.dataset, cfg.data_root or None, split,
+                          cfg.num_classes or None, cfg.size, cfg.seed)
+
+
+def poly_sgd(net, cfg, steps):
+    """The paper's protocol (4.1): SGD, a learning rate for the encoder and one for the rest, poly.
+
+    Also sets the momentum of the BN statistics. Returns (optimizer, scheduler, one step a batch).
+    """
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = cfg.bn_momentum or min(0.1, max(3e-4, 10 / steps))
+    encoder = {id(p) for p in net.encoder.parameters()}
+    learned = [p for p in net.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in learned if id(p) in encoder], "lr": cfg.lr_encoder},
+              {"params": [p for p in learned if id(p) not in encoder], "lr": cfg.lr_decoder}]
+    optimizer = torch.optim.SGD(groups, cfg.lr_decoder, cfg.momentum,
+                                weight_decay=cfg.weight_decay)
+    return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, cfg.poly)
+
+
+def search(cfg, device):
+    """--search: Figure 1: transform, search, prune; writes arch.json and pictures."""
+    images, loader = open_data(cfg, "train", train=True)
+    _, val_loader = open_data(cfg, "val")
+    classes, k = images.num_classes, cfg.k if cfg.loss == "maskconnect" else 0
+    net = FullyDenseNet(cfg.encoder, classes, cfg.weights_encoder, cfg.width, cfg.bn, cfg.w_range,
+                        k).to(device)
+    net.freeze_affine()
+    optimizer, schedule = poly_sgd(net, cfg, cfg.search_epochs * len(loader))
+
+    def loss_terms(forward, images, labels):                # Eq. (3)
+        return {"task": task_loss(forward(images), labels, cfg), **regularizer(net, cfg)}
+
+    def observe():
+        shares = torch.tensor(sum(net.shares().values(), []))
+        return {"w": net.shares(), "kept": int((shares >= cfg.sigma).sum()),
+                "undecided": float(((shares > 0.1) & (shares < 0.9)).float().mean())}
+
+    same = {key: str(getattr(cfg, key)) for key in ("encoder", "task", "dataset", "data_root",
+                                                    "loss", "w_range", "search_epochs")}
+    fit("search", net, loss_terms, optimizer, schedule, loader, val_loader, classes,
+        replace(cfg, epochs=cfg.search_epochs), device, cfg.out, extra=same, per_step=True,
+        after_step=net.clamp, observe=observe)
+    connectivity, gap = prune(net.shares(), cfg)
+    if rank() > 0:
+        return common.barrier()
+    derived = inherit(net.eval(), connectivity, cfg, classes).to(device)
+    miou = {"supernet_miou": common.read_log(cfg.out, "search")[-1]["miou"],
+            "derived_miou": evaluate(derived, val_loader, classes, device, cfg.amp).miou()}
+    report_search(cfg, net.shares(), connectivity, gap, miou, images)
+    common.barrier()
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Prune (3.3)
+# ---------------------------------------------------------------------------------------------
+
+
+def prune(shares, cfg):
+    """Section 3.3: {stage: [w in [0, 1]]} -> (connectivity, (largest dropped w, smallest kept)).
+
+    MaskConnect keeps the k largest of every stage instead of comparing with sigma.
+    """
+    L, rows = len(shares), {}
+    for stage, names in fully_dense(L).items():
+        w = shares[stage]
+        if cfg.loss == "maskconnect":
+            best = sorted(range(len(w)), key=lambda j: -w[j])[:cfg.k]
+            rows[stage] = [j in best for j in range(len(w))]
+        else:
+            rows[stage] = [value >= cfg.sigma for value in w]               # rule (1)
+    pairs = [(w, kept) for stage in rows for w, kept in zip(shares[stage], rows[stage])]
+    gap = (max((w for w, kept in pairs if not kept), default=None),
+           min((w for w, kept in pairs if kept), default=None))
+    connectivity = drop_useless({                                           # rules (2), (3)
+        stage: tuple(t for t, kept in zip(names, rows[stage]) if kept)
+        for stage, names in fully_dense(L).items()})
+    if not connectivity:
+        raise InputError("every connection of D1 was dropped: nothing is left to classify; search "
+                         "with a smaller --lam or --l1, or with --sigma below "
+                         f"{max(shares['D1']):.1e}")
+    return drop_repeated(connectivity) if cfg.simplify else connectivity, gap
+
+
+@torch.no_grad()
+def inherit(net, connectivity, cfg, classes):
+    """The pruned network with the supernet's weights: w and bn_l^t folded into the convolutions.
+
+    In eval mode bn(z) w = a z + b with numbers a, b a channel. a scales the convolution; b is a
+    constant map, which up-sampling leaves alone, and moves the mean of the stage's BN.
+    """
+    pruned = SparseMaskNet(connectivity, cfg.encoder, classes, width=cfg.width)
+    pruned.encoder.load_state_dict(net.encoder.state_dict())
+    pruned.classifier.load_state_dict(net.classifier.state_dict())
+    old, new = net.decoder, pruned.decoder
+    for stage, found in connectivity.items():
+        new.norm[stage].load_state_dict(old.norm[stage].state_dict())
+        for t in found:
+            a = net.effective(net.w[stage])[old.connectivity[stage].index(t)]
+            here, there = old.channels_of(t, stage), new.channels_of(t, stage)
+            if t in old.link_norm:
+                norm = old.link_norm[t]
+                scale = norm.weight[here] / (norm.running_var[here] + norm.eps).sqrt()
+                new.norm[stage].running_mean -= a * (norm.bias[here]
+                                                     - norm.running_mean[here] * scale)
+                a = (a * scale)[:, None, None, None]
+            new.conv[t].weight[there] = a * old.conv[t].weight[here]
+    return pruned.eval()
+
+
+def report_search(cfg, shares, connectivity, gap, miou, images):
+    """Print what was found; arch.json and the pictures."""
+    L = len(shares)
+    links, (dropped, least) = sum(map(len, connectivity.values())), gap
+    print("\n".join(f"  {stage} <- {', '.join(found)}" for stage, found in connectivity.items()))
+    print(f"{links} of {L * (L + 1)} connections, {len(connectivity)} of {L} decoder stages")
+    if dropped is None:
+        print(f"nothing was below sigma, the smallest w is {least:.1e}")
+    else:
+        print(f"largest dropped w {dropped:.1e}, smallest kept {least:.1e}"
+              + (f", {least / dropped:.3g} times as much" if dropped else ""))
+    print("".join(f"{name} {100 * value:.2f} " for name, value in miou.items())
+          + "(retrained mIoU comes from --train)")
+    size, dense = (decoder_params(SparseMaskNet(found, cfg.encoder, images.num_classes,
+                                                width=cfg.width))
+                   for found in (connectivity, fully_dense(L)))
+    print(f"decoder: {size:,} parameters of the {dense:,} of the Fully Dense Network")
+    names = fully_dense(L)
+    arch = {"encoder": cfg.encoder, "connectivity": connectivity, "task": cfg.task,
+            "dataset": cfg.dataset, "loss": cfg.loss, "decoder_params": size, **miou,
+            "largest_dropped_w": gap[0], "smallest_kept_w": gap[1],
+            "w": {stage: dict(zip(names[stage], [round(w, 6) for w in shares[stage]]))
+                  for stage in names}}
+    common.write_text(Path(cfg.out) / "arch.json", readable_json(arch))
+    draw_search(cfg, connectivity, shares)
+    print(f"in {cfg.out}: arch.json, connectivity.png, weights.png, weights_over_time.png, "
+          f"search.png\nnext: python sparsemask.py --train --eval --bench"
+          f"{common.flags_of(cfg, QUICK)}")
+
+
+def decoder_params(net):
+    """Parameters that are not the encoder's, as the paper counts them."""
+    return count_params(net) - count_params(net.encoder)
+
+
+def readable_json(arch):
+    """JSON with one row a connectivity stage: D8: [E9, G]."""
+    rows = []
+    for key, value in arch.items():
+        text = json.dumps(value)
+        if isinstance(value, dict):
+            text = "{" + ",".join(f"\n  {json.dumps(k)}: {json.dumps(v)}"
+                                  for k, v in value.items()) + "}"
+        rows.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(rows) + "}\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Pictures of a search
+# ---------------------------------------------------------------------------------------------
+
+SOURCE_COLOURS = {"E": (60, 110, 190), "G": (200, 120, 30), "D": (40, 140, 70)}
+
+
+def draw_connectivity(path, connectivity, encoder, title):
+    """As Figure 3: encoder on the left, decoder on the right, finest stage on top; what was dropped
+    is pale."""
+    strides, channels = ENCODERS[encoder]
+    L, row, font = len(strides), 64, ImageFont.load_default(size=20)
+    image = Image.new("RGB", (1180, 110 + row * (L + 1)), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((20, 34), title, common.INK, ImageFont.load_default(size=26), "lm")
+    place = {"G": (190, 80 + row * L + 24)}
+    for l in range(1, L + 1):
+        place[f"E{l}"], place[f"D{l}"] = (190, 80 + row * l - 40), (720, 80 + row * l - 40)
+    for stage, found in connectivity.items():
+        for t in found:
+            (x0, y0), (x1, y1) = place[t], place[stage]
+            if t[0] == "D":                                 # an arc on the right, not through boxes
+                x0, x1, bulge = x0 + 50, x1 + 50, 60 + 45 * (int(t[1:]) - int(stage[1:]))
+            else:
+                x0, x1, bulge = x0 + 50, x1 - 50, 0
+            steps = [i / 40 for i in range(41)]
+            draw.line([(x0 + (x1 - x0) * s + 4 * bulge * s * (1 - s) * 0.75, y0 + (y1 - y0) * s)
+                       for s in steps], SOURCE_COLOURS[t[0]], 3, joint="curve")
+    used = {t for found in connectivity.values() for t in found} | set(connectivity)
+    for name, (x, y) in place.items():
+        colour = SOURCE_COLOURS[name[0]] if name in used else common.FAINT
+        draw.rounded_rectangle((x - 50, y - 20, x + 50, y + 20), 8, "white", colour, 3)
+        draw.text((x, y), name, common.INK if name in used else common.NO_VALUE, font, "mm")
+        if name[0] == "E":
+            l = int(name[1:])
+            draw.text((x - 64, y), f"{channels[l - 1]}, 1/{strides[l - 1]}", common.INK,
+                      ImageFont.load_default(size=16), "rm")
+    common._save_png(image, path)
+
+
+def weight_rows(shares):
+    """(row names, column names, values with NaN) of a heat map: stage by input."""
+    L, columns = len(shares), sources(1, len(shares))
+    values = [[shares[stage][names.index(t)] if t in names else math.nan for t in columns]
+              for stage, names in fully_dense(L).items()]
+    return list(fully_dense(L)), columns, values
+
+
+def draw_search(cfg, connectivity, shares):
+    """connectivity.png, weights.png (Figure 5), weights_over_time.png, search.png."""
+    out, rows = Path(cfg.out), common.read_log(cfg.out, "search")
+    draw_connectivity(out / "connectivity.png", connectivity, cfg.encoder,
+                      f"{sum(map(len, connectivity.values()))} connections kept, "
+                      f"loss {cfg.loss}, {cfg.dataset}")
+    names, columns, values = weight_rows(shares)
+    title = f"w after the search, loss {cfg.loss}"
+    if cfg.beside:
+        other = common.read_json(cfg.beside, "arch.json")
+        encoder, _ = read_connectivity(cfg.beside)
+        if encoder != cfg.encoder or "w" not in other:
+            raise InputError(f"{cfg.beside} holds no weights w of a search on {cfg.encoder}")
+        more = weight_rows({stage: list(w.values()) for stage, w in other["w"].items()})[2]
+        title += f"; below: loss {other.get('loss')}"
+        names = names + [""] + names
+        values = values + [[math.nan] * len(columns)] + more
+    common.heat_map(out / "weights.png", title, names, columns, values)
+    links = [(stage, j, t) for stage, found in fully_dense(len(shares)).items()
+             for j, t in enumerate(found)]
+    common.heat_map(out / "weights_over_time.png", "w of every connection after each epoch",
+                    [f"{t} to {stage}" for stage, _, t in links], [r["epoch"] + 1 for r in rows],
+                    [[r["w"][stage][j] for r in rows] for stage, j, _ in links],
+                    (max(500, 160 + 14 * len(rows)), 100 + 14 * len(links)))
+    common.line_chart(out / "search.png", "Search", "epoch", "share", {
+        "kept (w >= sigma)": [(r["epoch"] + 1, r["kept"] / len(links)) for r in rows],
+        "undecided (0.1 to 0.9)": [(r["epoch"] + 1, r["undecided"]) for r in rows],
+        "supernet mIoU": [(r["epoch"] + 1, r["miou"]) for r in rows]})
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Train the pruned network, or a baseline (3.3, 4.1, 5)
+# ---------------------------------------------------------------------------------------------
+
+
+def find_connectivity(cfg):
+    """The connectivity that --network and --arch name, for cfg.encoder."""
+    L = len(ENCODERS[cfg.encoder][0])
+    if cfg.network.startswith("random"):
+        generator = torch.Generator().manual_seed(cfg.seed)
+        return random_connectivity(L, generator, cfg.network == "random_rule")
+    if cfg.network != "found":
+        return named_connectivity(cfg.network, cfg.encoder)
+    path = cfg.arch or str(Path(cfg.out) / "arch.json")
+    old, connectivity = read_connectivity(path)
+    if old == cfg.encoder:
+        return connectivity
+    moved = transfer(connectivity, ENCODERS[old][0], ENCODERS[cfg.encoder][0])
+    return check_connectivity(moved, L, f"{path}, transferred from {old} to {cfg.encoder}")
+
+
+def build(cfg, classes, weights="none"):
+    """The network that --network names."""
+    if cfg.network == "fcn":
+        return FCN(cfg.encoder, classes, weights)
+    if cfg.network == "deeplabv3":
+        return DeepLabV3(cfg.encoder, classes, weights, cfg.width)
+    return SparseMaskNet(find_connectivity(cfg), cfg.encoder, classes, weights, cfg.width)
+
+
+def folder_of(cfg):
+    """Run folder of one trained network."""
+    parts = [cfg.network] + [value for value, usual in ((cfg.encoder, "mobilenet_v2"),
+                                                        (cfg.task, "segmentation"))
+                             if value != usual]
+    return Path(cfg.out) / "_".join(parts)
+
+
+def identity_of(cfg):
+    """What a checkpoint says about itself, so that it is not taken for another network's."""
+    arch = cfg.network if cfg.network in ("fcn", "deeplabv3") else json.dumps(
+        find_connectivity(cfg))
+    return {"arch": f"{cfg.encoder} {arch}", "dataset": f"{cfg.dataset} {cfg.data_root}",
+            "task": cfg.task}
+
+
+def start_from(net, path):
+    """--init: the weights of an earlier step; a classifier for other classes starts anew."""
+    state = load_checkpoint(path)["model"]
+    own = net.state_dict()
+    for key in ("classifier.weight", "classifier.bias"):
+        if key in state and state[key].shape != own[key].shape:
+            print(f"{path} was trained for {len(state[key])} classes: the classifier starts anew")
+            state = {**state, "classifier.weight": own["classifier.weight"],
+                     "classifier.bias": own["classifier.bias"]}
+    load_weights(net, state, path)
+
+
+def train(cfg, device):
+    """--train: the network under L_task alone, by the protocol of the search."""
+    images, loader = open_data(cfg, "trainval" if cfg.dataset == "bsds500" else "train", train=True)
+    _, val_loader = open_data(cfg, "val")
+    torch.manual_seed(cfg.seed)
+    net = build(cfg, images.num_classes, "none" if cfg.init else cfg.weights_encoder)
+    if cfg.init:
+        start_from(net, cfg.init)
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    net, folder = net.to(device, memory_format=layout), folder_of(cfg)
+    optimizer, schedule = poly_sgd(net, cfg, cfg.epochs * len(loader))
+
+    def loss_terms(forward, images, labels):
+        return {"task": task_loss(forward(images), labels, cfg)}
+
+    best = fit(cfg.network, net, loss_terms, optimizer, schedule, loader, val_loader,
+               images.num_classes, cfg, device, folder, extra=identity_of(cfg), per_step=True)
+    if rank() == 0:
+        print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
+              f"val {100 * best:.2f} -> {folder}/best.pt\n"
+              f"next: python sparsemask.py --eval --bench{common.flags_of(cfg, QUICK)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. Evaluate and bench
+# ---------------------------------------------------------------------------------------------
+
+
+def restore(cfg, classes, device):
+    """The trained network in eval mode. Edges take the last epoch: mIoU says little about them."""
+    last = "last.pt" if cfg.task == "edges" else "best.pt"
+    path = cfg.weights or folder_of(cfg) / last
+    state = load_checkpoint(path, ("model", "arch"))
+    if state["arch"] != identity_of(cfg)["arch"]:
+        raise InputError(f"{path} was trained for another connectivity or encoder than this "
+                         "command names; train again or name its own --arch, --network, --encoder")
+    net = build(cfg, classes)
+    load_weights(net, state["model"], path)
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    return net.eval().to(device, memory_format=layout)
+
+
+def evaluate_network(cfg, device):
+    """--eval: mIoU, or the scores of Tables 5 and 6, and pictures."""
+    images, loader = open_data(cfg, cfg.split)
+    net = restore(cfg, images.num_classes, device)
+    forward = torch.compile(net) if cfg.compile else net
+    if cfg.task != "segmentation":
+        return evaluate_map(cfg, forward, images, loader, device)
+    matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp, cfg.eval_scales,
+                      cfg.flip)
+    if rank() == 0:
+        common.report_segmentation(cfg.network, matrix, images, cfg, folder_of(cfg))
+        common.draw_segmentations(net, images, cfg, device, folder_of(cfg))
+
+
+@torch.no_grad()
+def evaluate_map(cfg, net, images, loader, device):
+    """Saliency: F_beta, MAE. Edges: ODS, OIS, AP, R50 after non-maximum suppression (5.3)."""
+    scores = SaliencyScores() if cfg.task == "saliency" else EdgeScores(cfg.thresholds)
+    rows, start = [], time.perf_counter()
+    indices = list(loader.sampler)                          # this rank's pictures
+    for (pixels, labels), (_, i) in zip(loader, indices):
+        with autocast(device, cfg.amp):
+            y = common.probabilities(net, pixels.to(device), labels.shape[-2:], cfg.eval_scales,
+                                     cfg.flip)[0, 1].double().cpu().numpy()
+        if cfg.task == "edges":
+            thinned = edge_nms(y)
+            scores.update(thinned, images.annotations(i))
+        else:
+            scores.update(y, labels[0])
+        if len(rows) < 4 and i % max(1, len(images) // 4) == 0:
+            drawn = [y] if cfg.task == "saliency" else [y, thinned]
+            rows.append([images[i][0], *(Image.fromarray((255 * m).astype(np.uint8)) for m in
+                                         (np.asarray(labels[0]) == 1, *drawn))])
+    result = scores.reduce(device).result()
+    if rank() == 0:
+        folder = folder_of(cfg)
+        titles = ("image", "label", cfg.task) + ("thinned",) * (cfg.task == "edges")
+        common.comparison(rows, titles, folder / f"{cfg.task}.png")
+        log_record(folder, stage="eval", split=cfg.split, **result)
+        print(f"{cfg.network} on {cfg.split}, {len(images)} pictures in "
+              f"{time.perf_counter() - start:.0f} s: "
+              + ", ".join(f"{name} {value:.3f}" for name, value in result.items())
+              + f"\npicture: {folder}/{cfg.task}.png")
+
+
+# Table 1: mIoU on VOC val, decoder parameters in M, FPS at 512x512 on a Titan Xp.
+PAPER = {"fcn": (63.80, 0.03, 156), "deeplabv3": (72.51, 0.67, 50), "unet": (64.72, 0.16, 97),
+         "sparseacn": (72.23, 0.72, 74), "fdn": (72.72, 1.93, 37), "released": (73.18, 0.56, 98)}
+
+
+def bench(cfg, device):
+    """--bench: parameters, conv MACs and latency (BN folded) beside Table 1; writes bench.json."""
+    found = cfg.arch or (Path(cfg.out) / "arch.json").exists()
+    names = (["found"] if found else []) + list(PAPER)
+    nets = {name: build(replace(cfg, network=name), 21).eval() for name in names}
+    about, rows = latency.compare(nets, cfg.frame, device, cfg)
+    print(f"{'21 classes':12s} {'decoder params':>14s} {'conv MACs':>10s} | paper: M params, FPS, "
+          "mIoU on VOC")
+    for name, net in nets.items():
+        macs = rows[name]["conv_macs"] - count_macs(net.encoder, cfg.frame)
+        rows[name].update(decoder_params=decoder_params(net), decoder_macs=macs)
+        miou, params, fps = PAPER.get(name, (None,) * 3)
+        print(f"{name:12s} {decoder_params(net):14,d} {macs / 1e9:8.3f} G | "
+              + (f"{params:.2f}, {fps}, {miou:.2f}" if params else ""))
+    common.write_text(Path(cfg.out) / "bench.json", json.dumps(
+        {**about, "networks": rows, "paper": PAPER}, indent=1))
+    print(f"in {cfg.out}: bench.json")
+
+
+def bench_search(cfg, device):
+    """--bench-search: a search step with the decoder as it is here and as Eq. (4) is written."""
+    net = FullyDenseNet(cfg.encoder, 21, width=cfg.width, bn=cfg.bn).to(device)
+    net.freeze_affine()
+    optimizer, _ = poly_sgd(net, cfg, 1000)
+    shape = (cfg.batch_size, *cfg.size)
+    images = torch.randn(shape[0], 3, *shape[1:]).to(device)
+    labels = torch.randint(0, 21, shape).to(device)
+
+    def step(decoder):
+        start = time.perf_counter()
+        with autocast(device, cfg.amp):
+            net.used = {stage: net.effective(w) for stage, w in net.w.items()}
+            d1 = decoder(net.encoder(images), net.used)
+            logits = resize(net.classifier(d1), images.shape[-2:])
+            loss = cross_entropy(logits, labels) + sum(regularizer(net, cfg).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        net.clamp()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    decoders = {"fused": net.decoder, "plain": lambda *x: plain_decoder(net.decoder, *x)}
+    print(f"{latency.device_name(device)}, {torch.get_num_threads()} threads, batch {shape[0]}, "
+          f"3x{shape[1]}x{shape[2]}, 21 classes, {cfg.encoder}; a step: forward, backward, update")
+    peak = {}
+    for name, decoder in decoders.items():                  # the smaller first: peaks only grow
+        for _ in range(3):
+            step(decoder)
+        peak[name] = common.peak_memory(device)
+    times = {name: [] for name in decoders}
+    for _ in range(9):
+        for name, decoder in decoders.items():
+            times[name].append(step(decoder))
+    for name, t in times.items():
+        t.sort()
+        print(f"{name}: median {t[4]:.2f} s of 9 in turn ({t[0]:.2f} to {t[-1]:.2f}), peak memory "
+              f"{peak[name]:.2f} GiB", flush=True)
+
+
+def export_network(cfg):
+    """--export FILE: the folded network as a torch.export program for pictures of --frame."""
+    net = restore(cfg, open_images(cfg, cfg.split).num_classes, torch.device("cpu"))
+    error = common.export(net, cfg.frame, cfg.export)
+    print(f"{cfg.export}: torch.export program for 1x3x{cfg.frame[0]}x{cfg.frame[1]}, largest "
+          f"difference to the network {error:.1e}")
+
+
+# ---------------------------------------------------------------------------------------------
+# 10. main
+# ---------------------------------------------------------------------------------------------
+
+STAGES = {"search": "train the Fully Dense Network, prune it; writes arch.json",
+          "train": "train --network from the pre-trained encoder",
+          "eval": "scores and pictures of a trained network",
+          "bench": "parameters, MACs and measured latency beside Table 1",
+          "bench-search": "time and memory of a search step, against the plain formulation"}
+
+
+def check(cfg, stages):
+    """Refuse early what cannot work."""
+    if not cfg.width > 0 or not cfg.search_epochs > 0 or cfg.k < 1 or cfg.thresholds < 1:
+        raise InputError("--width, --search-epochs, --k and --thresholds must be 1 or more")
+    if not 0 < cfg.sigma < 1 or cfg.lam < 0 or cfg.l1 < 0:
+        raise InputError("--sigma lies between 0 and 1, --lam and --l1 are not negative")
+    if not cfg.eval_scales or min(cfg.eval_scales) <= 0 or min(cfg.frame) < 32:
+        raise InputError("--eval-scales must be positive, --frame 32 pixels a side or more")
+    if cfg.dataset not in data.TASK_SETS[cfg.task]:
+        raise InputError(f"--task {cfg.task} has no data set {cfg.dataset}; choose "
+                         f"{', '.join(data.TASK_SETS[cfg.task])}")
+    if stages & {"search", "train"} and (cfg.batch_size % world_size()
+                                         or cfg.batch_size // world_size() < 2):
+        raise InputError(f"--batch-size {cfg.batch_size} over {world_size()} processes: each needs "
+                         "the same number and 2 or more, as BN sees one value a picture at G")
+
+
+def main(argv=None):
+    stages, cfg = common.parse_args(Config, "sparsemask", STAGES, QUICK, __doc__, argv)
+    device = common.setup(cfg)
+    check(cfg, stages)
+    if "bench-search" not in stages:
+        common.write_config(cfg, stages)
+    if stages & {"train", "eval"}:
+        open_images(cfg, "val")                             # missing? say so before the search
+    if stages & {"train", "eval"} and "search" not in stages:
+        identity_of(cfg)                                    # the same for a bad arch.json
+    if "search" in stages:
+        search(cfg, device)
+    if "train" in stages:
+        train(cfg, device)
+    if "eval" in stages:
+        evaluate_network(cfg, device)
+    if rank() == 0 and "bench" in stages:
+        bench(cfg, device)
+    if "bench-search" in stages:
+        bench_search(cfg, device)
+    if rank() == 0 and cfg.export:
+        export_network(cfg)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
