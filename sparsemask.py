@@ -30,7 +30,6 @@ The idea in five lines:
 """
 import json
 import math
-import random
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +48,7 @@ from common import (BaseConfig, InputError, autocast, count_macs, count_params, 
                     evaluate, fit, load_checkpoint, load_weights, log_record, opt, rank,
                     world_size)
 from data import IGNORE, torchvision
+from fragment_metrics import EdgeScores, SaliencyScores, edge_nms
 
 # ---------------------------------------------------------------------------------------------
 # 1. Settings. Defaults are the paper's; the tag says where it says so.
@@ -71,6 +71,8 @@ class Config(BaseConfig):
     width: int = opt(64, "channels of every decoder stage (OFFICIAL-CODE)")
     lam: float = opt(0.01, "lambda of Eq. (3) (PAPER 4.1)")
     sigma: float = opt(0.001, "connections with w below it are dropped (PAPER 4.1)")
+    dataset: str = opt("synthetic", "where images come from",
+                       tuple(dict.fromkeys(sum(data.TASK_SETS.values(), ()))))
     loss: str = opt("ours", "what drives w besides the task loss: ours = Eq. (2), its binary or "
                     "sparse part alone, task = nothing (Table 1); l1, maskconnect (Figure 4)",
                     LOSSES)
