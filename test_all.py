@@ -659,7 +659,7 @@ def test_edge_transform_keeps_thin_lines():
         assert 0.65 < edge.sum() / length < (2.6 if factor > 1 else 2.3), (kind, factor, step)
         inside = out != 255
         over = lambda *shift: (bright * inside * edge.roll(shift, (0, 1))).sum()
-        assert over(0, 0) > max(over(-2, 0), over(2, 0), over(0, -2), over(0, 2))
+        assert over(0, 0) > max(over(-4, 0), over(4, 0), over(0, -4), over(0, 4))
         assert inside.all() if step % 4 == 0 else 0.6 < inside.float().mean() < 1
     ignored = torch.full(sides, 255, dtype=torch.uint8)
     ignored[20] = 1
