@@ -976,38 +976,42 @@ def train_transform(size, scales=(0.5, 2.0), base_scale=1.0):
 class TurnEdges(v2.Transform):
     """Scale by 1/2, 1 or 3/2 and turn by a multiple of 22.5 degrees, image and edge label.
 
-    Nearest interpolation would break a line one pixel wide, so the label is resized by the maximum
-    over the pixels below a target pixel (its windows cover all pixels: no edge is lost), and
-    turned by bilinear interpolation cut at 1/4: a sample within half a pixel of a line, straight
-    or diagonal, is never below that, so the line stays connected and gets at most 2 pixels wide.
+    Nearest interpolation would break lines one pixel wide. So when the label shrinks, each edge
+    pixel marks the target pixel it falls into: a maximum over the pixels below, none is lost and a
+    line stays one pixel wide. And the label is turned by bilinear interpolation cut at 1/4: samples
+    within half a pixel of a line, straight or diagonal, are above that, so it stays connected.
     """
 
     def make_params(self, flat_inputs):
-        step = int(torch.randint(16, ()))
-        factor = (0.5, 1.0, 1.5)[int(torch.randint(3, ()))]
+        factor, step = (0.5, 1.0, 1.5)[int(torch.randint(3, ()))], int(torch.randint(16, ()))
         size = [max(1, round(side * factor)) for side in flat_inputs[0].shape[-2:]]
         # Quarter turns move pixels and interpolate nothing; 0 to 67.5 degrees are left.
         return {"size": size, "quarters": step // 4, "angle": step % 4 * 22.5}
 
     def transform(self, inpt, params):
-        if isinstance(inpt, tv_tensors.Mask):
-            label = inpt.as_subclass(torch.Tensor)
-            planes = torch.stack([label == 1, label == IGNORE]).float()  # (2, H, W)
-            planes = torch.nn.functional.adaptive_max_pool2d(planes, params["size"])
-            edge, ignore = self._turn(planes, params, [0.0, 1.0]) >= 0.25
-            out = torch.where(edge, 1, torch.where(ignore, IGNORE, 0)).to(label.dtype)
-            return tv_tensors.Mask(out)
-        image = v2.functional.resize(inpt, params["size"], antialias=True)
-        fill = [round(255 * m) for m in MEAN]
-        return tv_tensors.Image(self._turn(image.as_subclass(torch.Tensor), params, fill))
+        bilinear, plane = v2.InterpolationMode.BILINEAR, inpt.as_subclass(torch.Tensor)
+        turn = lambda p, fill: (v2.functional.rotate(p, params["angle"], bilinear, fill=fill)
+                                if params["angle"] else p)
+        if not isinstance(inpt, tv_tensors.Mask):
+            plane = v2.functional.resize(plane, params["size"], antialias=True)
+            plane = torch.rot90(plane, params["quarters"], (-2, -1))
+            return tv_tensors.Image(turn(plane, [round(255 * m) for m in MEAN]))
+        plane = torch.rot90(_resize_edges(plane, *params["size"]), params["quarters"])
+        edge, ignore = turn(torch.stack([plane == 1, plane == IGNORE]).float(), [0.0, 1.0]) >= 0.25
+        return tv_tensors.Mask(torch.where(edge, 1, torch.where(ignore, IGNORE, 0)).to(plane.dtype))
 
-    @staticmethod
-    def _turn(planes, params, fill):
-        planes = torch.rot90(planes, params["quarters"], (-2, -1))
-        if params["angle"]:
-            planes = v2.functional.rotate(planes, params["angle"],
-                                          v2.InterpolationMode.BILINEAR, fill=fill)
-        return planes
+
+def _resize_edges(label, height, width):
+    """(H, W) -> (height, width), an edge going before IGNORE and IGNORE before none."""
+    old_height, old_width = label.shape
+    if height >= old_height:
+        nearest = v2.InterpolationMode.NEAREST_EXACT  # enlarged, every pixel is hit
+        return v2.functional.resize(label[None], [height, width], nearest)[0]
+    out = torch.zeros(height, width, dtype=label.dtype)
+    for value in (IGNORE, 1):
+        y, x = (2 * index + 1 for index in (label == value).nonzero(as_tuple=True))
+        out[y * height // (2 * old_height), x * width // (2 * old_width)] = value
+    return out
 
 
 def edge_transform(size):

@@ -108,9 +108,11 @@ def edge_nms(probability, radius=1, border=5, margin=1.01):
         beside = ((1 - b) * ((1 - a) * edge[y0, x0] + a * edge[y0, x0 + 1])
                   + b * ((1 - a) * edge[y0 + 1, x0] + a * edge[y0 + 1, x0 + 1]))
         keep &= edge * margin >= beside
-    fade_y, fade_x = (np.minimum(1.0, np.minimum(p, p[::-1]) / border) if border else np.ones(len(p))
-                      for p in (np.arange(height), np.arange(width)))
-    return edge * keep * fade_y[:, None] * fade_x
+    for size, axis in zip(edge.shape, (0, 1)):
+        inward = np.minimum(np.arange(size), np.arange(size)[::-1])  # pixels to the frame
+        fade = np.clip(inward / border, 0, 1) if border else np.ones(size)
+        edge = edge * np.expand_dims(fade, 1 - axis)
+    return edge * keep
 
 
 def _thinning_tables():
@@ -137,8 +139,9 @@ THINNING = _thinning_tables()
 def thin(mask):
     """(H, W) bool -> (H, W) bool: lines one pixel wide, connected as before.
 
-    The benchmark thins every thresholded map so: non-maximum suppression leaves two pixels side by
-    side where they are equal to 1%, and the second would count as a false positive.
+    The benchmark thins every thresholded map so: non-maximum suppression keeps all pixels within
+    about half a pixel of a crest, two side by side on a diagonal, where the second would count as a
+    false positive.
     """
     height, width = mask.shape
     padded = np.pad(mask, 1).ravel()
@@ -169,11 +172,12 @@ def match_edges(prediction, truth, radius):
     -> matched prediction, matched truth, both bool of truth's shape, with equally many pixels.
 
     First greedily, offsets (dy, dx) from short to long: at one offset a pixel has exactly one
-    partner, so all pairs still free are matched at once. Then chains of matched pairs move over by
-    one wherever that frees a place for one pair more, until there is no such chain.
-    The benchmark instead solves the assignment of least total distance, with a fixed high price for
-    a pixel left alone. Its counts are the same but for that solver's own approximations; its pairs
-    may be others.
+    partner, so all pairs still free are matched at once. That alone finds 85 to 98% of the pairs
+    possible on random maps (the test prints it), 94 to 99% on BSDS's. Then chains of matched pairs move over by one
+    wherever that makes room for one pair more, until there is no such chain: the number of pairs is
+    the largest possible. The benchmark instead solves the assignment of least total distance, with
+    a price of 100 radii for a pixel left alone: that has as many pairs, as the price outweighs any
+    detour but for that solver's approximations, though partners may differ. Scores need the number.
     """
     reach = int(radius)
     pad = [(0, 0)] * (truth.ndim - 2) + [(reach, reach)] * 2
@@ -205,9 +209,10 @@ def match_edges(prediction, truth, radius):
 def _augment(is_prediction, free, front, mate, steps):
     """One phase of augmenting paths, in place -> whether there were any. All arrays are flat.
 
-    Breadth first from `front`, the free truth pixels: `move[p]` is the truth pixel that prediction p could
-    turn to, because it is free or its mate can move on itself. A free prediction with a move starts
-    a path. Paths are followed in step, and one that meets a pixel of another is dropped.
+    Breadth first from `front`, the free truth pixels: `move[p]` is the truth pixel that prediction
+    p could turn to, because it is free or its mate can move on itself. A free prediction with a
+    move starts a path. Paths are followed in step; one that meets a pixel of another is dropped
+    until the next phase.
     """
     move = np.full(free.size, -1, np.int32)
     back, pairs = np.empty_like(move), np.flatnonzero(mate >= 0)

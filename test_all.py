@@ -504,6 +504,193 @@ def test_split_indices():
     _refused(lambda: data.split_indices(2, (0.4, 0.4, 0.2)), "2 images", "3 parts")
 
 
+def test_saliency_tree():
+    with tempfile.TemporaryDirectory() as tmp:
+        root = Path(tmp)
+        opener = lambda **kw: data.open_task("saliency", "msra_b", tmp, "val", **kw)
+        _refused(opener, root / "val/images")
+        _picture(root / "val/images/a.jpg", 1, 5)
+        mask = root / "val/masks/a.png"
+        _refused(opener, root / "val/masks")
+        mask.parent.mkdir()
+        _refused(opener, root / "val/images/a.jpg", mask)
+        _label(mask, [[0, 1, 127, 128, 255]])
+        found = opener(num_classes=2)
+        assert found.num_classes == 2 and found.class_names == ("background", "salient")
+        assert _values(found[0]) == [[0, 0, 0, 1, 1]] and data.check_segmentation(found) == 1
+        _label(mask, [[0, 0, 200, 255, 0]])
+        for mode in ("1", "P"):  # black and white, and a palette: brightness counts, not the index
+            with Image.open(mask) as grey:
+                grey.convert("L").convert(mode).save(mask)
+            assert _values(found[0]) == [[0, 0, 1, 1, 0]], mode
+        for damage, words in ((lambda: _picture(mask, 1, 5), ("colour picture", "grey mask")),
+                              (lambda: _label(mask, [[0, 0]]), ("5x1", "2x1")),
+                              (lambda: mask.write_text("no picture"), ("cannot read",))):
+            damage()
+            _refused(lambda: found[0], mask, *words)
+            _refused(lambda: data.check_segmentation(found), mask, *words)
+        _refused(lambda: opener(num_classes=3), "msra_b", "2 classes, not 3")
+        _refused(lambda: data.open_task("saliency", "msra_b", tmp, "trainval"), "trainval")
+
+
+def _annotated(root, split, stem, maps, first=0):
+    _picture(root / split / f"{stem}.jpg", len(maps[0]), len(maps[0][0]))
+    for k, edge in enumerate(maps, first):
+        _label(root / f"{split}_edges/{stem}_{k}.png", edge)
+
+
+def test_edge_tree_with_several_annotators():
+    votes = [[0, 1, 2, 3, 4, 5, 6]]
+    with tempfile.TemporaryDirectory() as tmp:
+        root = Path(tmp)
+        # Row by row: annotators, and the label where 0, 1, 2 ... of them marked the pixel.
+        expected = {1: [0, 1], 2: [0, 1, 1], 3: [0, 255, 1, 1], 4: [0, 255, 1, 1, 1],
+                    5: [0, 255, 255, 1, 1, 1], 11: [0, 255, 255, 1, 1, 1, 1]}
+        for count, label in expected.items():
+            maps = [[[(v > k) * (40 + k) for v in votes[0][:len(label)]]] for k in range(count)]
+            _annotated(root, "train", f"p{count:02}", maps, first=count % 2)
+        _annotated(root, "train", "p01_7", [[[0, 0, 9]]])  # not a second annotator of p01
+        _annotated(root, "val", "q", [[[0, 1]]])
+        (root / "train_edges/p01_note.png").write_text("no annotation")
+        found = data.open_task("edges", "bsds500", tmp, "train")
+        assert [found.name(i) for i in (0, 1, 6)] == ["p01.jpg", "p01_7.jpg", "p11.jpg"]
+        assert [len(found.annotations(i)) for i in range(7)] == [1, 1, 2, 3, 4, 5, 11]
+        assert [_values(found[i])[0] for i in (0, 2, 3, 4, 5, 6)] == list(expected.values())
+        marks = found.annotations(6)  # in numerical order: the tenth does not come second
+        assert [int(m.sum()) for m in marks] == [6, 5, 4, 3, 2, 1, 0, 0, 0, 0, 0]
+        assert marks[0].dtype == bool and marks[0].shape == (1, 7) and found.num_classes == 2
+        assert data.check_segmentation(found) == 7
+        both = data.open_task("edges", "bsds500", tmp, "trainval")
+        assert len(both) == 8 and both.name(7) == "q.jpg" and _values(both[7]) == [[0, 1]]
+
+
+def test_wrong_edge_trees_are_refused():
+    with tempfile.TemporaryDirectory() as tmp:
+        root, opener = Path(tmp), lambda: data.open_task("edges", "bsds500", tmp, "val")
+        _refused(opener, root / "val")
+        _annotated(root, "val", "a", [[[0, 1]], [[0, 1]]])
+        found, second = opener(), root / "val_edges/a_1.png"
+        check, read = lambda: data.check_segmentation(found), lambda: found[0]
+        for call in (check, read):
+            _label(second, [[0, 1, 1]])
+            _refused(call, second, "3x1", "2x1")
+            _label(root / "val_edges/a_0.png", [[0, 1, 1]])
+            _refused(call, root / "val/a.jpg", "3x1", "2x1")
+            second.write_bytes(b"broken")
+            _refused(call, second, "cannot read")
+            _annotated(root, "val", "a", [[[0, 1]], [[0, 1]]])
+            call()
+        _picture(root / "val/b.jpg")
+        _refused(opener, root / "val/b.jpg", root / "val_edges/b_0.png")
+        for path in (root / "val_edges").iterdir():
+            path.unlink()
+        (root / "val_edges").rmdir()
+        _refused(opener, root / "val_edges")
+        opener = data.open_task
+        _refused(lambda: opener("edges", "bsds500", tmp, "dev"), "dev", "trainval")
+        _refused(lambda: opener("edges", "bsds500"), "--data-root")
+        _refused(lambda: opener("edges", "camvid", tmp), "camvid", "synthetic, bsds500")
+        _refused(lambda: opener("depth", "synthetic"), "depth", "segmentation, saliency, edges")
+        _refused(lambda: opener("edges", "synthetic", num_classes=11), "2 classes, not 11")
+        _refused(lambda: opener("edges", "synthetic", split="trainval"), "trainval")
+    assert opener("segmentation", "synthetic", size=(64, 96)).num_classes == 11
+
+
+def test_synthetic_saliency_and_edges():
+    for task in ("saliency", "edges"):
+        sets = [data.open_task(task, "synthetic", None, "val", None, (64, 96), 5) for _ in range(2)]
+        other = data.open_task(task, "synthetic", None, "val", None, (64, 96), 6)
+        list(map(sets[1].__getitem__, (7, 2)))  # history must not matter
+        (image, label), again = sets[0][3], sets[1][3]
+        assert image.tobytes() == again[0].tobytes() and label.tobytes() == again[1].tobytes()
+        assert label.tobytes() not in (sets[0][4][1].tobytes(), other[3][1].tobytes())
+        assert image.mode == "RGB" and label.mode == "L" and image.size == label.size == (96, 64)
+        assert data.check_segmentation(sets[0]) == 0 and "3" in sets[0].name(3)
+        values = {v for i in range(8) for v in np.unique(np.asarray(sets[0][i][1])).tolist()}
+        assert values == ({0, 1} if task == "saliency" else {0, 1, 255})
+        if task == "saliency":
+            masks = np.stack([np.asarray(sets[0][i][1]) for i in range(40)])
+            columns = (masks.sum((0, 1)) / masks.sum()) @ np.arange(96)
+            assert 0.03 < masks.mean() < 0.4 and abs(columns - 48) < 4 and masks.any((1, 2)).all()
+            continue
+        scenes = data.open_segmentation("synthetic", None, "val", None, (64, 96), 5)
+        for i in range(6):
+            k, marks = np.asarray(scenes[i][1]), sets[0].annotations(i)
+            assert 4 <= len(marks) <= 6 and len({m.tobytes() for m in marks}) > 1
+            border = np.zeros(k.shape, bool)
+            for y, x in np.ndindex(64, 96):
+                border[y, x] = any(k[min(y + a, 63), min(x + b, 95)] != k[y, x]
+                                   for a, b in ((0, 1), (1, 0)))
+            near = np.lib.stride_tricks.sliding_window_view(np.pad(border, 1), (3, 3)).any((2, 3))
+            assert not any((m & ~near).any() for m in marks)  # moved by a pixel at most
+            assert (border & np.any(marks, 0)).sum() > 0.8 * border.sum()
+            assert np.array_equal(np.asarray(sets[0][i][1]), data.consensus(marks))
+
+
+def _pieces(mask):
+    """Number of 8-connected components, by flood fill."""
+    left, count = {tuple(p) for p in np.argwhere(mask)}, 0
+    while left:
+        stack, count = [left.pop()], count + 1
+        while stack:
+            y, x = stack.pop()
+            near = {(y + a, x + b) for a in (-1, 0, 1) for b in (-1, 0, 1)} & left
+            left -= near
+            stack.extend(near)
+    return count
+
+
+def test_edge_transform_keeps_thin_lines():
+    turn, sides = data.TurnEdges(), (61, 75)
+    lines = {"row": [(30, x) for x in range(10, 60)], "column": [(y, 37) for y in range(10, 50)],
+             "diagonal": [(12 + t, 15 + t) for t in range(36)],
+             "steep": [(12 + t, 20 + t // 2) for t in range(36)]}
+    for (kind, points), factor, step in itertools.product(lines.items(), (0.5, 1, 1.5), range(16)):
+        label = torch.zeros(sides, dtype=torch.uint8)
+        label[tuple(zip(*points))] = 1
+        params = {"size": [round(s * factor) for s in sides], "quarters": step // 4,
+                  "angle": step % 4 * 22.5}
+        image = data.tv_tensors.Image(label[None].repeat(3, 1, 1) * 255)
+        bright = turn.transform(image, params)[0].as_subclass(torch.Tensor).float()
+        out = turn.transform(data.tv_tensors.Mask(label), params).as_subclass(torch.Tensor)
+        edge = out == 1
+        assert out.dtype == torch.uint8 and out.shape == bright.shape and _pieces(edge.numpy()) == 1
+        length = factor * np.hypot(*np.subtract(points[-1], points[0]))
+        assert 0.65 < edge.sum() / length < (2.6 if factor > 1 else 2.3), (kind, factor, step)
+        inside = out != 255
+        over = lambda *shift: (bright * inside * edge.roll(shift, (0, 1))).sum()
+        assert over(0, 0) > max(over(-4, 0), over(4, 0), over(0, -4), over(0, 4))
+        assert inside.all() if step % 4 == 0 else 0.6 < inside.float().mean() < 1
+    ignored = torch.full(sides, 255, dtype=torch.uint8)
+    ignored[20] = 1
+    out = turn.transform(data.tv_tensors.Mask(ignored), params)
+    assert set(out.unique().tolist()) == {1, 255}  # ignore stays ignore, the edge wins over it
+
+
+def test_edge_transform_through_the_loader():
+    edges = data.open_task("edges", "synthetic", size=(48, 64))
+    loader = data.make_loader(edges, range(6), data.edge_transform((40, 40)), 3, True, seed=2)
+    batches = [list(loader) for _ in range(2)]
+    for (images, labels), (again, same) in zip(*batches):
+        assert images.shape == (3, 3, 40, 40) and labels.shape == (3, 40, 40)
+        assert images.dtype == torch.float32 and labels.dtype == torch.int64
+        assert torch.equal(images, again) and torch.equal(labels, same)
+
+    class Full(_Coded):  # no ignored pixel of its own, all of it an edge
+        def __getitem__(self, i):
+            return super().__getitem__(i)[0], Image.fromarray(np.ones((40, 60), np.uint8))
+
+    samples, sizes = data.Samples(Full(), data.edge_transform((120, 120))), set()
+    for epoch in range(60):
+        image, label = samples[epoch, 0]
+        assert set(label.unique().tolist()) == {1, 255}
+        # One pixel away from the picture, as those at its turned border are mixed.
+        outside = F.max_pool2d((label == 1).float()[None], 3, 1, 1)[0] == 0
+        assert image[:, outside].abs().max() < 0.03  # the mean colour
+        sizes.add(int((label == 1).sum()))
+    assert {20 * 30, 40 * 60, 60 * 90} <= sizes and len(sizes) >= 9
+
+
 # ---------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------
