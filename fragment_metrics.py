@@ -173,11 +173,12 @@ def match_edges(prediction, truth, radius):
 
     First greedily, offsets (dy, dx) from short to long: at one offset a pixel has exactly one
     partner, so all pairs still free are matched at once. That alone finds 85 to 98% of the pairs
-    possible on random maps (the test prints it), 94 to 99% on BSDS's. Then chains of matched pairs move over by one
-    wherever that makes room for one pair more, until there is no such chain: the number of pairs is
-    the largest possible. The benchmark instead solves the assignment of least total distance, with
-    a price of 100 radii for a pixel left alone: that has as many pairs, as the price outweighs any
-    detour but for that solver's approximations, though partners may differ. Scores need the number.
+    possible on random maps (the test prints it), 94 to 99% on BSDS's. Then chains of matched pairs
+    move over by one wherever that makes room for one pair more, until there is no such chain: the
+    number of pairs is the largest possible. The benchmark instead solves the assignment of least
+    total distance, with a price of 100 radii for a pixel left alone. That has as many pairs, up to
+    the approximations of its solver; which pixels are paired may differ, and so may, slightly, how
+    many predicted pixels have a partner in any annotation.
     """
     reach = int(radius)
     pad = [(0, 0)] * (truth.ndim - 2) + [(reach, reach)] * 2
