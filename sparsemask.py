@@ -714,7 +714,7 @@ def search(cfg, device):
         replace(cfg, epochs=cfg.search_epochs), device, cfg.out, extra=same, per_step=True,
         after_step=net.clamp, observe=observe)
     connectivity, gap = prune(net.shares(), cfg)
-    derived = inherit(net.eval(), connectivity, cfg, classes).to(device)
+    derived = inherit(net.eval(), connectivity, cfg, classes)
     miou = evaluate(derived, val_loader, classes, device, cfg.amp).miou()
     if rank() == 0:
         before = common.read_log(cfg.out, "search")[-1]["miou"]
@@ -762,6 +762,7 @@ def inherit(net, connectivity, cfg, classes):
     constant map, which up-sampling leaves alone, and moves the mean of the stage's BN.
     """
     pruned = SparseMaskNet(connectivity, cfg.encoder, classes, width=cfg.width)
+    pruned.to(net.classifier.weight)                        # its device and dtype
     pruned.encoder.load_state_dict(net.encoder.state_dict())
     pruned.classifier.load_state_dict(net.classifier.state_dict())
     old, new = net.decoder, pruned.decoder
