@@ -1904,16 +1904,17 @@ def test_poly_sgd_groups():
     net = sparsemask.FullyDenseNet(num_classes=2, width=2)
     net.freeze_affine()
     optimizer, schedule = sparsemask.poly_sgd(net, sparsemask.Config(), steps=4)
-    trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    assert {id(w) for w in net.w.values()} <= {id(p) for p in optimizer.param_groups[1]["params"]}
-    assert trained == {id(p) for p in net.parameters() if p.requires_grad}
-    rates = []
-    for _ in range(5):
-        rates.append([g["lr"] for g in optimizer.param_groups])
+    lr = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert lr == {id(p): 0.005 if name.startswith("encoder") else 0.05
+                  for name, p in net.named_parameters() if p.requires_grad}
+    for t in range(5):
+        want = [lr * (1 - t / 4) ** 0.9 for lr in (0.005, 0.05)]
+        assert np.allclose(sorted(g["lr"] for g in optimizer.param_groups), want)
         optimizer.step()
         schedule.step()
-    want = [[lr * (1 - t / 4) ** 0.9 for lr in (0.005, 0.05)] for t in range(5)]
-    assert np.allclose(rates, want)
+    other, _ = sparsemask.poly_sgd(net, replace(sparsemask.Config(), lr_w=0.7), steps=4)
+    found, = [g["params"] for g in other.param_groups if g["lr"] == 0.7]
+    assert [id(p) for p in found] == [id(w) for w in net.w.values()]
     assert all(m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     sparsemask.poly_sgd(net, sparsemask.Config(), steps=33000)
     assert net.decoder.norm["D1"].momentum == 10 / 33000 and max(3e-4, 10 / 50000) == 3e-4
