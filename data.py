@@ -540,12 +540,13 @@ def voc(root, split):
 
         root/VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg
                               /SegmentationClass/2007_000032.png
-                              /ImageSets/Segmentation/{train,val}.txt
-    SBD's extra labels (10,582 training images) are taken for split train where both are there:
+                              /ImageSets/Segmentation/{train,val,trainval}.txt
+    SBD's extra labels (10,582 training images) are taken for split train where both are there;
+    split trainvoc is VOC's own train list all the same:
                               /SegmentationClassAug/2007_000032.png
                               /ImageSets/Segmentation/trainaug.txt
     """
-    _require_split("voc", split, ("train", "val"))
+    _require_split("voc", split, ("train", "trainvoc", "trainval", "val"))
     base = _require_folder(root / "VOCdevkit" / "VOC2012")
     extra, listing = base / "SegmentationClassAug", base / "ImageSets/Segmentation/trainaug.txt"
     if split == "train" and extra.is_dir() and listing.is_file():
@@ -554,7 +555,8 @@ def voc(root, split):
         pairs = [(base / "JPEGImages" / f"{s}.jpg", extra / f"{s}.png") for s in stems]
     else:
         try:
-            found = torchvision.datasets.VOCSegmentation(str(root), "2012", split, download=False)
+            found = torchvision.datasets.VOCSegmentation(
+                str(root), "2012", split.replace("trainvoc", "train"), download=False)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{base} is not the VOC tree expected ({error})") from None
         pairs = list(zip(found.images, found.targets))

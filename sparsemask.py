@@ -60,7 +60,8 @@ LOSSES = ("ours", "binary", "sparse", "task", "l1", "maskconnect")
 class Config(BaseConfig):
     size: tuple[int, int] = opt((513, 513), "training crop, H W in pixels (PAPER 4.1)")
     scales: tuple[float, float] = opt((0.5, 2.0), "range of the random scale, drawn uniformly "
-                                      "(PAPER 4.1; OFFICIAL-CODE draws steps of 0.25)")
+                                      "(PAPER 4.1; OFFICIAL-CODE draws steps of 0.25); edges are "
+                                      "augmented as HED does it")
     batch_size: int = opt(16, "images a training step, over all processes (PAPER 4.1)")
     epochs: int = opt(50, "epochs of a pruned network or baseline (PAPER 4.1)")
     search_epochs: int = opt(50, "epochs of the Fully Dense Network (PAPER 4.1)")
@@ -97,9 +98,11 @@ class Config(BaseConfig):
                        ("found", "released", "unet", "sparseacn", "fdn", "random", "random_rule",
                         "fcn", "deeplabv3"))
     arch: str = opt("", "arch.json, or the release's mask as .npy [<out>/arch.json]")
-    init: str = opt("", "checkpoint to start --train from: the later steps of 5.1 and 5.2")
+    init: str = opt("", "checkpoint to start --train from: the later steps of 5.1")
     weights: str = opt("", "checkpoint for --eval and --export [<out>/<network>/best.pt]")
-    split: str = opt("val", "split for --eval")
+    train_split: str = opt("", "split for --train [trainval of bsds500, else train]; voc has "
+                           "trainvoc and trainval for the later steps of 5.1")
+    split: str = opt("", "split for --eval [test of msra_b and bsds500, else val]")
     eval_scales: tuple[float, ...] = opt((1.0,), "scales for --eval, averaged (PAPER 5.1)")
     flip: bool = opt(False, "average over mirrored pictures in --eval (PAPER 5.1)")
     thresholds: int = opt(99, "thresholds of the edge scores, as in the benchmark")
@@ -112,7 +115,8 @@ class Config(BaseConfig):
 # rate, so the quick preset takes larger ones (OURS). Its encoder is untrained, so do not read much
 # into what it finds: G, for one, says nothing before the encoder has learned something.
 QUICK = dict(size=(64, 128), batch_size=8, epochs=8, search_epochs=4, weights_encoder="none",
-             lam=0.1, lr_w=0.25, lr_encoder=0.05, frame=(128, 256), scales=(0.75, 1.5), thresholds=19)
+             lam=0.1, lr_w=0.25, lr_encoder=0.05, frame=(128, 256), scales=(0.75, 1.5),
+             thresholds=19)
 
 # ---------------------------------------------------------------------------------------------
 # 2. Connectivities: {"D8": ("E9", "G"), ...}, deepest stage first
@@ -270,10 +274,10 @@ def transfer(connectivity, old, new):
         same = [i for i, stride in enumerate(new, 1) if stride == old[l - 1]][::-1]
         return same[min(deeper, len(same) - 1)] if same else None
 
-    stages = {}                                             # old stage -> new stage
+    stages = {"D1": "D1"}                                   # old stage -> new stage
     for stage in connectivity:                              # deepest first
-        target = 1 if stage == "D1" else place(int(stage[1:]))
-        if target and f"D{target}" not in stages.values():
+        target = place(int(stage[1:]))
+        if stage != "D1" and target and f"D{target}" not in stages.values():
             stages[stage] = f"D{target}"
 
     def renamed(t):
@@ -281,8 +285,11 @@ def transfer(connectivity, old, new):
             return f"E{place(int(t[1:]))}" if place(int(t[1:])) else None
         return t if t == "G" else stages.get(t)
 
-    moved = {stages[stage]: in_order({renamed(t) for t in found} - {None})
-             for stage, found in connectivity.items() if stage in stages}
+    moved = {}
+    for stage, found in connectivity.items():
+        if stage in stages:
+            readable = sources(int(stages[stage][1:]), len(new))
+            moved[stages[stage]] = in_order({renamed(t) for t in found} & set(readable))
     return drop_useless(moved)
 
 
@@ -331,13 +338,15 @@ def resize(x, size):
 class Encoder(nn.Module):
     """A torchvision classifier without its head: images (B, 3, H, W) -> {"E1": .., "EL": .., "G"}.
 
-    E_l has stride ENCODERS[name][0][l - 1], rounded up; G is the global average of E_L. On
-    MobileNet-V2, E_1 and E_9 are taken before their activation (OFFICIAL-CODE), which the decoder
-    applies. A stage of VGG16 ends with its pooling, so that the five strides are those of Figure 6
-    (OURS). weights: as common.classifier. dilate: the last halving is left out, for DeepLab-V3.
+    E_l has stride ENCODERS[name][0][l - 1]; G is the global average of E_L. On MobileNet-V2, E_1
+    and E_9 are taken before their activation (OFFICIAL-CODE), which the decoder applies. A stage
+    of VGG16 ends with its pooling, so that the five strides are those of Figure 6 (OURS).
+    weights: as common.classifier. dilate: the last halving is left out, for DeepLab-V3. last: the
+    deepest stage that is read; what lies beyond is kept, as the paper counts it, but neither run
+    nor trained. G needs all stages.
     """
 
-    def __init__(self, name, weights="none", dilate=False):
+    def __init__(self, name, weights="none", dilate=False, last=None):
         super().__init__()
         net = common.classifier(name, weights)
         if name == "mobilenet_v2":
@@ -353,26 +362,29 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(cuts)
         self.strides, self.channels = ENCODERS[name]
         self.act = nn.ReLU6() if name == "mobilenet_v2" else nn.ReLU()
+        self.last = last or len(cuts)
+        self.stages[self.last:].requires_grad_(False)       # DDP would wait for their gradients
         if dilate:
-            for stage in (s for s, stride in zip(cuts, self.strides) if stride == 32):
-                _undo_stride(stage)
+            undo_stride([s for s, stride in zip(cuts, self.strides) if stride == 32])
 
     def forward(self, images):
         features, x = {}, images
-        for l, stage in enumerate(self.stages, 1):
+        for l, stage in enumerate(self.stages[:self.last], 1):
             x = features[f"E{l}"] = stage(x)
-        features["G"] = x.mean((2, 3), keepdim=True)
+        if self.last == len(self.stages):
+            features["G"] = x.mean((2, 3), keepdim=True)
         return features
 
 
-def _undo_stride(stage):
+def undo_stride(stages):
     """Stride 2 becomes 1, and the 3x3 convolutions behind it look twice as far."""
-    for module in list(stage.modules()):
+    undone = False
+    for module in (m for stage in stages for m in stage.modules()):
         if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
-            module.stride = (1, 1)
-        elif isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.stride, undone = (1, 1), True
+        elif isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and undone:
             module.dilation = module.padding = (2, 2)
-        elif isinstance(module, nn.MaxPool2d):
+        elif isinstance(module, nn.MaxPool2d):              # VGG16: nothing comes behind it
             module.kernel_size, module.stride, module.padding = 3, 1, 1
 
 
@@ -476,7 +488,8 @@ class FullyDenseNet(nn.Module):
         channels, L = feature_channels(self.encoder), len(self.encoder.channels)
         self.decoder = Decoder(fully_dense(L), channels, self.encoder.act, width, True, bn)
         self.classifier = nn.Conv2d(width, num_classes, 1)
-        # w starts in the middle of its range (OFFICIAL-CODE: at 1 of [0, 2]).
+        # OURS: w starts in the middle of its range, as the release's does (1 of [0, 2]). There the
+        # binary part of Eq. (2) has no gradient yet: task loss and sparse part take sides first.
         self.top = 2.0 if w_range == "release" else 1.0
         self.w = nn.ParameterDict({stage: nn.Parameter(torch.full((len(found),), self.top / 2))
                                    for stage, found in self.decoder.connectivity.items()})
@@ -491,6 +504,7 @@ class FullyDenseNet(nn.Module):
                 module.bias.requires_grad_(False)
 
     def forward(self, images):
+        # Kept for the regularizer: it has to see the very noise that this pass saw.
         self.used = {stage: self.effective(w) for stage, w in self.w.items()}
         features = self.decoder(self.encoder(images), self.used)
         return resize(self.classifier(features), images.shape[-2:])
@@ -499,14 +513,15 @@ class FullyDenseNet(nn.Module):
         """What a connection is multiplied by: w, noisy w (release) or k ones (MaskConnect)."""
         if self.k:
             # MaskConnect: draw k inputs with probabilities w / sum(w), use them with weight 1, and
-            # hand the gradient on to the real w. Evaluation takes the k largest.
+            # hand the gradient on to the real w. OURS: the small number lets k be drawn where fewer
+            # w are above 0; evaluation takes the k largest.
             k = min(self.k, len(w))
             chosen = (torch.multinomial(w.detach() + 1e-6, k) if self.training
                       else w.detach().topk(k).indices)
             return torch.zeros_like(w).index_fill(0, chosen, 1.0) + (w - w.detach())
         if self.noisy and self.training:        # the release adds noise in evaluation too: a slip
             return (w + 0.1 * torch.randn_like(w)).clamp(0, self.top)
-        return w * 1.0
+        return w
 
     @torch.no_grad()
     def clamp(self):
@@ -535,10 +550,13 @@ class SparseMaskNet(nn.Module):
     def __init__(self, connectivity, encoder="mobilenet_v2", num_classes=21, weights="none",
                  width=64):
         super().__init__()
-        self.encoder = Encoder(encoder, weights)
         if isinstance(connectivity, str):
             connectivity = named_connectivity(connectivity, encoder)
-        found = check_connectivity(connectivity, len(self.encoder.channels), "connectivity")
+        L = len(ENCODERS[encoder][0])
+        found = check_connectivity(connectivity, L, "connectivity")
+        read = {t for names in found.values() for t in names}
+        last = L if "G" in read else max(int(t[1:]) for t in read if t[0] == "E")
+        self.encoder = Encoder(encoder, weights, last=last)
         self.decoder = Decoder(found, feature_channels(self.encoder), self.encoder.act, width)
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
@@ -585,8 +603,8 @@ class DeepLabV3(nn.Module):
 
     def __init__(self, encoder="mobilenet_v2", num_classes=21, weights="none", width=64):
         super().__init__()
-        self.encoder = Encoder(encoder, weights, dilate=True)
         self.source = "E8" if encoder == "mobilenet_v2" else "E5"
+        self.encoder = Encoder(encoder, weights, dilate=True, last=int(self.source[1:]))
         channels = feature_channels(self.encoder)[self.source]
         self.aspp = torchvision.models.segmentation.deeplabv3.ASPP(channels, [6, 12, 18], width)
         self.head = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False),
@@ -614,18 +632,21 @@ def alpha(l, L):
     return min(2 / len(sources(l, L)), 0.5)
 
 
-def sparse_loss(w, alpha):
-    """The two terms of L_s(w_l, alpha), Eq. (2): w (|T_l|,) in [0, 1] -> scalars.
+def sparse_loss(w, ratio):
+    """The two terms of L_s(w_l, alpha), Eq. (2): w (|T_l|,) in [0, 1], ratio = alpha -> scalars.
 
     The first pushes every w to the nearer of 0 and 1: its gradient log((1 - w) / w) / |T_l| is
     positive below 1/2. The second pulls the mean of w to alpha.
     """
     mean = w.mean()
-    return cross(w, w).mean(), cross(alpha, mean)
+    return cross(w, w).mean(), cross(ratio, mean)
 
 
 def regularizer(net, cfg):
-    """What is added to the task loss, by name; lambda sum_l L_s of Eq. (3) for --loss ours."""
+    """What is added to the task loss, by name; lambda sum_l L_s of Eq. (3) for --loss ours.
+
+    OURS: l1 is summed over all connections, as an L1 norm is; the paper prints its strength alone.
+    """
     shares = {int(stage[1:]): used / net.top for stage, used in net.used.items()}
     if cfg.loss == "l1":
         return {"l1": cfg.l1 * sum(w.abs().sum() for w in shares.values())}
@@ -636,10 +657,11 @@ def regularizer(net, cfg):
 
 
 def task_loss(logits, labels, cfg):
-    """L_task: pixel-wise cross-entropy (4.1); for edges balanced between the classes, as in HED.
+    """L_task: pixel-wise cross-entropy (4.1); OURS for saliency too, with two classes.
 
-    Balanced: edge pixels weigh the share of the others, and the others the share of the edges, so
-    that both classes count the same however rare edges are.
+    Edges: balanced between the classes, as HED does for its one output (OURS: over the batch).
+    Edge pixels weigh the share of the others, and the others the share of the edges, so that both
+    classes count the same however rare edges are.
     """
     if cfg.task != "edges":
         return cross_entropy(logits, labels)
@@ -658,16 +680,8 @@ def task_loss(logits, labels, cfg):
 
 def open_data(cfg, split, train=False):
     """(set, loader) of a split for cfg.task: to train augmented and in batches, else one by one."""
-    if cfg.task == "segmentation":
-        return common.open_loader(cfg, split, train)
-    images = open_images(cfg, split)
-    data.check_segmentation(images)
-    transform = (data.eval_transform(cfg.image_scale) if not train else
-                 data.edge_transform(cfg.size) if cfg.task == "edges" else
-                 data.train_transform(cfg.size, cfg.scales, cfg.image_scale))
-    return images, data.make_loader(
-        images, range(len(images)), transform, cfg.batch_size // world_size() if train else 1,
-        train, cfg.workers, cfg.seed, rank(), world_size())
+    transform = data.edge_transform(cfg.size) if train and cfg.task == "edges" else None
+    return common.open_loader(cfg, split, train, open_images(cfg, split), transform)
 
 
 def open_images(cfg, split):
@@ -678,7 +692,8 @@ def open_images(cfg, split):
 def poly_sgd(net, cfg, steps):
     """The paper's protocol (4.1): SGD, learning rates for encoder, decoder and w, poly.
 
-    Also sets the momentum of the BN statistics. Returns (optimizer, scheduler, one step a batch).
+    Also sets the momentum of the BN statistics (OURS: in the training too, the release's value
+    being known for the search). Returns (optimizer, scheduler, one step a batch).
     """
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -693,17 +708,34 @@ def poly_sgd(net, cfg, steps):
     return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, cfg.poly)
 
 
+def supernet(cfg, classes, device, weights="none"):
+    """The Fully Dense Network that the settings describe."""
+    net = FullyDenseNet(cfg.encoder, classes, weights, cfg.width, cfg.bn, cfg.w_range,
+                        cfg.k if cfg.loss == "maskconnect" else 0)
+    net.freeze_affine()
+    return place(net, cfg, device)
+
+
+def place(net, cfg, device):
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    return net.to(device, memory_format=layout)
+
+
+# A search, or a training, goes on from a checkpoint only if these are what they were.
+SAME_TRAINING = ("seed", "size", "scales", "image_scale", "batch_size", "lr_encoder", "lr_decoder",
+                 "weight_decay", "momentum", "poly", "width")
+SAME_SEARCH = (*SAME_TRAINING, "encoder", "task", "dataset", "data_root", "loss", "lam", "l1", "k",
+               "bn", "w_range", "lr_w", "search_epochs")
+
+
 def search(cfg, device):
     """--search: Figure 1: transform, search, prune; writes arch.json and pictures."""
     images, loader = open_data(cfg, "train", train=True)
     _, val_loader = open_data(cfg, "val")
-    classes, k = images.num_classes, cfg.k if cfg.loss == "maskconnect" else 0
-    net = FullyDenseNet(cfg.encoder, classes, cfg.weights_encoder, cfg.width, cfg.bn, cfg.w_range,
-                        k).to(device)
-    net.freeze_affine()
+    net = supernet(cfg, images.num_classes, device, cfg.weights_encoder)    # transform, Fig. 1a
     optimizer, schedule = poly_sgd(net, cfg, cfg.search_epochs * len(loader))
 
-    def loss_terms(forward, images, labels):                # Eq. (3)
+    def loss_terms(forward, images, labels):
         return {"task": task_loss(forward(images), labels, cfg), **regularizer(net, cfg)}
 
     def observe():
@@ -711,14 +743,19 @@ def search(cfg, device):
         return {"w": net.shares(), "kept": int((shares >= cfg.sigma).sum()),
                 "undecided": float(((shares > 0.1) & (shares < 0.9)).float().mean())}
 
-    same = {key: str(getattr(cfg, key)) for key in ("encoder", "task", "dataset", "data_root",
-                                                    "loss", "w_range", "search_epochs")}
-    fit("search", net, loss_terms, optimizer, schedule, loader, val_loader, classes,
-        replace(cfg, epochs=cfg.search_epochs), device, cfg.out, extra=same, per_step=True,
-        after_step=net.clamp, observe=observe)
-    connectivity, gap = prune(net.shares(), cfg)
-    derived = inherit(net.eval(), connectivity, cfg, classes)
-    miou = evaluate(derived, val_loader, classes, device, cfg.amp).miou()
+    # Search, Fig. 1b. What `fit` does, for every batch of every epoch:
+    #     L = L_task + lambda sum_l L_s(w_l, alpha_l)            Eq. (3): loss_terms
+    #     weights and w together: one step of SGD on L
+    #     w back into [0, 1]                                     net.clamp
+    fit("search", net, loss_terms, optimizer, schedule, loader, val_loader, images.num_classes,
+        replace(cfg, epochs=cfg.search_epochs), device, cfg.out, per_step=True,
+        after_step=net.clamp, observe=observe,
+        extra={"arch": "fully dense", **{key: str(getattr(cfg, key)) for key in SAME_SEARCH}})
+    connectivity, gap = prune(net.shares(), cfg)                            # Fig. 1c
+    derived = inherit(net.eval(), connectivity, cfg, images.num_classes)
+    miou = evaluate(derived, val_loader, images.num_classes, device, cfg.amp).miou()
+    if cfg.simplify:
+        connectivity = drop_repeated(connectivity)
     if rank() == 0:
         before = common.read_log(cfg.out, "search")[-1]["miou"]
         report_search(cfg, net.shares(), connectivity, gap,
@@ -754,7 +791,7 @@ def prune(shares, cfg):
         raise InputError("every connection of D1 was dropped: nothing is left to classify; search "
                          "with a smaller --lam or --l1, or with --sigma below "
                          f"{max(shares['D1']):.1e}")
-    return drop_repeated(connectivity) if cfg.simplify else connectivity, gap
+    return connectivity, gap
 
 
 @torch.no_grad()
@@ -868,7 +905,7 @@ def draw_connectivity(path, connectivity, encoder, title):
             l = int(name[1:])
             draw.text((x - 64, y), f"{channels[l - 1]}, 1/{strides[l - 1]}", common.INK,
                       ImageFont.load_default(size=16), "rm")
-    common._save_png(image, path)
+    common.save_png(image, path)
 
 
 def weight_rows(shares):
@@ -877,6 +914,20 @@ def weight_rows(shares):
     values = [[shares[stage][names.index(t)] if t in names else math.nan for t in columns]
               for stage, names in fully_dense(L).items()]
     return list(fully_dense(L)), columns, values
+
+
+def read_weights(path, encoder):
+    """(loss, {stage: [w]}) of the arch.json of a search on the same encoder."""
+    other, L = common.read_json(path, "arch.json"), len(ENCODERS[encoder][0])
+    w = other.get("w") if isinstance(other, dict) else None
+    fits = isinstance(w, dict) and list(w) == list(fully_dense(L)) and all(
+        isinstance(w[stage], dict) and tuple(w[stage]) == names
+        and all(isinstance(v, (int, float)) for v in w[stage].values())
+        for stage, names in fully_dense(L).items())
+    if not fits:
+        raise InputError(f"{path} holds no weights w of a search on {encoder}; --beside takes the "
+                         "arch.json that --search wrote")
+    return other.get("loss"), {stage: list(row.values()) for stage, row in w.items()}
 
 
 def draw_search(cfg, connectivity, shares):
@@ -888,12 +939,8 @@ def draw_search(cfg, connectivity, shares):
     names, columns, values = weight_rows(shares)
     title = f"w after the search, loss {cfg.loss}"
     if cfg.beside:
-        other = common.read_json(cfg.beside, "arch.json")
-        encoder, _ = read_connectivity(cfg.beside)
-        if encoder != cfg.encoder or "w" not in other:
-            raise InputError(f"{cfg.beside} holds no weights w of a search on {cfg.encoder}")
-        more = weight_rows({stage: list(w.values()) for stage, w in other["w"].items()})[2]
-        title += f"; below: loss {other.get('loss')}"
+        loss, other = read_weights(cfg.beside, cfg.encoder)
+        more, title = weight_rows(other)[2], f"{title}; below: loss {loss}"
         names = names + [""] + names
         values = values + [[math.nan] * len(columns)] + more
     common.heat_map(out / "weights.png", title, names, columns, values)
@@ -959,34 +1006,48 @@ def start_from(net, path):
     """--init: the weights of an earlier step; a classifier for other classes starts anew."""
     state = load_checkpoint(path)["model"]
     own = net.state_dict()
-    for key in ("classifier.weight", "classifier.bias"):
-        if key in state and state[key].shape != own[key].shape:
-            print(f"{path} was trained for {len(state[key])} classes: the classifier starts anew")
-            state = {**state, "classifier.weight": own["classifier.weight"],
-                     "classifier.bias": own["classifier.bias"]}
+    old, new = state.get("classifier.bias"), own["classifier.bias"]
+    if old is not None and len(old) != len(new):
+        if rank() == 0:
+            print(f"{path} was trained for {len(old)} classes: the classifier starts anew")
+        state = {**state, "classifier.weight": own["classifier.weight"], "classifier.bias": new}
     load_weights(net, state, path)
+
+
+def train_split(cfg):
+    return cfg.train_split or ("trainval" if cfg.dataset == "bsds500" else "train")  # PAPER 5.3
+
+
+def eval_split(cfg):
+    return cfg.split or ("test" if cfg.dataset in ("msra_b", "bsds500") else "val")  # PAPER 5.3
+
+
+def checkpoint_of(cfg):
+    """The best epoch; of edges the last (OURS: mIoU, which tells the best, says little there)."""
+    return Path(cfg.weights or folder_of(cfg) / ("last.pt" if cfg.task == "edges" else "best.pt"))
 
 
 def train(cfg, device):
     """--train: the network under L_task alone, by the protocol of the search."""
-    images, loader = open_data(cfg, "trainval" if cfg.dataset == "bsds500" else "train", train=True)
+    images, loader = open_data(cfg, train_split(cfg), train=True)
     _, val_loader = open_data(cfg, "val")
     torch.manual_seed(cfg.seed)
     net = build(cfg, images.num_classes, "none" if cfg.init else cfg.weights_encoder)
     if cfg.init:
         start_from(net, cfg.init)
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    net, folder = net.to(device, memory_format=layout), folder_of(cfg)
+    net, folder = place(net, cfg, device), folder_of(cfg)
     optimizer, schedule = poly_sgd(net, cfg, cfg.epochs * len(loader))
 
     def loss_terms(forward, images, labels):
         return {"task": task_loss(forward(images), labels, cfg)}
 
     best = fit(cfg.network, net, loss_terms, optimizer, schedule, loader, val_loader,
-               images.num_classes, cfg, device, folder, extra=identity_of(cfg), per_step=True)
+               images.num_classes, cfg, device, folder, per_step=True,
+               extra={**identity_of(cfg), "train_split": train_split(cfg),
+                      **{key: str(getattr(cfg, key)) for key in ("epochs", *SAME_TRAINING)}})
     if rank() == 0:
         print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
-              f"val {100 * best:.2f} -> {folder}/best.pt\n"
+              f"val {100 * best:.2f} -> {checkpoint_of(cfg)}\n"
               f"next: python sparsemask.py --eval --bench{common.flags_of(cfg, QUICK)}")
 
 
@@ -1314,21 +1375,20 @@ def _f_measure(counts):
 
 
 def restore(cfg, classes, device):
-    """The trained network in eval mode. Edges take the last epoch: mIoU says little about them."""
-    last = "last.pt" if cfg.task == "edges" else "best.pt"
-    path = cfg.weights or folder_of(cfg) / last
+    """The trained network in eval mode."""
+    path = checkpoint_of(cfg)
     state = load_checkpoint(path, ("model", "arch"))
     if state["arch"] != identity_of(cfg)["arch"]:
         raise InputError(f"{path} was trained for another connectivity or encoder than this "
                          "command names; train again or name its own --arch, --network, --encoder")
     net = build(cfg, classes)
     load_weights(net, state["model"], path)
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    return net.eval().to(device, memory_format=layout)
+    return place(net.eval(), cfg, device)
 
 
 def evaluate_network(cfg, device):
     """--eval: mIoU, or the scores of Tables 5 and 6, and pictures."""
+    cfg = replace(cfg, split=eval_split(cfg))
     images, loader = open_data(cfg, cfg.split)
     net = restore(cfg, images.num_classes, device)
     forward = torch.compile(net) if cfg.compile else net
@@ -1380,17 +1440,19 @@ PAPER = {"fcn": (63.80, 0.03, 156), "deeplabv3": (72.51, 0.67, 50), "unet": (64.
 def bench(cfg, device):
     """--bench: parameters, conv MACs and latency (BN folded) beside Table 1; writes bench.json."""
     found = cfg.arch or (Path(cfg.out) / "arch.json").exists()
-    names = (["found"] if found else []) + list(PAPER)
+    names = list(dict.fromkeys((["found"] if found else []) + [
+        *PAPER, *([cfg.network] if cfg.network != "found" else [])]))
     nets = {name: build(replace(cfg, network=name), 21).eval() for name in names}
     about, rows = latency.compare(nets, cfg.frame, device, cfg)
-    print(f"{'21 classes':12s} {'decoder params':>14s} {'conv MACs':>10s} | paper: M params, FPS, "
-          "mIoU on VOC")
+    paper = PAPER if cfg.encoder == "mobilenet_v2" else {}
+    print(f"{'21 classes':12s} {'decoder params':>14s} {'conv MACs':>10s}" + (
+        " | paper: M params, FPS at 512x512 on a Titan Xp, mIoU on VOC" if paper else ""))
     for name, net in nets.items():
         macs = rows[name]["conv_macs"] - count_macs(net.encoder, cfg.frame)
         rows[name].update(decoder_params=decoder_params(net), decoder_macs=macs)
-        miou, params, fps = PAPER.get(name, (None,) * 3)
-        print(f"{name:12s} {decoder_params(net):14,d} {macs / 1e9:8.3f} G | "
-              + (f"{params:.2f}, {fps}, {miou:.2f}" if params else ""))
+        miou, params, fps = paper.get(name, (None,) * 3)
+        print(f"{name:12s} {decoder_params(net):14,d} {macs / 1e9:8.3f} G"
+              + (f" | {params:.2f}, {fps}, {miou:.2f}" if params else ""))
     common.write_text(Path(cfg.out) / "bench.json", json.dumps(
         {**about, "networks": rows, "paper": PAPER}, indent=1))
     print(f"in {cfg.out}: bench.json")
@@ -1398,8 +1460,7 @@ def bench(cfg, device):
 
 def bench_search(cfg, device):
     """--bench-search: a search step with the decoder as it is here and as Eq. (4) is written."""
-    net = FullyDenseNet(cfg.encoder, 21, width=cfg.width, bn=cfg.bn).to(device)
-    net.freeze_affine()
+    net = supernet(cfg, 21, device)
     optimizer, _ = poly_sgd(net, cfg, 1000)
     shape = (cfg.batch_size, *cfg.size)
     images = torch.randn(shape[0], 3, *shape[1:]).to(device)
@@ -1440,7 +1501,7 @@ def bench_search(cfg, device):
 
 def export_network(cfg):
     """--export FILE: the folded network as a torch.export program for pictures of --frame."""
-    net = restore(cfg, open_images(cfg, cfg.split).num_classes, torch.device("cpu"))
+    net = restore(cfg, open_images(cfg, eval_split(cfg)).num_classes, torch.device("cpu"))
     error = common.export(net, cfg.frame, cfg.export)
     print(f"{cfg.export}: torch.export program for 1x3x{cfg.frame[0]}x{cfg.frame[1]}, largest "
           f"difference to the network {error:.1e}")
@@ -1459,31 +1520,59 @@ STAGES = {"search": "train the Fully Dense Network, prune it; writes arch.json",
 
 def check(cfg, stages):
     """Refuse early what cannot work."""
-    if not cfg.width > 0 or not cfg.search_epochs > 0 or cfg.k < 1 or cfg.thresholds < 1:
+    if min(cfg.width, cfg.search_epochs, cfg.k, cfg.thresholds) < 1:
         raise InputError("--width, --search-epochs, --k and --thresholds must be 1 or more")
-    if not 0 < cfg.sigma < 1 or cfg.lam < 0 or cfg.l1 < 0:
-        raise InputError("--sigma lies between 0 and 1, --lam and --l1 are not negative")
-    if not cfg.eval_scales or min(cfg.eval_scales) <= 0 or min(cfg.frame) < 32:
-        raise InputError("--eval-scales must be positive, --frame 32 pixels a side or more")
+    if not 0 < cfg.sigma < 1 or not 0 <= cfg.bn_momentum <= 1 or not 0 <= cfg.momentum < 1:
+        raise InputError("--sigma, --momentum and --bn-momentum lie between 0 and 1")
+    for name in ("lam", "l1", "lr_encoder", "lr_decoder", "lr_w", "weight_decay", "poly"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be a number of 0 or more")
+    if not cfg.eval_scales or not all(0 < s < 16 for s in cfg.eval_scales) or min(cfg.frame) < 32:
+        raise InputError("--eval-scales must be positive and below 16, --frame 32 pixels a side "
+                         "or more")
     if cfg.dataset not in data.TASK_SETS[cfg.task]:
         raise InputError(f"--task {cfg.task} has no data set {cfg.dataset}; choose "
                          f"{', '.join(data.TASK_SETS[cfg.task])}")
-    if stages & {"search", "train"} and (cfg.batch_size % world_size()
-                                         or cfg.batch_size // world_size() < 2):
+    if cfg.task == "edges" and cfg.image_scale != 1:
+        raise InputError("--image-scale does not go with --task edges: an edge map has no other "
+                         "resolution than its picture")
+    if stages & {"search", "train", "bench-search"} and (
+            cfg.batch_size % world_size() or cfg.batch_size // world_size() < 2):
         raise InputError(f"--batch-size {cfg.batch_size} over {world_size()} processes: each needs "
                          "the same number and 2 or more, as BN sees one value a picture at G")
+    if "bench-search" in stages and (cfg.compile or world_size() > 1):
+        raise InputError("--bench-search times both decoders as they are written, in one process; "
+                         "leave out --compile and torchrun")
+    if "search" in stages and cfg.arch:
+        raise InputError("--search writes an arch.json of its own, in --out; leave out --arch")
+
+
+def check_files(cfg, stages):
+    """Refuse before hours of work what a later stage would find missing."""
+    if stages & {"search", "train"}:
+        open_images(cfg, "val")
+    if "train" in stages:
+        open_images(cfg, train_split(cfg))
+        if cfg.init:
+            load_checkpoint(cfg.init)
+    if "eval" in stages:
+        open_images(cfg, eval_split(cfg))
+    if "search" in stages and cfg.beside:
+        read_weights(cfg.beside, cfg.encoder)
+    if (stages & {"train", "eval"} or cfg.export) and not (
+            "search" in stages and cfg.network == "found"):
+        identity_of(cfg)                                    # reads arch.json
+    if ("eval" in stages or cfg.export) and "train" not in stages:
+        load_checkpoint(checkpoint_of(cfg))
 
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "sparsemask", STAGES, QUICK, __doc__, argv)
     device = common.setup(cfg)
     check(cfg, stages)
+    check_files(cfg, stages)
     if "bench-search" not in stages:
         common.write_config(cfg, stages)
-    if stages & {"train", "eval"}:
-        open_images(cfg, "val")                             # missing? say so before the search
-    if stages & {"train", "eval"} and "search" not in stages:
-        identity_of(cfg)                                    # the same for a bad arch.json
     if "search" in stages:
         search(cfg, device)
     if "train" in stages:

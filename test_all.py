@@ -142,6 +142,10 @@ def test_voc_tree_with_and_without_sbd():
         assert [aug.name(i) for i in range(len(aug))] == ["2008_03.jpg", "2007_01.jpg"]
         assert _values(aug[1]) == [[20, 0, 255]]
         assert _values(data.open_segmentation("voc", tmp, "val")[0]) == [[2, 2, 0]]
+        own = data.open_segmentation("voc", tmp, "trainvoc")        # without SBD all the same
+        assert _values(own[0]) == _values(plain[0]) and len(own) == 1
+        (lists / "trainval.txt").write_text("2007_01\n2007_02\n")
+        assert len(data.open_segmentation("voc", tmp, "trainval")) == 2
         (lists / "val.txt").unlink()
         _refused(lambda: data.open_segmentation("voc", tmp, "val"), "val.txt")
 
@@ -1581,6 +1585,16 @@ def test_theorems_1_and_2():
     for size in ((10, 14), (9, 20)):
         first = sparsemask.resize(F.conv2d(a, point), size)
         assert torch.allclose(first, F.conv2d(sparsemask.resize(a, size), point), atol=1e-12)
+    # Both in the decoder: one stage is the 1x1 convolution of all inputs, up-sampled and side by
+    # side.
+    stage = sparsemask.Decoder({"D1": ("E1", "E2", "E3", "G")}, dict(E1=3, E2=4, E3=5, G=5),
+                               nn.Identity(), width=6).double()
+    maps = {t: torch.randn(2, c, *size, dtype=torch.float64) for t, c, size in (
+        ("E1", 3, (8, 12)), ("E2", 4, (4, 6)), ("E3", 5, (4, 6)), ("G", 5, (1, 1)))}
+    side_by_side = torch.cat([sparsemask.resize(maps[t], (8, 12)) for t in maps], 1)
+    weight = torch.cat([stage.conv[t].weight for t in maps], 1)
+    want = stage.norm["D1"](F.conv2d(side_by_side, weight))
+    assert torch.allclose(stage(maps), want, atol=1e-12)
     # f_up against the definition, pixel by pixel: corners on corners.
     x, up = a[0, 0], sparsemask.resize(a, (9, 13))[0, 0]
     for i, j in itertools.product(range(9), range(13)):
@@ -1697,7 +1711,7 @@ def test_regularizers_of_table_1_and_figure_4():
                         ("sparse", ["sparse"]), ("task", []), ("maskconnect", [])):
         terms = sparsemask.regularizer(net, replace(cfg, loss=loss))
         assert sorted(terms) == names
-        assert all(abs(float(v) - want[k]) < 1e-5 for k, v in terms.items())
+        assert all(abs(v.item() - want[k]) < 1e-5 for k, v in terms.items())
     total = sum(float(v.sum()) for v in shares.values())
     l1 = sparsemask.regularizer(net, replace(cfg, loss="l1", l1=0.1))["l1"]
     assert abs(float(l1) - 0.1 * total) < 1e-4
@@ -1768,7 +1782,7 @@ def test_golden_case_of_the_release():
               for stage, names in sparsemask.fully_dense(9).items()}
     found, _ = sparsemask.prune(shares, sparsemask.Config())
     assert sum(map(len, found.values())) == 27 and decoder_size(found) == 1008085
-    found, _ = sparsemask.prune(shares, replace(sparsemask.Config(), simplify=True))
+    found = sparsemask.drop_repeated(found)
     assert found == sparsemask.CONNECTIVITIES["released"] and sum(map(len, found.values())) == 15
 
 
@@ -1798,6 +1812,12 @@ def test_encoders_are_torchvisions():
             assert found[f"E{l}"].shape == (2, c, 64 // stride, 96 // stride), (name, l)
         assert found["G"].shape == (2, channels[-1], 1, 1)
         assert dilated[f"E{len(strides)}"].shape[-2:] == (4, 6)     # DeepLab-V3: output stride 16
+    with torch.device("meta"):
+        encoder = sparsemask.Encoder("resnet50", dilate=True)
+        vgg = sparsemask.Encoder("vgg16", dilate=True)
+    assert [m.dilation[0] for m in encoder.stages[4].modules()
+            if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)] == [1, 2, 2]
+    assert all(m.dilation == (1, 1) for m in vgg.modules() if isinstance(m, nn.Conv2d))
     x = torch.randn(2, 3, 64, 96)
     for name in ("mobilenet_v2", "resnet50"):
         torch.manual_seed(0)
@@ -1829,6 +1849,17 @@ def test_transfer_matches_by_size():
     for name in ("resnet50", "vgg16"):
         net = sparsemask.SparseMaskNet("released", name, num_classes=2, width=4).eval()
         assert net(torch.zeros(1, 3, 33, 40)).shape == (1, 2, 33, 40)
+    # D1, which the classifier reads, stays D1 beside a D2 of the same size.
+    assert sparsemask.transfer({"D2": ("E9",), "D1": ("E1", "G", "D2")}, mobile, resnet) == {
+        "D1": ("E1", "G")}
+    generator = torch.Generator().manual_seed(0)
+    size = dict(zip(mobile, (1, 1, 2, 3, 4, 4, 5, 5, 5)))           # stride -> ResNet stage
+    for _ in range(50):
+        found = sparsemask.random_connectivity(9, generator)
+        moved = sparsemask.transfer(found, mobile, resnet)
+        assert sparsemask.check_connectivity(moved, 5, "moved") == moved
+        want = {f"E{size[mobile[int(t[1:]) - 1]]}" for t in found["D1"] if t[0] == "E"}
+        assert {t for t in moved["D1"] if t[0] == "E"} == want
     back = sparsemask.transfer({"D5": ("E5", "G"), "D1": ("E1", "D5")}, resnet, mobile)
     assert back == {"D9": ("E9", "G"), "D1": ("E2", "D9")}
 
@@ -1916,8 +1947,8 @@ def test_poly_sgd_groups():
     found, = [g["params"] for g in other.param_groups if g["lr"] == 0.7]
     assert [id(p) for p in found] == [id(w) for w in net.w.values()]
     assert all(m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-    sparsemask.poly_sgd(net, sparsemask.Config(), steps=33000)
-    assert net.decoder.norm["D1"].momentum == 10 / 33000 and max(3e-4, 10 / 50000) == 3e-4
+    sparsemask.poly_sgd(net, sparsemask.Config(), steps=50000)
+    assert net.decoder.norm["D1"].momentum == 3e-4
 
 
 def test_classifier_weights_from_a_file():
@@ -2289,8 +2320,12 @@ def test_sparsemask_stages_resume_after_kill_bit_for_bit():
             out, _ = run("--train", "--eval", *base, "--out", whole, "--network", name, "--epochs",
                          "1", script=script)
             assert f"{name}: retrained mIoU on val" in out
-        out, _ = run("--train", *base, "--out", Path(tmp, "moved"), "--arch", whole / "arch.json",
+        refused("--train", *base, "--out", whole, "--resume", "--epochs", "3",
+                words=("epochs 2", "epochs 3"), script=script)
+        four = [f if f != "3" else "4" for f in base]                       # --num-classes 4
+        out, _ = run("--train", *four, "--out", Path(tmp, "moved"), "--arch", whole / "arch.json",
                      "--init", whole / "found" / "best.pt", "--epochs", "1", script=script)
+        assert "trained for 3 classes" in out
         best = whole / "found" / "best.pt"
         refused("--eval", *base, "--out", whole, "--network", "unet", "--weights", best,
                 words=("another connectivity",), script=script)
@@ -2323,13 +2358,32 @@ def test_sparsemask_other_tasks_from_the_command_line():
 
 
 def test_sparsemask_two_processes_end_with_equal_weights():
+    """With noise on w; and with a network that leaves the end of the encoder unread."""
+    probe = (f"import sys, hashlib; sys.path.insert(0, {str(HERE)!r})\n"
+             "import common, sparsemask\n"
+             "fit = sparsemask.fit\n"
+             "def fit_and_tell(stage, net, *a, **k):\n"
+             "    best = fit(stage, net, *a, **k)\n"
+             "    h = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in "
+             "net.parameters())).hexdigest()\n"
+             "    sys.stdout.write(f'\\nHASH {stage} {common.rank()} {h}\\n')\n"
+             "    sys.stdout.flush()\n"
+             "    return best\n"
+             "sparsemask.fit = fit_and_tell\n"
+             "common.run_main(sparsemask.main)\n")
     with tempfile.TemporaryDirectory() as tmp:
-        base = [*SPARSE, "--data-root", tiny_set(Path(tmp, "set")), "--out", tmp, "--batch-size",
-                "8", "--w-range", "release"]
-        out, _ = run("--search", "--train", "--eval", *base, "--epochs", "1", "--search-epochs",
-                     "1", before=("-m", "torch.distributed.run", "--nproc_per_node=2",
-                                  "--master_port=29517"), script="sparsemask.py")
-        assert out.count("retrained mIoU on val") >= 1 and out.count("of 90 connections") == 1
+        script = Path(tmp, "probe.py")
+        script.write_text(probe)
+        base = [*SPARSE, "--data-root", tiny_set(Path(tmp, "set")), "--out", Path(tmp, "run"),
+                "--epochs", "1", "--search-epochs", "1", "--w-range", "release"]
+        for flags, stages in ((["--search", "--train", "--eval"], ("search", "found")),
+                              (["--train", "--network", "deeplabv3"], ("deeplabv3",))):
+            out, _ = run(*flags, *base, script=script, before=(
+                "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"))
+            for stage in stages:
+                hashes = dict(re.findall(rf"HASH {stage} ([01]) (\w{{64}})", out))
+                assert set(hashes) == {"0", "1"} and len(set(hashes.values())) == 1, (stage, out)
+            assert out.count("of 90 connections") == ("search" in stages)
 
 
 def test_sparsemask_bench_of_a_search_step():
@@ -2352,7 +2406,19 @@ def test_sparsemask_refuses_wrong_input():
                 script=script)
         refused("--search", *base, "--batch-size", "1", words=("--batch-size",), script=script)
         refused("--search", *base, "--task", "edges", words=("edges", "folder"), script=script)
-        refused("--search", *base, "--sigma", "2", words=("--sigma",), script=script)
+        refused("--eval", *base, "--network", "unet", words=("unet/best.pt",), script=script)
+        refused("--search", *base, "--beside", arch, words=(arch,), script=script)
+        cfg = replace(sparsemask.Config(), dataset="synthetic")
+        for stage, wrong, word in (
+                ("search", {"sigma": 2.0}, "--sigma"), ("search", {"momentum": -1.0}, "--momentum"),
+                ("train", {"weight_decay": -1.0}, "--weight-decay"),
+                ("train", {"lr_encoder": float("nan")}, "--lr-encoder"),
+                ("eval", {"eval_scales": (float("nan"),)}, "--eval-scales"),
+                ("bench-search", {"batch_size": 1}, "--batch-size"),
+                ("train", {"task": "edges", "image_scale": 0.5}, "--image-scale"),
+                ("bench-search", {"compile": True}, "--compile"),
+                ("search", {"arch": "arch.json"}, "--arch")):
+            _refused(lambda: sparsemask.check(replace(cfg, **wrong), {stage}), word)
         refused("--search", *base, "--loss", "l1", "--l1", "100", "--search-epochs", "1",
                 words=("D1", "--l1"), script=script)
 
