@@ -2338,7 +2338,7 @@ def test_sparsemask_other_tasks_from_the_command_line():
              "--weights-encoder none").split()
     with tempfile.TemporaryDirectory() as tmp:
         saliency, edges = Path(tmp, "saliency"), Path(tmp, "edges")
-        for split, n in (("train", 6), ("val", 3)):
+        for split, n in (("train", 6), ("val", 3), ("test", 3)):
             for i in range(n):
                 image, label = data.SyntheticScenes(split, (32, 64))[i]
                 label = np.asarray(label)
