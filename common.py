@@ -626,11 +626,11 @@ def open_loader(cfg, split, train=False, images=None, transform=None):
         train, cfg.workers, cfg.seed, rank(), world_size())
 
 
-def report_segmentation(name, matrix, images, cfg, folder):
-    """Print IoU by class and the means of a ConfusionMatrix; log them."""
-    for kind, iou in zip(images.class_names, matrix.iou().tolist()):
-        print(f"  {kind:24s} {'absent' if math.isnan(iou) else f'{100 * iou:6.2f}'}")
-    print(f"{name}: retrained mIoU on {cfg.split} {100 * matrix.miou():.2f}, pixel accuracy "
+def report_segmentation(name, matrix, images, cfg, folder, kind="retrained"):
+    """Print IoU by class and the means of a ConfusionMatrix; log them. kind: which mIoU it is."""
+    for thing, iou in zip(images.class_names, matrix.iou().tolist()):
+        print(f"  {thing:24s} {'absent' if math.isnan(iou) else f'{100 * iou:6.2f}'}")
+    print(f"{name}: {kind} mIoU on {cfg.split} {100 * matrix.miou():.2f}, pixel accuracy "
           f"{100 * matrix.pixel_accuracy():.2f}")
     log_record(folder, stage="eval", split=cfg.split, miou=matrix.miou())
 

@@ -3,6 +3,8 @@
 No network, no data set, no GPU; minutes on two CPU cores. Each test compares with something that
 does not share code with what it tests: loops, brute force, torchvision, counts from the papers.
 """
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import bilevel_prune
 import common
 import data
 import fastersg
@@ -2426,6 +2429,624 @@ def test_sparsemask_refuses_wrong_input():
 # ---------------------------------------------------------------------------------------------
 # bilevel_prune.py
 # ---------------------------------------------------------------------------------------------
+
+
+def shaken(net):
+    """The network with BN statistics and scales that are not those of a fresh one."""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            shake(m)
+    return net
+
+
+def random_gates(net, seed, sites=None):
+    """Random 0/1 gates, at least one channel a site; every fourth site is whole."""
+    g, gates = torch.Generator().manual_seed(seed), {}
+    for i, site in enumerate(sites or bilevel_prune.sites_of(net)):
+        n = net.widths[site]
+        share = 1.0 if i % 4 == seed % 4 else float(torch.rand((), generator=g))
+        gates[site] = (torch.rand(n, generator=g) < share).double()
+        gates[site][torch.randint(n, (), generator=g)] = 1
+    return gates
+
+
+def test_counts_of_topformer_and_deeplab():
+    build, params, macs = bilevel_prune.build, common.count_params, common.count_macs
+    table = {"tiny": (1389654, 534110208, 1372755, 937148416),
+             "small": (3034662, 1112297472, 3009379, 2027986944),
+             "base": (5062646, 1752203264, 5028979, 3242262528),
+             "super": (10345958, 4101214208, 10312291, 7940284416)}
+    for name, (p150, m150, p19, m19) in table.items():
+        net, city = build(name, 150), build(name, 19)
+        assert (params(net), macs(net, (512, 512))) == (p150, m150), name
+        assert (params(city), macs(city, (512, 1024))) == (p19, m19), name
+    net = bilevel_prune.DeepLabV3Plus(19)
+    assert (params(net), macs(net, (512, 1024))) == (2263139, 9490180608)
+    assert params(net.stem) + params(net.rows) == 1811712
+    x = torch.randn(2, 3, 70, 100)
+    assert bilevel_prune.TopFormer("tiny", 5)(x).shape == (2, 5, 9, 13)
+    assert bilevel_prune.DeepLabV3Plus(5)(x).shape == (2, 5, 18, 25)
+
+
+def test_masked_network_equals_pruned_network():
+    """Derived = relaxed: every prunable layer type, strides, dilation, residual sums, concatenated
+    and shared masks, attention; random masks down to one channel, float64, odd picture sizes. MACs
+    from the masks = MACs counted on the small network. Rebuilt from JSON and a state_dict alone."""
+    torch.manual_seed(0)
+    for name, size in (("tiny", (70, 101)), ("small", (64, 96)), ("deeplab", (65, 70))):
+        net = shaken(bilevel_prune.build(name, 5)).double().eval()
+        macs, x = bilevel_prune.Macs(net, size), torch.randn(1, 3, *size).double()
+        for seed in range(4):
+            gates = random_gates(net, seed)
+            if seed == 3:
+                gates = {site: torch.eye(len(b))[-1].double() for site, b in gates.items()}
+            small = bilevel_prune.prune(net, gates)
+            with torch.no_grad():
+                dense, want, got = net(x), net(x, gates), small(x)
+            assert (want - got).abs().max() < 1e-9 * want.abs().max(), (name, seed)
+            counted = common.count_macs(bilevel_prune.build(name, 5, small.widths), size)
+            assert int(macs(gates)) == macs.of(small.widths) == counted
+            assert (want - dense).abs().max() > 1e-3, "masks must matter"
+        with tempfile.TemporaryDirectory() as tmp:
+            bilevel_prune.write_arch(small, Path(tmp))
+            again = bilevel_prune.build(*bilevel_prune.load_arch(Path(tmp, "arch.json"))).double()
+            again.load_state_dict(small.state_dict())
+            with torch.no_grad():
+                assert torch.equal(again.eval()(x), got)
+        assert macs.dense == common.count_macs(bilevel_prune.build(name, 5), size)
+
+
+def test_masks_reach_what_they_cover_in_training_too():
+    """In train mode BN sees the same numbers in both networks, so loss and gradients agree."""
+    torch.manual_seed(0)
+    net = bilevel_prune.build("tiny", 4).double().train()
+    net.dropout.p = 0.0
+    for block in net.blocks:                            # else attention is switched off at first
+        nn.init.ones_(block.attention.project.norm.weight)
+    gates, x = random_gates(net, 5), torch.randn(3, 3, 64, 96).double()
+    small = bilevel_prune.prune(net, gates)
+    small.dropout.p = 0.0
+    net(x, gates).square().mean().backward()
+    small(x).square().mean().backward()
+    for layer, cut in zip(bilevel_prune.layers_of(net), bilevel_prune.layers_of(small)):
+        out, into = (bilevel_prune.channels(gates, where, net.widths).bool()
+                     for where in (layer.out, layer.into))
+        full = layer.conv.weight.grad
+        kept = full[out] if layer.depthwise else full[out][:, into]
+        assert torch.allclose(kept, cut.conv.weight.grad, atol=1e-12)
+        assert not full[~out].any(), "a pruned channel must get no gradient"
+        assert layer.depthwise or not full[:, ~into].any()
+        assert layer.norm is None or not layer.norm.weight.grad[~out].any()
+
+
+def test_threshold_and_straight_through():
+    s = torch.tensor([0.9, 0.5, 0.50001, 0.1], requires_grad=True)
+    b = bilevel_prune.Threshold.apply(s, 0.5, 1)
+    assert b.tolist() == [1, 0, 1, 0]                   # Eq. (2): s = tau is pruned
+    (b * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+    assert s.grad.tolist() == [1, 2, 3, 4]              # Eq. (3), pruned or not
+    low = torch.tensor([0.1, 0.3, 0.2])
+    assert bilevel_prune.Threshold.apply(low, 0.5, 1).tolist() == [0, 1, 0]
+    # The surrogate: the loss as a function of continuous gates, at the binary ones.
+    torch.manual_seed(1)
+    net = shaken(bilevel_prune.build("tiny", 3)).double().eval()
+    for block in net.blocks:
+        nn.init.ones_(block.attention.project.norm.weight)
+    masks = bilevel_prune.SoftMasks(net, bilevel_prune.sites_of(net)).double()
+    with torch.no_grad():
+        for site, gate in random_gates(net, 2).items():
+            masks.s[site].copy_(0.2 + 0.6 * gate)
+    x = torch.randn(1, 3, 64, 64).double()
+    probe = torch.randn_like(net(x))
+    (net(x, masks()) * probe).sum().backward()
+    for site, s in masks.s.items():
+        for k in {0, int(s.argmin()), int(s.argmax())}:
+            values = []
+            for step in (1e-6, -1e-6):
+                gates = masks.binary()
+                gates[site] = gates[site].clone()
+                gates[site][k] += step
+                with torch.no_grad():
+                    values.append(float((net(x, gates) * probe).sum()))
+            slope = (values[0] - values[1]) / 2e-6
+            assert abs(slope - float(s.grad[k])) < 1e-5 * max(1, abs(slope)), (site, k)
+        pruned = s < 0.5
+        assert not pruned.any() or s.grad[pruned].any(), f"{site} could not come back"
+
+
+class PiecewiseLinear(nn.Module):
+    """A masked layer, then fixed ReLU layers and an L1 loss: piecewise linear in the layer."""
+
+    def __init__(self, smooth=False):
+        super().__init__()
+        g = torch.Generator().manual_seed(3)
+        def draw(*shape):
+            return torch.randn(*shape, generator=g).double()
+        self.widths, self.smooth = {"": 1, "a": 6}, smooth
+        self.layer = bilevel_prune.Layer(self.widths, (("", 4),), bilevel_prune.space("a"), 3,
+                                         norm=False).double()
+        self.head, self.x, self.y = draw(5, 6, 3, 3), draw(4, 4, 8, 8), draw(4, 5, 8, 8)
+        with torch.no_grad():
+            for p in self.layer.parameters():
+                p.copy_(draw(*p.shape))
+
+    def loss(self, weights, b):
+        """weights: [conv weight, bias]; b (6,) gates."""
+        h = F.conv2d(self.x, *weights, padding=1) * b.view(-1, 1, 1)
+        y = F.conv2d(h if self.smooth else F.relu(h), self.head, padding=1)
+        return ((y - self.y) ** 2).mean() / 2 if self.smooth else (y - self.y).abs().mean()
+
+
+def masks_of(b):
+    masks = bilevel_prune.SoftMasks(PiecewiseLinear(), ["a"]).double()
+    with torch.no_grad():
+        masks.s["a"].copy_(0.2 + 0.6 * b)
+    return masks
+
+
+def paper_gradient(model, weights, b, lam, implicit=True):
+    """What the program computes at these weights."""
+    with torch.no_grad():
+        for p, w in zip(model.layer.parameters(), weights):
+            p.copy_(w)
+    masks = masks_of(b)
+    loss = model.loss(list(model.layer.parameters()), masks()["a"])
+    bilevel_prune.mask_gradient(model, masks, loss, lam, implicit)
+    return masks.s["a"].grad
+
+
+def test_implicit_gradient_is_exact_where_the_paper_says_so():
+    """Piecewise linear in w: Eq. (15) = autograd through one unrolled inner step, float64. The
+    step of size lambda on g(w) = L + |w|^2 / (2 lambda), without the decay of the first w, which
+    does not depend on s."""
+    model, lam = PiecewiseLinear(), 1e-3
+    b = torch.tensor([1.0, 0, 1, 1, 0, 1]).double()
+    w0 = [p.detach().clone() for p in model.layer.parameters()]
+    gate = b.clone().requires_grad_()
+    leaves = [w.clone().requires_grad_() for w in w0]
+    grads = torch.autograd.grad(model.loss(leaves, gate), leaves, create_graph=True)
+    w1 = [w - lam * g for w, g in zip(leaves, grads)]
+    exact, = torch.autograd.grad(model.loss(w1, gate), gate)
+    w1 = [w.detach() for w in w1]
+    # The same linear piece before and after the step, or there is nothing to compare.
+    def signs(w):
+        h = F.conv2d(model.x, *w, padding=1)
+        y = F.conv2d(F.relu(h * b.view(-1, 1, 1)), model.head, padding=1)
+        return (h > 0), (y > model.y)
+    assert all(torch.equal(p, q) for p, q in zip(signs(w0), signs(w1)))
+    ours, plain = (paper_gradient(model, w1, b, lam, flag) for flag in (True, False))
+    second = (exact - plain).abs().max()
+    assert second > 1e-7 and (ours - exact).abs().max() < 1e-9 * second, (ours, exact)
+    assert torch.equal(ours[b == 0], plain[b == 0]) and (ours[b == 1] < plain[b == 1]).all()
+    # At w* itself, grad_w L = -w* / lambda, both terms of Eq. (15) are -|w*|^2 / lambda.
+    slope = torch.randn(6, 40).double()
+    def linear(w, gate):
+        return (slope * w * gate[:, None]).sum()
+    star = -lam * b[:, None] * slope
+    first = torch.autograd.grad(linear(star, gate), gate)[0]
+    term = -lam * b * (b[:, None] * slope).square().sum(1)
+    assert torch.allclose(first * b, term) and torch.allclose(term, -star.square().sum(1) / lam)
+
+
+def test_gap_to_the_exact_hypergradient_is_known():
+    """A smooth inner problem, ridge regression, solved exactly: the true dL/ds by the implicit
+    function theorem with its Hessian, beside Eq. (15) and beside the first term alone."""
+    torch.manual_seed(0)
+    model, b, rows = PiecewiseLinear(smooth=True), torch.tensor([1.0, 0, 1, 1, 0, 1]).double(), []
+    shapes = [p.shape for p in model.layer.parameters()]
+    def unpack(v):
+        parts = v.split([s.numel() for s in shapes])
+        return [p.view(s) for p, s in zip(parts, shapes)]
+    size = sum(s.numel() for s in shapes)
+    for lam in (1e-3, 1e-2, 0.1, 1.0):
+        gate = b.clone().requires_grad_()
+        def g(v, gate):
+            return model.loss(unpack(v), gate) + v.square().sum() / (2 * lam)
+        zero = torch.zeros(size).double().requires_grad_()
+        slope, = torch.autograd.grad(g(zero, b), zero)
+        hessian = torch.func.hessian(lambda v: g(v, b))(zero.detach())
+        star = torch.linalg.solve(hessian, -slope)                  # quadratic: one Newton step
+        leaf = star.clone().requires_grad_()
+        loss = model.loss(unpack(leaf), gate)
+        first, grad_w = torch.autograd.grad(loss, (gate, leaf), create_graph=True)
+        mixed = torch.func.jacrev(lambda v: torch.func.grad(g, 1)(v, b))(star)       # (6, size)
+        exact = first.detach() - mixed @ torch.linalg.solve(hessian, grad_w.detach())
+        ours, plain = (paper_gradient(model, unpack(star), b, lam, flag) for flag in (True, False))
+        alive = b == 1
+        rows.append([float((v - exact)[alive].norm() / exact[alive].norm()) for v in (ours, plain)]
+                    + [float(F.cosine_similarity(v[alive], exact[alive], dim=0))
+                       for v in (ours, plain)] + [float(ours[alive].sum() / exact[alive].sum())])
+        print(f"        lambda {lam:<6g} error of Eq. (15) {100 * rows[-1][0]:6.2f}%, of the first "
+              f"term alone {100 * rows[-1][1]:6.2f}%; cosine {rows[-1][2]:.5f}, {rows[-1][3]:.5f}; "
+              f"Eq. (15) / exact {rows[-1][4]:.3f}")
+    assert rows[0][0] < 0.02 and abs(rows[0][1] - 0.5) < 0.02       # small lambda: right, and half
+    assert all(a[0] < c[0] for a, c in zip(rows, rows[1:])), "the gap grows with lambda"
+
+
+def small_search(tmp, **changes):
+    """A Search on the tiny network, its data loader and settings."""
+    flags = dict(bilevel_prune.QUICK, dataset="folder", data_root=tiny_set(Path(tmp, "set")),
+                 num_classes=3, size=(32, 64), frame=(32, 64), batch_size=4, weight_steps=1,
+                 search_epochs=4, drop_path=0.1) | changes
+    cfg = bilevel_prune.Config(**flags)
+    _, loader = common.open_loader(cfg, "train", train=True)
+    net = bilevel_prune.dense_network(cfg, 3).train()
+    return bilevel_prune.Search(cfg, net, torch.device("cpu"), len(loader)), next(iter(loader))
+
+
+def test_pruned_channels_keep_their_weights_and_come_back():
+    for optimizer in ("sgd", "adamw"):
+        with tempfile.TemporaryDirectory() as tmp:
+            s, batch = small_search(tmp, optimizer=optimizer, lr=0.01, weight_decay=0.1)
+            for _ in range(2):                                  # momentum and Adam's averages exist
+                s.train_weights(*batch)
+            with torch.no_grad():
+                for site, values in s.masks.s.items():
+                    values[::2] = 0.3
+            flips = s.refresh()
+            assert flips == sum(len(v) // 2 for v in s.masks.s.values())
+            left = {k: v.clone() for k, v in s.net.state_dict().items()}
+            gates = {site: b.bool() for site, b in s.gates.items()}
+            for _ in range(3):
+                s.train_weights(*batch)
+            moved = still = 0
+            for layer, name in [(m, n) for n, m in s.net.named_modules()
+                                if isinstance(m, bilevel_prune.Layer)]:
+                out = bilevel_prune.channels(gates, layer.out, s.net.widths).bool()
+                for key, p in layer.named_parameters():
+                    same = (p == left[f"{name}.{key}"]).flatten(1).all(1) if p.ndim > 1 else (
+                        p == left[f"{name}.{key}"])
+                    assert same[~out].all(), f"{name}.{key} of a pruned channel moved"
+                    moved, still = moved + int((~same).sum()), still + int(same.sum())
+            assert moved > 1000 and still > 1000
+            with torch.no_grad():
+                for values in s.masks.s.values():
+                    values[values == 0.3] = 0.6
+            assert s.refresh() == flips and not s.stays
+            s.train_weights(*batch)                             # ... and they learn again
+            layer = s.net.rows[1].expand.conv.weight
+            assert (layer[::2] != left["rows.1.expand.conv.weight"][::2]).any()
+
+
+def test_mask_step_moves_masks_only_and_by_eq_15():
+    with tempfile.TemporaryDirectory() as tmp:
+        s, (images, labels) = small_search(tmp, lam=0.7, drop_path=0.0)
+        s.net.dropout.p = 0.0
+        before = {k: v.clone() for k, v in s.net.named_parameters()}
+        with torch.no_grad():
+            for values in s.masks.s.values():
+                values[1] = 0.1
+        s.refresh()
+        old = {k: v.detach().clone() for k, v in s.masks.s.items()}
+        s.move_masks(images, labels, 0.0)
+        for name, p in s.net.named_parameters():
+            assert torch.equal(p, before[name])
+        # Eq. (15) by hand for an expansion channel, from the gradients that are still there.
+        row, site = s.net.rows[3], "row3"
+        squares = sum(p.grad.square().flatten(1).sum(1) if p.ndim > 1 else p.grad.square()
+                      for layer in (row.expand, row.depth) for p in layer.parameters())
+        implicit = s.masks.s[site].grad.clone()
+        s.cfg.implicit = False
+        with torch.no_grad():
+            for k, v in s.masks.s.items():
+                v.copy_(old[k])
+        s.move_masks(images, labels, 0.0)
+        plain, b = s.masks.s[site].grad, (old[site] > 0.5).float()
+        assert torch.allclose(plain - implicit, 0.7 * b * squares, rtol=1e-3, atol=1e-9)
+        assert float((plain - implicit).max()) > 0 and implicit[1] == plain[1]
+        want = (old[site] - s.rates[site] * plain).clamp(min=0)
+        assert torch.allclose(s.masks.s[site], want)
+        # Shared masks gather from every layer that writes the site: c8 of rows 3 and 4, and its
+        # quarter of the residual stream of the blocks.
+        found = bilevel_prune.by_site(s.net, lambda layer: torch.ones(len(layer.conv.weight)))
+        assert found["c8"].tolist() == [2 + 2 * 4] * 32 and found["heads0"].tolist() == [64] * 4
+
+
+def test_macs_term_pulls_alike_at_any_size():
+    net, pulls = bilevel_prune.build("tiny", 5), []
+    masks = bilevel_prune.SoftMasks(net, bilevel_prune.sites_of(net))
+    for frame in ((64, 128), (512, 1024)):
+        macs = bilevel_prune.Macs(net, frame)
+        gates = masks()
+        value = bilevel_prune.regularizer(macs, gates, 0.5 * macs.dense)
+        assert abs(float(value.detach()) - (8.2 / 2) ** 2) < 1e-9
+        grads = torch.autograd.grad(value, list(masks.s.values()))
+        pulls.append(sum(float(g.sum()) for g in grads))
+        costs = macs.costs()
+        for (site, s), g in zip(masks.s.items(), grads):    # one channel less, counted
+            widths = net.widths | {site: net.widths[site] - 1}
+            drop = macs.dense - macs.of(widths)
+            assert 0.85 < drop / costs[site] <= 1 + 1e-9
+            want = 2 * 8.2 ** 2 * 0.5 * costs[site] / macs.dense
+            assert torch.allclose(g, torch.full_like(g, want), rtol=1e-5)
+    assert abs(pulls[0] / pulls[1] - 1) < 0.1
+    assert max(costs[k] for k in masks.s) > 250 * min(costs[k] for k in masks.s)
+    # Masks that the loss ignores fall from 1 to tau in a third of the steps, all of them at once.
+    cfg, steps = bilevel_prune.Config(), 60
+    rates = bilevel_prune.mask_rates(masks, macs, 0.5 * macs.dense, steps, cfg)
+    fall = {site: rates[site] * 0.01 * float(g[0]) * steps / 3
+            for (site, _), g in zip(masks.s.items(), grads)}
+    assert all(abs(v - 0.5) < 1e-5 for v in fall.values()), fall
+
+
+def test_selection_meets_the_target_and_keeps_the_best():
+    g = torch.Generator().manual_seed(0)
+    for name, round_to, share in (("tiny", 1, 0.3), ("tiny", 8, 0.5), ("super", 8, 0.12),
+                                  ("deeplab", 1, 0.9), ("deeplab", 8, 0.3)):
+        net = bilevel_prune.build(name, 5)
+        macs = bilevel_prune.Macs(net, (64, 128))
+        scores = {site: torch.rand(net.widths[site], generator=g)
+                  for site in bilevel_prune.sites_of(net)}
+        gates = bilevel_prune.select(scores, macs, share * macs.dense, round_to)
+        got = float(macs(gates)) / macs.dense
+        assert share * 0.99 <= got <= share, (name, round_to, share, got)
+        for site, b in gates.items():
+            k, n = int(b.sum()), len(b)
+            assert k >= 1 and scores[site][b == 1].min() >= scores[site][b == 0].max().nan_to_num(
+                ) if k < n else k == n
+            assert site.startswith("heads") or k % round_to == 0 or k == n
+    net = bilevel_prune.build("tiny", 5)
+    macs, cfg = bilevel_prune.Macs(net, (64, 128)), bilevel_prune.Config(frame=(64, 128))
+    for share in (1.0, 0.02):
+        cfg.target = share
+        assert bilevel_prune.target_of(cfg, net, macs) == share * macs.dense
+    cfg.target = 0.001
+    _refused(lambda: bilevel_prune.target_of(cfg, net, macs), "below", "fewest channels")
+    cfg.target_gmacs = 1.1e-9 * macs.dense
+    _refused(lambda: bilevel_prune.target_of(cfg, net, macs), "above the dense")
+    assert set(bilevel_prune.sites_of(net, "pyramid")) == {
+        "c2", "c4", "c8", "c16", "c32", *(f"row{i}" for i in range(1, 9))}
+
+
+def test_baseline_scores():
+    torch.manual_seed(0)
+    net = shaken(bilevel_prune.build("tiny", 5))
+    macs = bilevel_prune.Macs(net, (64, 128))
+    gates = bilevel_prune.select(bilevel_prune.uniform(net), macs, 0.5 * macs.dense)
+    shares = [float(b.mean()) for b in gates.values() if len(b) > 30]
+    assert max(shares) - min(shares) < 0.05, "uniform: the same share everywhere"
+    with torch.no_grad():
+        for row in (net.rows[3].expand, net.rows[3].depth):
+            row.conv.weight[5] *= 100
+            row.norm.weight[7] = 100
+    for score, best in ((bilevel_prune.magnitude(net), 5), (bilevel_prune.slimming(net), 7)):
+        assert int(score["row3"].argmax()) == best
+        assert set(score) == set(bilevel_prune.sites_of(net))
+    assert int(bilevel_prune.uniform(net)["row3"].argmax()) == 5
+    with tempfile.TemporaryDirectory() as tmp:
+        s, batch = small_search(tmp, method="slimming", slim_l1=0.01)
+        assert s.free == 3 and "l1" in s.train_weights(*batch)
+        s.epoch = 3
+        assert "l1" not in s.train_weights(*batch)
+
+
+def published_names(net, old=False):
+    """{published name: name here} of every tensor, written from the files' own scheme."""
+    names = {}
+    def layer(theirs, ours, conv="c"):
+        names[f"{theirs}.{conv}.weight"] = f"{ours}.conv.weight"
+        for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            names[f"{theirs}.bn.{x}"] = f"{ours}.norm.{x}"
+    tpm, sim = ("patch_embed", "fuse_blocks") if old else ("tpm", "SIM")
+    layer(f"backbone.{tpm}.stem.0", "stem")
+    for i in range(len(net.rows)):
+        parts = ("depth", "project") if i == 0 else ("expand", "depth", "project")
+        for j, part in enumerate(parts):
+            layer(f"backbone.{tpm}.layer{i + 1}.conv.{2 * j}", f"rows.{i}.{part}")
+    for i in range(4):
+        block = f"backbone.trans.transformer_blocks.{i}"
+        for theirs, ours in (("attn.to_q", "attention.to_q"), ("attn.to_k", "attention.to_k"),
+                             ("attn.to_v", "attention.to_v"), ("attn.proj.1", "attention.project"),
+                             ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+            layer(f"{block}.{theirs}", f"blocks.{i}.{ours}")
+        for x in ("weight", "bias"):
+            names[f"{block}.mlp.dwconv.{x}"] = f"blocks.{i}.mlp.depth.conv.{x}"
+    parts = (("to_feat1", "local"), ("to_feat2", "shift"), ("fuse2", "scale")) if old else (
+        ("local_embedding", "local"), ("global_embedding", "shift"), ("global_act", "scale"))
+    for i, (theirs, ours) in itertools.product((1, 2, 3), parts):
+        layer(f"backbone.{sim}.{i}.{theirs}", f"injections.{i - 1}.{ours}", "conv")
+    layer("decode_head.linear_fuse", "fuse", "conv")
+    for x in ("weight", "bias"):
+        names[f"decode_head.conv_seg.{x}"] = f"classify.conv.{x}"
+    return names
+
+
+def test_published_checkpoints_load():
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp, "topformer.pth")
+        for variant, old, wrapper in (("tiny", False, None), ("small", True, "state_dict"),
+                                      ("tiny", False, "state_dict_ema"), ("tiny", True, "model")):
+            source, net = (bilevel_prune.build(variant, 7) for _ in range(2))
+            names = published_names(source, old)
+            assert set(names.values()) == set(source.state_dict())
+            state = {theirs: source.state_dict()[ours] for theirs, ours in names.items()}
+            torch.save({wrapper: state, "meta": {}} if wrapper else state, path)
+            said = bilevel_prune.load_published(net, path)
+            assert f"{len(names)} of {len(names)} tensors loaded" in said and "random" not in said
+            assert all(torch.equal(v, net.state_dict()[k]) for k, v in source.state_dict().items())
+        said = bilevel_prune.load_published(bilevel_prune.build("tiny", 9), path)
+        assert "random: classify.conv.weight" in said
+        torch.save({k: v for k, v in state.items() if "decode_head" not in k} | {
+            "backbone.extra": torch.ones(1)}, path)
+        said = bilevel_prune.load_published(bilevel_prune.build("tiny", 7), path)
+        assert "random: fuse.conv.weight" in said and "not used: extra" in said
+        for other in ("small", "base"):
+            _refused(lambda: bilevel_prune.load_published(bilevel_prune.build(other, 7), path),
+                     f"not of TopFormer-{other}", "--network")
+        torch.save([1], path)
+        _refused(lambda: bilevel_prune.load_published(net, path), "no state_dict")
+
+
+def test_mobilenet_weights_reach_the_deeplab_encoder():
+    torch.manual_seed(0)
+    source = shaken(torchvision.models.mobilenet_v2()).eval()
+    with tempfile.TemporaryDirectory() as tmp:
+        torch.save(source.features.state_dict(), Path(tmp, "features.pth"))
+        cfg = bilevel_prune.Config(network="deeplab", init=str(Path(tmp, "features.pth")))
+        net = bilevel_prune.dense_network(cfg, 4).eval()
+    with torch.no_grad():
+        x = want = torch.randn(1, 3, 64, 96)
+        for f in source.features[:14]:                      # as far as the strides agree
+            want = f(want)
+        x = F.relu6(net.stem(x))
+        for row in net.rows[:13]:
+            x = row(x)
+        assert torch.allclose(x, want, atol=1e-5)
+    last = source.features[17].conv[2].weight
+    assert torch.equal(net.rows[16].project.conv.weight, last)
+    assert [row.depth.conv.dilation[0] for row in net.rows] == [1] * 14 + [2] * 3
+
+
+# ---------------------------------------------------------------------------------------------
+# bilevel_prune.py as a process
+# ---------------------------------------------------------------------------------------------
+
+PRUNE = ("--dataset folder --num-classes 3 --network tiny --size 32 64 --frame 64 128 --epochs 1 "
+         "--search-epochs 3 --batch-size 4 --weight-steps 1 --lr 0.02 --target 0.5 --scales 1 1"
+         ).split()
+
+
+def here(*flags):
+    """bilevel_prune.main in this process, which saves the imports; returns what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        bilevel_prune.main([*map(str, flags)])
+    return out.getvalue()
+
+
+def test_pruning_stages_resume_after_kill_bit_for_bit():
+    script = "bilevel_prune.py"
+    with tempfile.TemporaryDirectory() as tmp:
+        base = [*PRUNE, "--data-root", tiny_set(Path(tmp, "set"))]
+        whole, broken, export = Path(tmp, "whole"), Path(tmp, "broken"), Path(tmp, "small.pt2")
+        out, _ = run("--search", "--eval", *base, "--out", whole, "--export", export, script=script)
+        for word in ("met within 1%", "pruned mIoU on val", "no fine-tuning", "next: python",
+                     "dense: best mIoU", "flips"):
+            assert word in out, f"'{word}' is missing in:\n{out}"
+        for name in ("config.json", "arch.json", "log.jsonl", "last.pt", "pruned.pt", "widths.png",
+                     "search_macs.png", "search_flips.png", "search_loss.png", "search_miou.png",
+                     "segmentations.png", "dense/best.pt", "dense/arch.json"):
+            assert (whole / name).stat().st_size > 0, name
+        result = json.loads((whole / "arch.json").read_text())["result"]
+        dense = common.count_macs(bilevel_prune.build("tiny", 3), (64, 128))
+        assert abs(result["macs"] / (0.5 * dense) - 1) <= 0.01 and result["met"]
+        assert torch.export.load(export).module()(torch.zeros(1, 3, 64, 128)).shape[1] == 3
+
+        stages = ["--search", *base, "--out", broken]
+        killed(stages, broken / "last.pt", script)
+        here(*stages, "--resume")
+        _refused(lambda: here(*stages, "--resume", "--beta", "0.02"), "another --beta")
+        for name in ("dense/best.pt", "last.pt", "pruned.pt"):
+            a, b = state_of(whole / name), state_of(broken / name)
+            assert a.keys() == b.keys()
+            for key in a:
+                assert torch.equal(a[key], b[key]), f"{name}{key} differs after resuming"
+        both = [json.loads((d / "arch.json").read_text())["widths"] for d in (whole, broken)]
+        assert both[0] == both[1]
+
+        for method in ("uniform", "slimming"):
+            out = here("--search", "--eval", *base, "--out", whole, "--method", method,
+                       "--round-to", "8")
+            assert "dense: best" not in out and f"{method}: pruned mIoU on val" in out
+        here("--search", *base, "--out", whole, "--no-implicit", "--scope", "pyramid",
+             "--optimizer", "adamw", "--channels-last")
+        widths = json.loads((whole / "no_implicit/arch.json").read_text())["widths"]
+        assert widths["inject"] == 128 and widths["row8"] < 576
+        out = here("--train", "--eval", *base, "--out", whole, "--method", "retrained", "--amp")
+        assert "retrained: retrained mIoU on val" in out
+        before = state_of(whole / "last.pt")                # a diverging run leaves it in place
+        _refused(lambda: here("--search", *base, "--out", whole, "--lr", "1e30"), "not finite",
+                 "step")
+        assert all(torch.equal(v, before[k]) for k, v in state_of(whole / "last.pt").items())
+        _refused(lambda: here("--search", *base, "--out", whole, "--dense", whole / "pruned.pt"),
+                 "does not fit")
+        best = whole / "pruned.pt"
+        best.write_bytes(best.read_bytes()[:5000])
+        refused("--eval", *base, "--out", whole, script=script, words=(best, "truncated"))
+
+
+def test_pruning_bench_and_sweep_from_the_command_line():
+    with tempfile.TemporaryDirectory() as tmp:
+        base = [*PRUNE, "--data-root", tiny_set(Path(tmp, "set")), "--out", Path(tmp, "r"),
+                "--search-epochs", "2", "--settle", "0.5"]
+        out = here("--sweep", *base, "--sweep-betas", "0.01", "1", "--sweep-lams", "0.1",
+                   "--sweep-targets", "0.5", "0.3")
+        table = Path(tmp, "r", "sweep.md").read_text()
+        assert table.count("\n| ") == 5 and table.count("| beta |") == 2 and table in out
+        assert len(json.loads(Path(tmp, "r", "sweep.json").read_text())) == 3
+        folder = next(Path(tmp, "r", "sweep").iterdir())
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"             # compiling takes a minute
+        try:
+            out, _ = run("--bench", "--bench-search", *base, "--arch", folder / "arch.json",
+                         script="bilevel_prune.py")
+        finally:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        for word in ("10,345,958", "9,490,180,608", "conv and BN folded", "channels_last",
+                     "the implicit term costs", "found"):
+            assert word in out, f"'{word}' is missing in:\n{out}"
+        rows = json.loads(Path(tmp, "r", "bench.json").read_text())["networks"]
+        assert rows["found"]["conv_macs"] < 0.51 * rows["dense"]["conv_macs"]
+
+
+def test_pruning_in_two_processes_keeps_masks_equal():
+    probe = ("import sys, hashlib, torch; sys.path.insert(0, {here!r})\n"
+             "import common, bilevel_prune as b\n"
+             "finish = b.finish\n"
+             "def tell(s, *a):\n"
+             "    h = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in "
+             "[*s.net.parameters(), *s.moved]))\n"
+             "    sys.stdout.write(f'\\nHASH {{common.rank()}} {{h.hexdigest()}}\\n')\n"
+             "    sys.stdout.flush()\n"
+             "    return finish(s, *a)\n"
+             "settle = b.Search.settle\n"
+             "def remember(s):\n"
+             "    s.moved = [p.detach().clone() for p in s.masks.parameters()]; settle(s)\n"
+             "b.finish, b.Search.settle = tell, remember\n"
+             "common.run_main(b.main)\n")
+    with tempfile.TemporaryDirectory() as tmp:
+        script = Path(tmp, "probe.py")
+        script.write_text(probe.format(here=str(HERE)))
+        out, _ = run("--search", *PRUNE, "--data-root", tiny_set(Path(tmp, "set")), "--out",
+                     Path(tmp, "two"), script=script, before=(
+                         "-m", "torch.distributed.run", "--nproc_per_node=2",
+                         "--master_port=29617"))
+        found = dict(re.findall(r"HASH ([01]) ([0-9a-f]{64})", out))
+        assert set(found) == {"0", "1"} and found["0"] == found["1"], out
+
+
+def test_pruning_refuses_wrong_input_in_one_sentence():
+    script = "bilevel_prune.py"
+    with tempfile.TemporaryDirectory() as tmp:
+        base = [*PRUNE, "--data-root", tiny_set(Path(tmp, "set")), "--out", Path(tmp, "r")]
+        arch = Path(tmp, "arch.json")
+        torch.save(bilevel_prune.build("tiny", 3).state_dict(), Path(tmp, "other.pth"))
+        _refused(lambda: here("--search", *base, "--network", "base", "--init",
+                              Path(tmp, "other.pth")), "not of TopFormer-base")
+        good = {site: n for site, n in bilevel_prune.dense_widths("tiny").items()}
+        refused("--search", *base, "--tau", "1", script=script, words=("--tau",))
+        for value, words in (
+                ([], ("no arch.json",)), ({"network": "huge"}, ("no arch.json",)),
+                ({"network": "tiny", "classes": 3, "widths": {}}, ("c2", "None channels")),
+                ({"network": "tiny", "classes": 3, "widths": good | {"row3": 49}}, ("row3", "48")),
+                ({"network": "tiny", "classes": 3, "widths": good | {"row3": 0}}, ("row3", "0")),
+                ({"network": "tiny", "classes": 3, "widths": good | {"row9": 5}}, ("row9",))):
+            arch.write_text(json.dumps(value))
+            _refused(lambda: bilevel_prune.load_arch(arch), arch, *words)
+        _refused(lambda: here("--eval", *base, "--arch", arch), "row9")
+        _refused(lambda: here("--eval", *base), "arch.json", "no")
+        for flags, words in (
+                ("--target 1.5", ("--target-gmacs",)), ("--method dense", ("prunes nothing",)),
+                ("--search-epochs 1 --settle 0.9", ("no mask step",)),
+                ("--batch-size 1", ("single value",)), ("--dense none.pt", ("no checkpoint",)),
+                ("--target-gmacs 5", ("above the dense",)),
+                ("--target 0.001", ("fewest channels",))):
+            _refused(lambda: here("--search", *base, *flags.split()), *words)
+        for flags, word in (([], "choose a stage"), (["--search", "--beat", "1"], "--beat")):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try:
+                    here(*flags)
+                except SystemExit as stop:
+                    assert stop.code == 2 and word in said.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------
