@@ -657,14 +657,15 @@ def _resume(path, model, optimizer, scheduler, extra):
 
 
 def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader, num_classes, cfg,
-        device, folder, clip=0.0, extra=None, per_step=False):
+        device, folder, clip=0.0, extra=None, per_step=False, validate=None):
     """Train a segmentation network; returns its best validation mIoU.
 
     loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
     the model, wrapped as the run needs it. The scheduler steps once an epoch, or after every step
     if `per_step` (poly schedules). last.pt and best.pt (highest mIoU) go to `folder`, one record an
     epoch to its log.jsonl. extra: dict of strings that say what is trained on what, stored too; a
-    checkpoint with other ones is not resumed.
+    checkpoint with other ones is not resumed. validate(model) -> (name, score): another score than
+    the mIoU on val_loader, for networks that do not segment.
     """
     folder, start, best = Path(folder), 0, -1.0
     if cfg.resume and (folder / "last.pt").exists():
@@ -697,12 +698,13 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
         if not per_step:
             scheduler.step()
         average_buffers(model)
-        miou = evaluate(model, val_loader, num_classes, device, cfg.amp).miou()
-        progress.close(epoch, terms, f" | val mIoU {100 * miou:.2f}")
-        log_record(folder, stage=stage, epoch=epoch, miou=miou,
+        name, score = validate(model) if validate else ("mIoU", evaluate(
+            model, val_loader, num_classes, device, cfg.amp).miou())
+        progress.close(epoch, terms, f" | val {name} {100 * score:.2f}")
+        log_record(folder, stage=stage, epoch=epoch, **{name.lower(): score},
                    **{k: float(v) for k, v in terms.items()})
-        improved, best = miou > best, max(miou, best)
-        items = dict(model=model.state_dict(), epoch=epoch + 1, miou=miou, best=best,
+        improved, best = score > best, max(score, best)
+        items = dict(model=model.state_dict(), epoch=epoch + 1, best=best, **{name.lower(): score},
                      **(extra or {}))
         if improved:
             save_checkpoint(folder / "best.pt", **items)
