@@ -32,7 +32,6 @@ The idea in five lines:
     python mtp.py --train --eval                 TIME_TRAIN
     python mtp.py --bench --arch uniform --network deeplabv3_resnet50    TIME_BENCH
 """
-import contextlib
 import copy
 import functools
 import itertools
@@ -136,10 +135,10 @@ class Config(BaseConfig):
 
 
 # Minutes on two cores, from random weights: few steps, so larger ones and a stronger l1 (OURS).
-QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(48, 48), cls_batch=16,
+QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), cls_batch=16,
              size=(64, 128), scales=(0.75, 1.5), batch_size=8, dense_cls_epochs=2,
              dense_cls_lr=0.05, dense_epochs=2, dense_lr=0.05, alpha1=0.05, alpha2=0.05, rounds=6,
-             inner_steps=10, search_cls_lr=0.01, search_lr=0.01, rho=2.0, recalibrate=10,
+             inner_steps=10, tolerance=0.0, search_cls_lr=0.01, search_lr=0.01, rho=2.0, recalibrate=10,
              thinet_images=16, cls_epochs=2, cls_lr=0.01, epochs=4, lr=0.02, frame=(128, 256))
 
 # What the dense network, and then the sparse one, depend on: a stored one with other values is
