@@ -71,8 +71,8 @@ METHODS = ("mtp", "slimming", "uniform", "thinet", "fpgm", "dense")
 class Config(BaseConfig):
     network: str = opt("deeplabv3_resnet101", "which network to prune (PAPER 4; deeplabv3_resnet18 "
                        "and _resnet50 are OURS, for small machines)", NAMES)
-    backbone: str = opt("imagenet", "where training starts: imagenet (torchvision's weights), none, "
-                        "or a file with a classifier's state_dict")
+    backbone: str = opt("imagenet", "where training starts: imagenet (torchvision's weights), "
+                        "none, or a file with a classifier's state_dict")
     cls_dataset: str = opt("synthetic", "the classification set of task 1 (PAPER: ImageNet)",
                            ("synthetic", "imagefolder"))
     cls_root: str = opt("", "its folder: {train,val}/<class>/*.jpg")
@@ -104,12 +104,13 @@ class Config(BaseConfig):
     lam: float = opt(1.0, "lambda of Eq. (4) (OURS: the paper does not give it)")
     alpha1: float = opt(1e-3, "l1 weight of gamma1 (PAPER 7.1; 1e-4 for BiSeNet and PSPNet)")
     alpha2: float = opt(1e-3, "l1 weight of gamma2 and gamma3 (PAPER 7.1; likewise)")
-    rho: float = opt(1.5, "growth of mu a round, above 1 (PAPER Eq. 10; value OURS)")
+    rho: float = opt(1.5, "growth of mu a round, above 1 (PAPER Eq. 10; the value is OURS)")
     mu: float = opt(0.0, "first mu; 0: a pull of a tenth in the first round (OURS)")
     rounds: int = opt(20, "most rounds of lines 2 to 7 (OURS)")
     inner_steps: int = opt(500, "K, batches of each task a round (OURS)")
     tolerance: float = opt(1e-3, "line 7: stop when ||W1 - W3|| / ||W1|| is below and the kept set "
-                           "has not changed for a round (OURS)")
+                           "has not changed for a round (OURS); 0: all rounds, and one sparse "
+                           "training then serves several --percentile")
     save_steps: int = opt(100, "also write last.pt after so many steps within a round")
     search_cls_lr: float = opt(0.001, "learning rate of W1, linear to 0 (PAPER 7.1)")
     search_lr: float = opt(0.007, "learning rate of W2, W3, linear to 0 (OURS: Eq. (2)'s; at the "
@@ -137,9 +138,10 @@ class Config(BaseConfig):
 # Minutes on two cores, from random weights: few steps, so larger ones and a stronger l1 (OURS).
 QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), cls_batch=16,
              size=(64, 128), scales=(0.75, 1.5), batch_size=8, dense_cls_epochs=2,
-             dense_cls_lr=0.05, dense_epochs=2, dense_lr=0.05, alpha1=0.05, alpha2=0.05, rounds=6,
-             inner_steps=10, tolerance=0.0, search_cls_lr=0.01, search_lr=0.01, rho=2.0, recalibrate=10,
-             thinet_images=16, cls_epochs=2, cls_lr=0.01, epochs=4, lr=0.02, frame=(128, 256))
+             dense_cls_lr=0.05, dense_epochs=2, dense_lr=0.05, alpha1=0.15, alpha2=0.15, rounds=6,
+             inner_steps=10, tolerance=0.0, search_cls_lr=0.01, search_lr=0.01, rho=2.0,
+             recalibrate=10, thinet_images=16, cls_epochs=2, cls_lr=0.01, epochs=4, lr=0.02,
+             frame=(128, 256))
 
 # What the dense network, and then the sparse one, depend on: a stored one with other values is
 # another network.
@@ -460,15 +462,13 @@ def on_meta(kind, network, classes):
         return kind(network, classes)
 
 
-def rebuild(kind, arch, classes, state, where):
+def rebuild(kind, arch, state, where):
     """A pruned Segmenter or Classifier (`kind`) from the JSON of arch.json and a state_dict alone.
 
     On the meta device first, so that no large network is initialised in vain.
     """
-    net, widths = on_meta(kind, arch["network"], classes), arch["widths"]
-    if isinstance(widths, dict) and kind is Classifier:
-        widths = {name: n for name, n in widths.items() if name.startswith("backbone.")}
-    net = with_widths(net, widths, where).to_empty(device="cpu")
+    net = on_meta(kind, arch["network"], arch["classes" if kind is Segmenter else "cls_classes"])
+    net = with_widths(net, arch["widths"], where).to_empty(device="cpu")
     load_weights(net, {k: v for k, v in state.items() if "auxiliary" not in k}, where)
     return net
 
@@ -677,7 +677,6 @@ class TwoSets:
         self.moves = {"cls": data.classification_transform(cfg.cls_size, train=True),
                       "seg": data.train_transform(cfg.size, cfg.scales, cfg.image_scale)}
         self.batch = {"cls": cfg.cls_batch, "seg": cfg.batch_size}
-        data.check_segmentation(self.sets["seg"])
         self.classes, self.cls_classes = (self.sets[t].num_classes for t in ("seg", "cls"))
 
     def batches(self, task, start, stop, shared=False):
@@ -718,41 +717,52 @@ def accuracy(net, loader, device, amp=False):
 
 
 def train_classifier(stage, net, epochs, lr, cfg, device, folder, extra):
-    """Classification training with a linear schedule (PAPER 7.1); loads the best epoch."""
-    _, loader = open_cls_loader(cfg, "train", train=True)
-    _, val = open_cls_loader(cfg, "val")
-    _train(stage, net, cls_terms, loader, val, 0, epochs, lr, 1.0, cfg, device, folder, extra,
-           lambda model: ("accuracy", accuracy(model, val, device, cfg.amp)[0]))
+    """Classification training, linear schedule (PAPER 7.1); `net` ends with its best epoch."""
+    if not finished(stage, net, epochs, folder, extra):
+        _, loader = open_cls_loader(cfg, "train", train=True)
+        _, val = open_cls_loader(cfg, "val")
+        schedule = decay(net, lr, 1.0, epochs * len(loader), cfg)
+        common.fit(stage, net, cls_terms, *schedule, loader, None, None,
+                   replace(cfg, epochs=epochs), device, folder, extra=extra, per_step=True,
+                   validate=lambda model: ("accuracy", accuracy(model, val, device, cfg.amp)[0]))
+        load_best(net, folder)
 
 
 def train_segmenter(stage, net, classes, epochs, lr, cfg, device, folder, extra):
-    """Segmentation training with a poly schedule (PAPER 7.1); loads the best epoch."""
-    _, loader = open_loader(cfg, "train", train=True)
-    _, val = open_loader(cfg, "val")
-    terms = functools.partial(seg_terms, aux_weight=cfg.aux_weight)
-    _train(stage, net, terms, loader, val, classes, epochs, lr, 0.9, cfg, device, folder, extra)
+    """Segmentation training, poly schedule (PAPER 7.1); `net` ends with its best epoch."""
+    if not finished(stage, net, epochs, folder, extra):
+        _, loader = open_loader(cfg, "train", train=True)
+        _, val = open_loader(cfg, "val")
+        schedule = decay(net, lr, 0.9, epochs * len(loader), cfg)
+        common.fit(stage, net, functools.partial(seg_terms, aux_weight=cfg.aux_weight), *schedule,
+                   loader, val, classes, replace(cfg, epochs=epochs), device, folder, extra=extra,
+                   per_step=True)
+        load_best(net, folder)
 
 
-def _train(stage, net, terms, loader, val, classes, epochs, lr, power, cfg, device, folder, extra,
-           validate=None):
-    """Train, unless `folder` holds the finished result of the same settings; loads best.pt."""
-    last, done = Path(folder) / "last.pt", False
-    if last.exists():
-        stored = load_checkpoint(last, ("epoch",))
-        done = stored["epoch"] >= epochs and extra.items() <= stored.items()
-    if done and rank() == 0:
-        print(f"{stage}: trained already with these settings, taken from {folder}")
-    if not done:
-        # PAPER 7.1: poly, (1 - iter/iter_max)^0.9; the power stands inside the bracket there, a
-        # slip: it would end in (1 - 1) all the same, but is not what its name and code mean.
-        optimizer = sgd(net.parameters(), gammas(net, groups_of(net)), lr, cfg)
-        total = epochs * len(loader)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: max(0.0, 1 - step / total) ** power)
-        common.fit(stage, net, terms, optimizer, schedule, loader, val, classes,
-                   replace(cfg, epochs=epochs), device, folder, extra=extra, per_step=True,
-                   validate=validate)
-    load_weights(net, load_checkpoint(Path(folder) / "best.pt")["model"], folder)
+def decay(net, lr, power, steps, cfg):
+    """(SGD, schedule): lr (1 - step / steps)^power. PAPER 7.1 prints the poly schedule with the
+    power inside, 1 - (iter / iter_max)^0.9: a slip, poly means this."""
+    optimizer = sgd(net.parameters(), gammas(net, groups_of(net)), lr, cfg)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: max(0.0, 1 - step / steps) ** power)
+
+
+def finished(stage, net, epochs, folder, extra):
+    """Whether `folder` holds the end of this very training; its best epoch is then loaded."""
+    last = Path(folder) / "last.pt"
+    stored = load_checkpoint(last, ("epoch",)) if last.exists() else {"epoch": -1}
+    done = stored["epoch"] >= epochs and extra.items() <= stored.items()
+    if done:
+        load_best(net, folder)
+        if rank() == 0:
+            print(f"{stage}: trained already with these settings, taken from {folder}")
+    return done
+
+
+def load_best(net, folder):
+    best = Path(folder) / "best.pt"
+    load_weights(net, load_checkpoint(best)["model"], best)
 
 
 @torch.no_grad()
@@ -806,30 +816,31 @@ def dense_networks(cfg, sets, device):
 # ---------------------------------------------------------------------------------------------
 
 
+def sparse_folder(cfg):
+    return Path(cfg.out) / f"sparse_{cfg.method}"
+
+
 class SparseTraining:
-    """State of Algorithm 1's first part: both networks, E, mu, and the place reached."""
+    """State of lines 2 to 7: both networks, E, mu, and the place reached within a round."""
 
     def __init__(self, cls, seg, sets, cfg, device):
-        self.cls, self.seg, self.sets, self.cfg, self.device = cls, seg, sets, cfg, device
-        self.groups, self.folder = groups_of(seg), Path(cfg.out) / f"sparse_{cfg.method}"
-        self.tasks = ("cls", "seg") if cfg.method == "mtp" else ("seg",)
+        self.nets, self.sets, self.cfg, self.device = {"cls": cls, "seg": seg}, sets, cfg, device
+        self.groups, self.folder = groups_of(seg), sparse_folder(cfg)
         both = cfg.method == "mtp"
+        self.tasks, self.judge = ("cls", "seg") if both else ("seg",), cls if both else seg
         inner, outer = part_of(self.groups, "backbone"), part_of(self.groups, "decoder")
         self.lagrangian = Lagrangian(
             list(cls.backbone.parameters()) if both else [], list(seg.decoder.parameters()),
             list(seg.backbone.parameters()), list(cls.head.parameters()) if both else [],
             gammas(cls, inner) if both else [], gammas(seg, outer), gammas(seg, inner), cfg)
-        self.forward = {"cls": cls, "seg": seg}
-        if cfg.compile:
-            self.forward = {task: torch.compile(net) for task, net in self.forward.items()}
+        self.forward = {task: torch.compile(net) if cfg.compile else net
+                        for task, net in self.nets.items()}
         self.round, self.done, self.converged = 0, dict.fromkeys(self.tasks, 0), False
-        self.kept = self.choose()
-        self.progress = None
+        self.kept, self.progress = self.choose(self.judge), None
 
-    def choose(self):
-        """The kept set that gamma1 and gamma2 stand for at this moment."""
-        return kept_channels(scores_of(self.cls if self.cfg.method == "mtp" else self.seg,
-                                       self.seg, self.groups), self.groups, self.cfg)
+    def choose(self, net):
+        """The kept set at this moment if gamma1 is taken from the backbone of `net`."""
+        return kept_channels(scores_of(net, self.nets["seg"], self.groups), self.groups, self.cfg)
 
     def batches(self, task):
         """What is left of the K mini-batches of this round."""
@@ -855,8 +866,8 @@ class SparseTraining:
         number = sum(self.done.values())
         with common.training_step(self.cfg.method, self.round, number):
             with autocast(self.device, self.cfg.amp):
-                terms = (cls_terms(self.forward["cls"], images, labels) if task == "cls" else
-                         seg_terms(self.forward["seg"], images, labels, self.cfg.aux_weight))
+                terms = (cls_terms(self.forward[task], images, labels) if task == "cls" else
+                         seg_terms(self.forward[task], images, labels, self.cfg.aux_weight))
             check_finite(terms)
             if task == "cls":
                 self.lagrangian.gradient_w1(sum(terms.values()))
@@ -870,33 +881,31 @@ class SparseTraining:
 
     def end_round(self, terms):
         """Log what the round has come to, judge convergence, store it."""
-        common.average_buffers(self.cls)
-        common.average_buffers(self.seg)
-        before, self.kept = self.kept, self.choose()
+        for net in self.nets.values():
+            common.average_buffers(net)
+        before, self.kept = self.kept, self.choose(self.judge)
         far, far_gamma = self.lagrangian.gap()
-        inner = part_of(self.groups, "backbone")
-        by_task = [kept_channels(scores_of(net, self.seg, self.groups), self.groups, self.cfg)
-                   for net in ((self.cls, self.seg) if len(self.tasks) > 1 else (self.seg,) * 2)]
-        every = torch.cat([g.detach().abs() for g in gammas(self.seg, self.groups)])
-        record = {"gap": far, "gamma_gap": far_gamma, "agreement": overlap(*by_task, inner),
-                  "unchanged": overlap(before, self.kept, self.groups), "mu": self.lagrangian.mu,
+        every = torch.cat([g.detach().abs() for g in gammas(self.nets["seg"], self.groups)])
+        record = {"gap": far, "gamma_gap": far_gamma, "mu": self.lagrangian.mu,
+                  "agreement": overlap(self.kept, self.choose(self.nets["seg"]),
+                                       part_of(self.groups, "backbone")),
+                  "unchanged": overlap(before, self.kept, self.groups),
                   "zeros": float((every == 0).double().mean()), "mean_gamma": float(every.mean())}
-        # Line 7. OURS: the paper does not say when; kept sets and copies must have settled.
-        self.converged = (len(self.tasks) > 1 and far < self.cfg.tolerance
+        # Line 7. OURS: the paper does not say when; copies and kept set must have settled.
+        self.converged = (len(self.tasks) == 2 and far < self.cfg.tolerance
                           and record["unchanged"] == 1.0)
         common.log_record(self.folder, stage="sparse", epoch=self.round, **record,
                           **{k: float(v) for k, v in terms.items()})
-        text = (f" | |W1-W3| {far:.4f} |g1-g3| {far_gamma:.4f} agree {record['agreement']:.3f}"
-                if len(self.tasks) > 1 else "")
-        self.progress.close(self.round, terms, f"{text} kept {record['unchanged']:.3f} zero gamma "
-                            f"{record['zeros']:.3f}")
-        self.round += 1
-        self.done = dict.fromkeys(self.tasks, 0)
+        both = (f" |W1-W3| {far:.4f} |g1-g3| {far_gamma:.4f} agree {record['agreement']:.3f}"
+                * (len(self.tasks) == 2))
+        self.progress.close(self.round, terms, f" |{both} unchanged {record['unchanged']:.3f} mean "
+                            f"gamma {record['mean_gamma']:.3f} zeros {record['zeros']:.3f}")
+        self.round, self.done = self.round + 1, dict.fromkeys(self.tasks, 0)
         self.save()
 
     def save(self):
-        save_checkpoint(self.folder / "last.pt", model=self.seg.state_dict(),
-                        cls=self.cls.state_dict(), lagrangian=self.lagrangian.state(),
+        save_checkpoint(self.folder / "last.pt", model=self.nets["seg"].state_dict(),
+                        cls=self.nets["cls"].state_dict(), lagrangian=self.lagrangian.state(),
                         round=self.round, done=self.done, kept=self.kept,
                         converged=self.converged, **settings(self.cfg, self.fields()))
 
@@ -918,8 +927,8 @@ class SparseTraining:
                              "with another --out")
         if not same or not (finished or self.cfg.resume):
             return False
-        load_weights(self.seg, state["model"], path)
-        load_weights(self.cls, state["cls"], path)
+        load_weights(self.nets["seg"], state["model"], path)
+        load_weights(self.nets["cls"], state["cls"], path)
         self.lagrangian.load(state["lagrangian"])
         self.round, self.done, self.kept = state["round"], state["done"], state["kept"]
         self.converged = state["converged"]
@@ -1012,16 +1021,22 @@ def keep_best(score, n):
     return score.argsort(stable=True)[len(score) - max(1, n):].sort().values
 
 
+def rank_of(cfg):
+    """--rank, with auto resolved."""
+    default = "independent" if cfg.method in ("mtp", "slimming") else "layer"
+    return default if cfg.rank == "auto" else cfg.rank
+
+
 def kept_channels(scores, groups, cfg):
     """--rank: PAPER 3 has one threshold for the backbone and one for the decoder, Table 4 tries
     one for both; `layer` keeps round((1 - p) C) in each layer (the paper's Uniform)."""
     groups = [g for g in groups if g.name in scores]
-    if cfg.rank == "layer":
+    if rank_of(cfg) == "layer":
         kept = {g.name: keep_best(scores[g.name], math.floor(
             (1 - cfg.percentile / 100) * g.width + 0.5)) for g in groups}
     else:
-        pools = (("backbone", "decoder"),) if cfg.rank == "unified" else (("backbone",),
-                                                                          ("decoder",))
+        pools = ((("backbone", "decoder"),) if rank_of(cfg) == "unified" else
+                 (("backbone",), ("decoder",)))
         kept = {}
         for parts in pools:
             pool = {g.name: scores[g.name] for g in groups if g.part in parts}
@@ -1198,16 +1213,13 @@ def choose_and_prune(cls, seg, sets, cfg, device):
 
 def folder_of(cfg):
     """Run folder of one pruned network: another method, percentile or rank is another network."""
-    if cfg.method == "dense":
-        return Path(cfg.out) / "dense"
-    parts = [cfg.method, f"{cfg.percentile:g}"]
-    parts += [cfg.rank] * (cfg.rank != default_rank(cfg)) + [f"by{cfg.round_to}"] * (
-        cfg.round_to > 1)
+    if cfg.arch not in ("", "uniform"):
+        return Path(cfg.arch).parent
+    parts = ["dense"] if cfg.method == "dense" else [cfg.method, f"{cfg.percentile:g}"]
+    if cfg.method != "dense":
+        parts += [rank_of(cfg)] * (rank_of(cfg) != rank_of(replace(cfg, rank="auto")))
+        parts += [f"by{cfg.round_to}"] * (cfg.round_to > 1)
     return Path(cfg.out) / "_".join(parts)
-
-
-def default_rank(cfg):
-    return "independent" if cfg.method in ("mtp", "slimming") else "layer"
 
 
 def search(cfg, device):
@@ -1230,7 +1242,7 @@ def search(cfg, device):
     if rank() == 0:
         # Through the file and back, so that what is shown is what others will load.
         arch = {"network": cfg.network, "classes": sets.classes, "cls_classes": sets.cls_classes,
-                "method": cfg.method, "percentile": cfg.percentile, "rank": cfg.rank,
+                "method": cfg.method, "percentile": cfg.percentile, "rank": rank_of(cfg),
                 "widths": {g.name: len(kept[g.name]) if g.name in kept else g.width
                            for g in groups}}
         common.write_text(folder / "arch.json", json.dumps(arch, indent=1))
@@ -1239,7 +1251,8 @@ def search(cfg, device):
         draw_channels(folder / "channels.png", groups, arch["widths"],
                       f"{cfg.network}, {folder.name}: channels that stay (Figure 5)")
         draw_gammas(folder / "gammas.png", groups, before, after)
-        draw_sparse(cfg)
+        if cfg.method == "mtp":
+            draw_sparse(cfg)
         report_search(cfg, folder, groups, kept, rows, device)
     common.barrier()
 
@@ -1253,7 +1266,7 @@ def report_search(cfg, folder, groups, kept, rows, device):
     arch = read_arch(folder / "arch.json")
     state = load_checkpoint(folder / "pruned.pt")["model"]
     start = time.perf_counter()
-    small = rebuild(Segmenter, arch, arch["classes"], state, folder / "pruned.pt").eval()
+    small = rebuild(Segmenter, arch, state, folder / "pruned.pt").eval()
     print(f"chosen, cut and recalibrated in {rows['seconds']:.2f} s; rebuilt from arch.json and "
           f"pruned.pt in {time.perf_counter() - start:.2f} s")
     print(f"{cfg.method}: sparse mIoU {100 * rows['sparse_miou']:.2f}, pruned mIoU "
@@ -1275,8 +1288,8 @@ def report_search(cfg, folder, groups, kept, rows, device):
 
 def draw_channels(path, groups, widths, title):
     """Figure 5: a bar a layer, its full width pale and what stays dark; the decoder framed."""
-    step, scale, top, bottom = max(8, min(24, 1000 // len(groups))), 2, 60, 300
-    image = Image.new("RGB", (scale * (80 + step * len(groups)), scale * 340), "white")
+    step, scale, top, bottom = max(8, min(36, 1000 // len(groups))), 2, 70, 300
+    image = Image.new("RGB", (scale * max(600, 80 + step * len(groups)), scale * 340), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13 * scale)
     most = max(g.width for g in groups)
 
@@ -1308,7 +1321,8 @@ def draw_gammas(path, groups, before, after):
     """Histograms of |gamma| before and after the sparse training, for both tasks."""
     def flat(scores, part):
         return torch.cat([scores[g.name] for g in part_of(groups, part)]).numpy()
-    series = {"backbone, dense": flat(before, "backbone"), "decoder, dense": flat(before, "decoder"),
+    series = {"backbone, dense": flat(before, "backbone"),
+              "decoder, dense": flat(before, "decoder"),
               "gamma1 (task 1)": flat(after["task 1"], "backbone"),
               "gamma3 (task 2)": flat(after["task 2"], "backbone"),
               "gamma2 (decoder)": flat(after["task 2"], "decoder")}
@@ -1322,36 +1336,31 @@ def draw_gammas(path, groups, before, after):
 
 
 def draw_sparse(cfg):
-    """From the log of the sparse training: does W1 = W3 come about, and do the kept sets agree?"""
-    folder = Path(cfg.out) / f"sparse_{cfg.method}"
-    records = common.read_log(folder, "sparse")
-    if not records or cfg.method != "mtp":
-        return
-    names = {"gap": "|W1 - W3| / |W1|", "gamma_gap": "|gamma1 - gamma3| / |gamma1|",
-             "agreement": "kept by gamma1 and gamma3", "unchanged": "kept as a round ago"}
-    common.line_chart(folder / "constraint.png", "Two tasks come to one backbone", "round",
-                      "share", {text: [(r["epoch"] + 1, r[key]) for r in records]
-                                for key, text in names.items()})
-
-
-def draw_results(cfg):
-    """Figure 3: mIoU against parameters, of every network evaluated in this --out."""
-    rows = results(cfg)
-    groups = {}
-    for name, row in rows.items():
-        groups.setdefault(row["method"], []).append((row["params"] / 1e6, 100 * row["miou"], name))
-    common.scatter_chart(Path(cfg.out) / "miou_params.png", "mIoU against parameters (Figure 3)",
-                         "parameters (M)", "mIoU (%)", groups, size=(720, 480))
-    return rows
+    """From the log of Algorithm 1: does W1 = W3 come about, and do the kept sets agree?"""
+    records = common.read_log(sparse_folder(cfg), "sparse")
+    for name, title, lines in (
+            ("constraint", "W1 and W3 come together", {
+                "|W1 - W3| / |W1|": "gap", "|gamma1 - gamma3| / |gamma1|": "gamma_gap"}),
+            ("kept", "Channels that would stay, round by round", {
+                "by gamma1 and gamma3": "agreement", "as a round ago": "unchanged"})):
+        common.line_chart(sparse_folder(cfg) / f"{name}.png", title, "round", "share", {
+            text: [(r["epoch"] + 1, r[key]) for r in records] for text, key in lines.items()})
 
 
 def results(cfg):
     """{network: its row} of every result.json in this --out."""
-    found = {}
-    for path in sorted(Path(cfg.out).glob("*/result*.json")):
-        row = common.read_json(path, "result")
-        found[row["name"]] = row
-    return found
+    paths = sorted(Path(cfg.out).glob("*/result*.json"))
+    rows = [common.read_json(path, "result") for path in paths]
+    return {row["name"]: row for row in rows}
+
+
+def draw_results(cfg):
+    """Figure 3: mIoU against parameters, of every network evaluated in this --out."""
+    groups = {}
+    for name, row in results(cfg).items():
+        groups.setdefault(row["method"], []).append((row["params"] / 1e6, 100 * row["miou"], name))
+    common.scatter_chart(Path(cfg.out) / "miou_params.png", "mIoU against parameters (Figure 3)",
+                         "parameters (M)", "mIoU (%)", groups, size=(720, 480))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1365,60 +1374,57 @@ def arch_path(cfg):
 
 def fine_tuned(cfg):
     """Folder of the fine-tuned segmentation network; without classification it is another one."""
-    return folder_of(cfg) / ("seg" if cfg.cls_epochs or cfg.method == "dense" else "seg_without_cls")
+    with_cls = cfg.cls_epochs or cfg.method == "dense"
+    return folder_of(cfg) / ("seg" if with_cls else "seg_without_cls")
 
 
-def fits(arch, sets_classes, key, path):
-    if arch[key] != sets_classes:
+def fits(arch, images, key, path):
+    if arch[key] != images.num_classes:
         raise InputError(f"{path} was found for {arch[key]} classes ('{key}'), the data set has "
-                         f"{sets_classes}")
+                         f"{images.num_classes}")
 
 
 def fine_tune(cfg, device):
     """--train, line 11: the pruned network on classification, then on segmentation."""
     if cfg.method == "dense":
         raise InputError("--method dense is trained by --search; there is nothing to fine-tune")
-    arch, sets = read_arch(arch_path(cfg)), TwoSets(cfg)
-    fits(arch, sets.classes, "classes", arch_path(cfg))
-    fits(arch, sets.cls_classes, "cls_classes", arch_path(cfg))
-    pruned = arch_path(cfg).parent / "pruned.pt"
-    stored = load_checkpoint(pruned, ("model", "cls"))
-    torch.manual_seed(cfg.seed)
-    cls = place(rebuild(Classifier, arch, sets.cls_classes, stored["cls"], pruned), cfg, device)
-    seg = place(rebuild(Segmenter, arch, sets.classes, stored["model"], pruned), cfg, device)
-    folder, about = folder_of(cfg), {"arch": json.dumps(arch["widths"])}
+    arch, folder = read_arch(arch_path(cfg)), folder_of(cfg)
+    fits(arch, open_split(cfg, "train", cfg.size), "classes", arch_path(cfg))
+    fits(arch, open_cls(cfg, "train"), "cls_classes", arch_path(cfg))
+    stored = load_checkpoint(folder / "pruned.pt", ("model", "cls"))
+    cls, seg = (place(rebuild(kind, arch, stored[key], folder / "pruned.pt"), cfg, device)
+                for kind, key in ((Classifier, "cls"), (Segmenter, "model")))
+    about = {"arch": json.dumps(arch["widths"])}
     if cfg.cls_epochs:
         fields = ("cls_dataset", "cls_root", "cls_size", "cls_batch", "cls_epochs", "cls_lr")
         train_classifier("fine-tune cls", cls, cfg.cls_epochs, cfg.cls_lr, cfg, device,
                          folder / "cls", about | settings(cfg, fields))
         seg.backbone.load_state_dict(cls.backbone.state_dict())
     fields = ("dataset", "data_root", "size", "batch_size", "epochs", "lr", "cls_epochs")
-    train_segmenter("fine-tune seg", seg, sets.classes, cfg.epochs, cfg.lr, cfg, device,
+    train_segmenter("fine-tune seg", seg, arch["classes"], cfg.epochs, cfg.lr, cfg, device,
                     fine_tuned(cfg), about | settings(cfg, fields))
     if rank() == 0:
         print(f"in {folder}: cls/, {fine_tuned(cfg).name}/ with best.pt and log.jsonl\nnext: "
               f"python mtp.py --eval --bench{common.flags_of(cfg, QUICK)}")
 
 
-def restore(kind, cfg, classes, path):
-    """A trained network in eval mode: pruned by arch.json, or the dense one."""
-    state = load_checkpoint(path, ("model",))
+def restore(kind, cfg, images, path, device):
+    """A trained network in eval mode, with the widths of arch.json or dense, for these pictures."""
+    state, key = load_checkpoint(path)["model"], "classes" if kind is Segmenter else "cls_classes"
     if cfg.method == "dense":
-        arch = {"network": cfg.network, "widths": {}}
-        net = kind(cfg.network, classes)
-        load_weights(net, {k: v for k, v in state["model"].items() if "auxiliary" not in k}, path)
-        return net.eval()
-    arch = read_arch(arch_path(cfg))
-    fits(arch, classes, "classes" if kind is Segmenter else "cls_classes", arch_path(cfg))
-    return rebuild(kind, arch, classes, state["model"], path).eval()
+        widths = {g.name: g.width for g in groups_of(on_meta(kind, cfg.network, 2))}
+        arch = {"network": cfg.network, "widths": widths, key: images.num_classes}
+    else:
+        arch = read_arch(arch_path(cfg))
+        fits(arch, images, key, arch_path(cfg))
+    return place(rebuild(kind, arch, state, path).eval(), cfg, device)
 
 
 def evaluate_network(cfg, device):
     """--eval: mIoU at the label's own resolution, accuracy of the classifier (Table 7)."""
     images, loader = open_loader(cfg, cfg.split)
     folder, trained = folder_of(cfg), fine_tuned(cfg)
-    net = place(restore(Segmenter, cfg, images.num_classes, cfg.weights or trained / "best.pt"),
-                cfg, device)
+    net = restore(Segmenter, cfg, images, cfg.weights or trained / "best.pt", device)
     forward = torch.compile(net) if cfg.compile else net
     matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp, cfg.eval_scales,
                       cfg.eval_flip)
@@ -1429,7 +1435,7 @@ def evaluate_network(cfg, device):
     head = folder / "cls" / "best.pt"
     if head.exists() and trained.name == "seg":
         pictures, cls_loader = open_cls_loader(cfg, "val")
-        cls = place(restore(Classifier, cfg, pictures.num_classes, head), cfg, device)
+        cls = restore(Classifier, cfg, pictures, head, device)
         row["top1"], row["top5"] = accuracy(cls, cls_loader, device, cfg.amp)
     if rank() > 0:
         return
@@ -1518,8 +1524,8 @@ def compare_with_paper():
 
 def export_network(cfg):
     """--export FILE: the folded network as a torch.export program for pictures of --frame."""
-    classes = open_split(cfg, cfg.split, cfg.size).num_classes
-    net = restore(Segmenter, cfg, classes, cfg.weights or fine_tuned(cfg) / "best.pt")
+    net = restore(Segmenter, cfg, open_split(cfg, cfg.split, cfg.size),
+                  cfg.weights or fine_tuned(cfg) / "best.pt", torch.device("cpu"))
     error = common.export(net, cfg.frame, cfg.export)
     print(f"{cfg.export}: torch.export program for 1x3x{cfg.frame[0]}x{cfg.frame[1]}, largest "
           f"difference to the network {error:.1e}\nrun it anywhere: "
@@ -1541,9 +1547,7 @@ def check(cfg, stages):
     if not 0 < cfg.percentile < 100:
         raise InputError(f"--percentile {cfg.percentile:g}: percent of the channels to remove, "
                          "above 0 and below 100")
-    if cfg.rank == "auto":
-        cfg.rank = default_rank(cfg)
-    if cfg.method in ("uniform", "thinet") and cfg.rank != "layer":
+    if cfg.method in ("uniform", "thinet") and rank_of(cfg) != "layer":
         raise InputError(f"--method {cfg.method} chooses within each layer; leave out --rank")
     if cfg.rho <= 1 or cfg.mu < 0 or cfg.lam <= 0 or min(cfg.alpha1, cfg.alpha2) < 0:
         raise InputError("--rho must be above 1, --lam positive, --mu, --alpha1, --alpha2 not "
@@ -1563,9 +1567,9 @@ def check(cfg, stages):
     for flag, batch in (("batch-size", cfg.batch_size), ("cls-batch", cfg.cls_batch)):
         share, rest = divmod(batch, world_size())
         if stages & {"search", "train"} and (rest or share < 2):
-            raise InputError(f"--{flag} {batch} must give each of {world_size()} processes the same "
-                             "number of pictures, 2 or more, as BN after a global pooling sees one "
-                             "value a picture")
+            raise InputError(f"--{flag} {batch} must give each of {world_size()} processes the "
+                             "same number of pictures, 2 or more, as BN after a global pooling "
+                             "sees one value a picture")
 
 
 def main(argv=None):

@@ -3,7 +3,9 @@
 No network, no data set, no GPU; minutes on two CPU cores. Each test compares with something that
 does not share code with what it tests: loops, brute force, torchvision, counts from the papers.
 """
+import contextlib
 import copy
+import io
 import itertools
 import json
 import math
@@ -1559,20 +1561,16 @@ def test_mtp_rebuilt_from_widths_and_state_alone():
         widths = json.loads(json.dumps({k: len(v) for k, v in kept.items()}))
         state = common.load_checkpoint(path)["model"]
         start = time.perf_counter()
-        again = mtp.rebuild(mtp.Segmenter, {"network": "deeplabv3_resnet18", "widths": widths}, 4,
-                            state, path).eval()
+        arch = {"network": "deeplabv3_resnet18", "widths": widths, "classes": 4}
+        again = mtp.rebuild(mtp.Segmenter, arch, state, path).eval()
         spent = max(spent, time.perf_counter() - start)
         assert torch.equal(again(x), small(x)) and spent < 0.5
         for key, value in (("backbone.layer1.0.conv1", 0), ("backbone.layer1.0.conv1", 65),
                            ("decoder.aspp.project.0", "many"), ("decoder.aspp.convs.4.1", None)):
             _refused(lambda: mtp.with_widths(net, {**widths, key: value}, "arch.json"), key, value)
         wrong = {**widths, "backbone.layer1.0.conv1": widths["backbone.layer1.0.conv1"] + 1}
-        _refused(lambda: mtp.rebuild(mtp.Segmenter, {"network": "deeplabv3_resnet18",
-                                                     "widths": wrong}, 4, state, path), path,
-                 "layer1.0.conv1")
-        _refused(lambda: mtp.rebuild(mtp.Segmenter, {"network": "deeplabv3_resnet18",
-                                                     "widths": widths}, 5, state, path),
-                 "classifier")
+        for bad, word in (({"widths": wrong}, "layer1.0.conv1"), ({"classes": 5}, "classifier")):
+            _refused(lambda: mtp.rebuild(mtp.Segmenter, {**arch, **bad}, state, path), path, word)
 
 
 def test_mtp_dilations():
@@ -1637,7 +1635,7 @@ def test_mtp_scalar_problem_converges_to_its_closed_form():
         w1, w3 = (nn.Parameter(torch.tensor([start], dtype=torch.float64)) for _ in range(2))
         w2 = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
         s = mtp.Lagrangian([w1], [w2], [w3], [], [w1], [w2], [w3], cfg)
-        for _ in range(400):
+        for _ in range(120):
             for _ in range(cfg.inner_steps):
                 s.gradient_w1((a / 2 * (w1 - p) ** 2).sum())
                 s.step_w1(0.02)
@@ -1645,10 +1643,10 @@ def test_mtp_scalar_problem_converges_to_its_closed_form():
                 s.gradient_w2_w3((b / 2 * (w3 - q) ** 2 + (w2 - 0.01) ** 2).sum())
                 s.step_w2_w3(0.02)
             s.update_multipliers()
-        assert abs(float(w1) - exact) < 1e-6 and abs(float(w3) - exact) < 1e-6, (l1, w1, w3)
-        assert abs(float(s.e[0]) - 0.8791667) < 1e-6, (l1, s.e)
+        assert abs(w1.item() - exact) < 1e-6 and abs(w3.item() - exact) < 1e-6, (l1, w1, w3)
+        assert abs(s.e[0].item() - 0.8791667) < 1e-6, (l1, s.e)
         if l1 == "proximal":                    # |grad| at 0 is 0.014 < alpha2: a true zero
-            assert float(w2) == 0.0
+            assert w2.item() == 0.0
 
 
 def test_mtp_gradients_of_equations_7_8_9():
@@ -1739,7 +1737,7 @@ def test_mtp_fpgm_and_thinet_against_brute_force():
               for i in range(len(weight))]
     assert np.allclose(mtp.fpgm_scores(net, groups[:1])[first.name], wanted)
 
-    conv = nn.Conv2d(5, 4, 3, stride=2, padding=2, dilation=2).double()
+    conv = nn.Conv2d(5, 4, 3, stride=2, padding=2, dilation=2).double().requires_grad_(False)
     x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
     terms = mtp.thinet_samples(conv, x, torch.Generator().manual_seed(0), positions=50)
     assert terms.shape == (100, 5)
@@ -1781,21 +1779,21 @@ def test_mtp_stream_can_be_entered_anywhere():
 # mtp.py as a process
 # ---------------------------------------------------------------------------------------------
 
-MTP_TINY = ("--dataset folder --num-classes 3 --preset quick --cls-size 32 32 --cls-batch 32 --size "
-            "32 64 --batch-size 4 --dense-cls-epochs 1 --dense-epochs 1 --rounds 2 --inner-steps 3 "
-            "--save-steps 1 --recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 --thinet-images "
-            "4").split()
+MTP_TINY = ("--dataset folder --num-classes 3 --preset quick --cls-batch 10 --size 32 64 "
+            "--batch-size 4 --dense-cls-epochs 1 --dense-epochs 1 --rounds 2 --inner-steps 2 --save-steps 1 "
+            "--recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 --thinet-images 4").split()
 
 
 def tiny_classes(root):
-    """40 + 20 pictures of two classes, bright and dark."""
+    """20 + 10 pictures of two classes, bright and dark."""
     rng = np.random.default_rng(1)
-    for split, n in (("train", 20), ("val", 10)):
+    for split, n in (("train", 10), ("val", 5)):
         for kind, grey in (("dark", 60), ("bright", 190)):
             for i in range(n):
                 path = Path(root, split, kind, f"{i}.png")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray((grey + rng.integers(-40, 40, (32, 32))).astype(np.uint8)).save(path)
+                pixels = grey + rng.integers(-40, 40, (32, 32))
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
     return str(root)
 
 
@@ -1823,7 +1821,7 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
         stages = ["--search", "--train", *base, "--out", broken]
         killed(stages, broken / "sparse_mtp" / "last.pt", script="mtp.py")
         state = torch.load(broken / "sparse_mtp" / "last.pt", weights_only=True)
-        assert (state["round"], state["done"]["cls"]) < (1, 3), "killed in the middle of a round"
+        assert sum(state["done"].values()) > 0, "the kill must come within a round"
         run(*stages, "--resume", script="mtp.py")
         for name in ("sparse_mtp/last.pt", "mtp_50/pruned.pt", "mtp_50/cls/last.pt",
                      "mtp_50/seg/last.pt"):
@@ -1843,55 +1841,62 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
                             (["--method", "uniform"], "960 of 1920"),
                             (["--method", "fpgm", "--percentile", "25"], "1440 of 1920"),
                             (["--method", "thinet"], "1536 of 1536")):
-            out, _ = run("--search", "--train", "--eval", *base, "--out", whole, *flags,
-                         "--eval-scales", "0.5", "1", script="mtp.py")
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                mtp.main([str(f) for f in ("--search", "--train", "--eval", *base, "--out", whole,
+                                           *flags, "--eval-scales", "0.5", "1")])
+            out = out.getvalue()
             assert word in out and out.count("trained already") >= 2, out
         out, _ = run("--bench", *base, "--out", whole, script="mtp.py")
-        for name in ("dense", "mtp_50", "slimming_50", "slimming_50_unified", "uniform_50",
-                     "fpgm_25", "thinet_50"):
-            assert re.search(rf"^{name} .*miou", out, re.M) or name == "dense" or \
-                name == "slimming_50_unified", f"{name} is missing in:\n{out}"
+        for name in ("mtp_50", "slimming_50", "uniform_50", "fpgm_25", "thinet_50"):
+            assert re.search(rf"^{name} .*miou.*top1", out, re.M), f"{name} is missing in:\n{out}"
+        assert re.search("^slimming_50_unified .*params", out, re.M)
+        assert (whole / "slimming_50_unified/result_without_cls.json").exists()
         arch = json.loads((whole / "uniform_50/arch.json").read_text())
         assert arch["widths"]["backbone.layer1.0.conv1"] == 32
 
-        arch = json.loads((whole / "mtp_50/arch.json").read_text())
-        arch["widths"]["backbone.layer1.0.conv1"] += 1
-        Path(tmp, "wide.json").write_text(json.dumps(arch))
-        refused("--eval", *base, "--out", whole, "--arch", Path(tmp, "wide.json"),
-                words=("layer1.0.conv1", "another shape"), script="mtp.py")
-        arch["widths"]["backbone.layer1.0.conv1"] = 400
-        Path(tmp, "wide.json").write_text(json.dumps(arch))
-        refused("--eval", *base, "--out", whole, "--arch", Path(tmp, "wide.json"),
-                words=("layer1.0.conv1", "1 to 64"), script="mtp.py")
-        refused("--eval", *base, "--out", whole, "--num-classes", "4", words=("classes",),
-                script="mtp.py")
-        refused("--search", *base, "--out", whole, "--resume", "--lam", "2",
-                words=("other settings",), script="mtp.py")
+        arch, wide = json.loads((whole / "mtp_50/arch.json").read_text()), Path(tmp, "wide.json")
+        weights = ["--weights", whole / "mtp_50/seg/best.pt"]
+        for width, words in ((arch["widths"]["backbone.layer1.0.conv1"] + 1, ("another shape",)),
+                             (400, ("layer1.0.conv1", "1 to 64"))):
+            arch["widths"]["backbone.layer1.0.conv1"] = width
+            wide.write_text(json.dumps(arch))
+            _refused(lambda: mtp.main([str(f) for f in ("--eval", *base, "--out", whole, "--arch",
+                                                        wide, *weights)]), *words)
+        for flags, words in ((["--eval", "--num-classes", "4"], ("classes",)),
+                             (["--search", "--resume", "--lam", "2"], ("other settings",))):
+            _refused(lambda: mtp.main([str(f) for f in (*flags[:1], *base, "--out", whole,
+                                                        *flags[1:])]), *words)
 
 
 def test_mtp_wrong_input_ends_in_one_sentence():
     with tempfile.TemporaryDirectory() as tmp:
-        tail = ["--out", Path(tmp, "r")]
+        tail = ["--out", str(Path(tmp, "r"))]
+        missing = str(Path(tmp, "no.pth"))
         for flags, words in (
-                (["--percentile", "0"], ("--percentile", "0")),
-                (["--percentile", "100"], ("--percentile", "100")),
-                (["--rho", "1"], ("--rho",)), (["--inner-steps", "0"], ("--inner-steps",)),
-                (["--method", "thinet", "--rank", "unified"], ("thinet", "--rank")),
-                (["--batch-size", "1"], ("--batch-size", "BN")),
-                (["--network", "pspnet_resnet50", "--backbone", "imagenet"], ("deep stem",)),
-                (["--cls-dataset", "imagefolder"], ("imagefolder",)),
-                (["--backbone", Path(tmp, "no.pth")], ("no.pth",))):
-            refused("--search", *tail, *flags, words=words, script="mtp.py")
-        refused("--train", *tail, words=("arch.json", "no"), script="mtp.py")
-        refused("--bench", *tail, "--arch", Path(tmp, "no.json"), words=("no.json",),
-                script="mtp.py")
+                (["--search", "--percentile", "0"], ("--percentile", "0")),
+                (["--search", "--percentile", "100"], ("--percentile", "100")),
+                (["--search", "--rho", "1"], ("--rho",)),
+                (["--search", "--inner-steps", "0"], ("--inner-steps",)),
+                (["--search", "--method", "thinet", "--rank", "unified"], ("thinet", "--rank")),
+                (["--search", "--batch-size", "1"], ("--batch-size", "BN")),
+                (["--search", "--network", "pspnet_resnet50", "--backbone", "imagenet"],
+                 ("deep stem",)),
+                (["--search", "--cls-dataset", "imagefolder"], ("imagefolder",)),
+                (["--search", "--backbone", missing], (missing,)),
+                (["--train"], ("arch.json", "no")),
+                (["--train", "--method", "dense"], ("dense",)),
+                (["--eval", "--method", "dense"], ("no checkpoint", "best.pt")),
+                (["--bench", "--arch", missing], (missing,))):
+            _refused(lambda: mtp.main([*flags, *tail]), *words)
         for text, word in (("{", "readable"), ("[]", "network"), ('{"network": "resnet"}', "name"),
                            ('{"network": "bisenet_resnet18", "classes": 3, "cls_classes": 2}',
                             "width None")):
             Path(tmp, "a.json").write_text(text)
             _refused(lambda: mtp.read_arch(Path(tmp, "a.json")), word)
+        refused("--search", *tail, "--percentile", "100", words=("--percentile",), script="mtp.py")
         assert "unrecognized arguments: --alpha" in run("--search", "--alpha", "1", code=2,
                                                         script="mtp.py")[1]
+
 
 # ---------------------------------------------------------------------------------------------
 # the runner
