@@ -52,9 +52,9 @@ import common
 import data
 import latency
 from common import (BaseConfig, InputError, Progress, autocast, average_gradients, check_finite,
-                    count_macs, count_params, cross_entropy, evaluate, load_checkpoint,
-                    load_weights, narrowed, open_loader, open_split, opt, rank, save_checkpoint,
-                    world_size)
+                    clip_gradients, count_macs, count_params, cross_entropy, evaluate,
+                    load_checkpoint, load_weights, narrowed, open_loader, open_split, opt, rank,
+                    save_checkpoint, world_size)
 
 # ---------------------------------------------------------------------------------------------
 # Settings. Defaults are the paper's for DeepLabV3 on VOC (7.1); the tag says where it says so.
@@ -592,7 +592,9 @@ class Lagrangian:
                                    (self.gamma3, self.cfg.alpha2)], lr)
 
     def _descend(self, optimizer, penalties, lr):
-        average_gradients([p for group in optimizer.param_groups for p in group["params"]])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        average_gradients(parameters)
+        clip_gradients(parameters, 0)               # refuses NaN before it reaches the weights
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -1225,6 +1227,8 @@ def folder_of(cfg):
 def search(cfg, device):
     """--search: dense networks, sparse training, pruning; writes arch.json and pruned.pt."""
     sets = TwoSets(cfg)
+    shapes = groups_of(on_meta(Segmenter, cfg.network, sets.classes))
+    kept_channels({g.name: torch.ones(g.width) for g in shapes}, shapes, cfg)   # refuses early
     cls, seg = dense_networks(cfg, sets, device)
     if cfg.method == "dense":
         return
