@@ -1317,7 +1317,7 @@ def draw_channels(path, groups, widths, title):
     draw.text((scale * 12, scale * 20), title, "#202020", ImageFont.load_default(size=32), "lm")
     draw.text((scale * 60, scale * 40), "pale: dense, dark: stays, red: decoder; by layer",
               "#606060", font, "lm")
-    common._save_png(image.resize((image.width // scale, image.height // scale),
+    common.save_png(image.resize((image.width // scale, image.height // scale),
                                   Image.Resampling.LANCZOS), path)
 
 
