@@ -693,7 +693,7 @@ class TwoSets:
 
 def settings(cfg, names):
     """What a stored network was trained with; another value means another network."""
-    return {"settings": json.dumps({name: getattr(cfg, name) for name in names})}
+    return {name: json.dumps(getattr(cfg, name)) for name in names}
 
 
 def place(net, cfg, device):
@@ -921,13 +921,14 @@ class SparseTraining:
         path = self.folder / "last.pt"
         if not path.exists():
             return False
-        state = load_checkpoint(path, ("model", "cls", "lagrangian", "round", "done", "settings"))
-        same = settings(self.cfg, self.fields()).items() <= state.items()
+        state = load_checkpoint(path, ("model", "cls", "lagrangian", "round", "done", "converged"))
+        other = [name for name, value in settings(self.cfg, self.fields()).items()
+                 if state.get(name) != value]
         finished = state["converged"] or state["round"] >= self.cfg.rounds
-        if not same and self.cfg.resume:
-            raise InputError(f"{path} was trained with other settings; search without --resume or "
-                             "with another --out")
-        if not same or not (finished or self.cfg.resume):
+        if other and self.cfg.resume:
+            raise InputError(f"{path} was trained with another --{other[0].replace('_', '-')}; "
+                             "search without --resume or with another --out")
+        if other or not (finished or self.cfg.resume):
             return False
         load_weights(self.nets["seg"], state["model"], path)
         load_weights(self.nets["cls"], state["cls"], path)
@@ -1352,8 +1353,8 @@ def draw_sparse(cfg):
 
 
 def results(cfg):
-    """{network: its row} of every result.json in this --out."""
-    paths = sorted(Path(cfg.out).glob("*/result*.json"))
+    """{network: its row} of everything evaluated on --split in this --out."""
+    paths = sorted(Path(cfg.out).glob(f"*/result_{cfg.split}*.json"))
     rows = [common.read_json(path, "result") for path in paths]
     return {row["name"]: row for row in rows}
 
@@ -1448,16 +1449,10 @@ def evaluate_network(cfg, device):
         print(f"{name}: classification accuracy on val, top-1 {100 * row['top1']:.2f}, top-5 "
               f"{100 * row['top5']:.2f} (Table 7)")
     common.draw_segmentations(net, images, cfg, device, folder)
-    common.write_text(folder / f"result{trained.name.removeprefix('seg')}.json",
-                      json.dumps(row, indent=1))
+    stored = folder / f"result_{cfg.split}{trained.name.removeprefix('seg')}.json"
+    common.write_text(stored, json.dumps(row, indent=1))
     draw_results(cfg)
-    print(f"in {cfg.out}: miou_params.png; in {folder}: result*.json")
-
-
-def untrained(network, classes, widths=None):
-    """A network for --bench, with random weights: latency does not look at them."""
-    net = Segmenter(network, classes)
-    return with_widths(net, widths, "widths") if widths else net
+    print(f"in {cfg.out}: miou_params.png; in {folder}: {stored.name}")
 
 
 def uniform_widths(network, classes, percentile):
@@ -1470,8 +1465,8 @@ def bench(cfg, device):
     --out (or of --arch), measured in turn; mIoU and accuracy where --eval has been run."""
     if cfg.arch == "uniform":
         network, classes = cfg.network, 21
-        found = {f"uniform {100 - cfg.percentile:g}%": uniform_widths(network, classes,
-                                                                    cfg.percentile)}
+        found = {f"uniform, {cfg.percentile:g}% cut": uniform_widths(network, classes,
+                                                                   cfg.percentile)}
     else:
         paths = [Path(cfg.arch)] if cfg.arch else sorted(Path(cfg.out).glob("*/arch.json"))
         arches = {path.parent.name: read_arch(path) for path in paths}
@@ -1480,8 +1475,8 @@ def bench(cfg, device):
         first = next(iter(arches.values()), {"network": cfg.network, "classes": 21})
         network, classes = first["network"], first["classes"]
         found = {name: arch["widths"] for name, arch in arches.items()}
-    nets = {"dense": untrained(network, classes).eval()}
-    nets |= {name: untrained(network, classes, widths).eval() for name, widths in found.items()}
+    nets = {"dense": Segmenter(network, classes).eval()}        # latency needs no trained weights
+    nets |= {name: with_widths(nets["dense"], widths, name) for name, widths in found.items()}
     print(f"{network}, {classes} classes")
     about, rows = latency.compare(nets, cfg.frame, device, cfg)
     known = results(cfg)
@@ -1522,7 +1517,7 @@ def compare_with_paper():
     print("sizes, ours | paper (Tables 2 and 3)")
     for network, classes, frame, share, decoder, m, g in PAPER_SIZES:
         params, macs = sizes(network, classes, frame, share, decoder)
-        what = f"{share}x" + "" * decoder + ", backbone only" * (not decoder)
+        what = f"{share}x" + ", backbone only" * (not decoder)
         print(f"  {network:20s} {what:20s} {params:11,d} {macs / 1e9:10.6f} G | {m} M {g} G")
 
 

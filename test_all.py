@@ -2891,7 +2891,7 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
         for name in ("mtp_50", "slimming_50", "uniform_50", "fpgm_25", "thinet_50"):
             assert re.search(rf"^{name} .*miou.*top1", out, re.M), f"{name} is missing in:\n{out}"
         assert re.search("^slimming_50_unified .*params", out, re.M)
-        assert (whole / "slimming_50_unified/result_without_cls.json").exists()
+        assert (whole / "slimming_50_unified/result_val_without_cls.json").exists()
         arch = json.loads((whole / "uniform_50/arch.json").read_text())
         assert arch["widths"]["backbone.layer1.0.conv1"] == 32
 
@@ -2904,7 +2904,8 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
             _refused(lambda: mtp.main([str(f) for f in ("--eval", *base, "--out", whole, "--arch",
                                                         wide, *weights)]), *words)
         for flags, words in ((["--eval", "--num-classes", "4"], ("classes",)),
-                             (["--search", "--resume", "--lam", "2"], ("other settings",))):
+                             (["--search", "--resume", "--lam", "2"], ("another --lam",)),
+                             (["--search", "--resume", "--dense-lr", "2"], ("dense_lr",))):
             _refused(lambda: mtp.main([str(f) for f in (*flags[:1], *base, "--out", whole,
                                                         *flags[1:])]), *words)
 
