@@ -670,7 +670,8 @@ def _resume(path, model, optimizer, scheduler, extra):
 
 
 def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader, num_classes, cfg,
-        device, folder, clip=0.0, extra=None, per_step=False, after_step=None, observe=None):
+        device, folder, clip=0.0, extra=None, per_step=False, after_step=None, observe=None,
+        validate=None):
     """Train a segmentation network; returns its best validation mIoU.
 
     loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
@@ -678,7 +679,8 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
     if `per_step` (poly schedules). last.pt and best.pt (highest mIoU) go to `folder`, one record an
     epoch to its log.jsonl. extra: dict of strings that say what is trained on what, stored too; a
     checkpoint with other ones is not resumed. after_step() follows every optimizer step;
-    observe() -> dict joins the record of the epoch.
+    observe() -> dict joins the record of the epoch. validate(model) -> (name, score): another score
+    than the mIoU on val_loader, for networks that do not segment.
     """
     folder, start, best = Path(folder), 0, -1.0
     if cfg.resume and (folder / "last.pt").exists():
@@ -713,12 +715,13 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
         if not per_step:
             scheduler.step()
         average_buffers(model)
-        miou = evaluate(model, val_loader, num_classes, device, cfg.amp).miou()
-        progress.close(epoch, terms, f" | val mIoU {100 * miou:.2f}")
-        log_record(folder, stage=stage, epoch=epoch, miou=miou,
+        name, score = validate(model) if validate else ("mIoU", evaluate(
+            model, val_loader, num_classes, device, cfg.amp).miou())
+        progress.close(epoch, terms, f" | val {name} {100 * score:.2f}")
+        log_record(folder, stage=stage, epoch=epoch, **{name.lower(): score},
                    **{k: float(v) for k, v in terms.items()}, **(observe() if observe else {}))
-        improved, best = miou > best, max(miou, best)
-        items = dict(model=model.state_dict(), epoch=epoch + 1, miou=miou, best=best,
+        improved, best = score > best, max(score, best)
+        items = dict(model=model.state_dict(), epoch=epoch + 1, best=best, **{name.lower(): score},
                      **(extra or {}))
         if improved:
             save_checkpoint(folder / "best.pt", **items)

@@ -4,6 +4,7 @@ No network, no data set, no GPU; minutes on two CPU cores. Each test compares wi
 does not share code with what it tests: loops, brute force, torchvision, counts from the papers.
 """
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -31,6 +32,7 @@ import common
 import data
 import fastersg
 import latency
+import mtp
 import sparsemask
 from data import torchvision
 
@@ -3050,8 +3052,511 @@ def test_pruning_refuses_wrong_input_in_one_sentence():
 
 
 # ---------------------------------------------------------------------------------------------
-# mtp.py
+# mtp.py: networks, counts, surgery
 # ---------------------------------------------------------------------------------------------
+
+
+def meta(network, classes, **kind):
+    with torch.device("meta"):
+        return mtp.Segmenter(network, classes, **kind)
+
+
+def test_mtp_networks_have_their_exact_size():
+    for name, classes, size, params, macs in (
+            ("deeplabv3_resnet101", 21, (513, 513), 58040661, 71061387712),
+            ("deeplabv3_resnet101", 19, (720, 1080), 58040147, 200573723648),
+            ("bisenet_resnet18", 19, (1024, 2048), 12894163, 103723270144),
+            ("pspnet_resnet50", 21, (513, 513), 46716373, 189710102720)):
+        net = meta(name, classes)
+        assert common.count_params(net) == params and common.count_macs(net, size) == macs, name
+    assert common.count_params(meta("bisenet_resnet18", 19, auxiliary=True)) == 13494777
+    assert common.count_params(meta("pspnet_resnet50", 21, auxiliary=True)) == 49081578
+    with torch.device("meta"):                          # the names the issue and the README use
+        assert common.count_params(mtp.deeplabv3_resnet101(21)) == 58040661
+        assert common.count_params(mtp.bisenet_resnet18(19)) == 12894163
+        assert common.count_params(mtp.pspnet_resnet50(21)) == 46716373
+    backbone = mtp.on_meta(mtp.Classifier, "deeplabv3_resnet101", 1000)
+    assert common.count_params(backbone) == sum(
+        p.numel() for p in torchvision.models.resnet101(weights=None).parameters()) == 44549160
+
+
+def test_mtp_uniform_pruning_has_the_papers_sizes():
+    sizes = lambda *a: mtp.sizes("deeplabv3_resnet101", 21, (513, 513), *a)  # noqa: E731
+    assert sizes(0.75, True) == (40179797, 49277240192)        # paper: 40.18 M
+    assert sizes(0.5, True) == (25027925, 30889386816)
+    assert sizes(0.5, False) == (32880085, 39153503680)        # ThiNet; paper: 32.88 M
+    for share, decoder, params in ((0.75, False, 10146835), (0.5, False, 7399507),
+                                   (0.75, True, 9576115), (0.5, True, 6352275)):
+        assert mtp.sizes("bisenet_resnet18", 19, (64, 64), share, decoder)[0] == params
+    for m, g, *rest in ((m, g, *rest) for *rest, m, g in mtp.PAPER_SIZES):
+        params, macs = mtp.sizes(*rest)
+        assert abs(params / 1e6 - m) < 0.01, (rest, params)
+        assert 0 < g / (macs / 1e9) - 1 < 0.011, "the paper's counter adds BN, ReLU and pooling"
+
+
+def test_mtp_prunable_channels():
+    for name, inner, outer in (("deeplabv3_resnet101", 16256, 1536),
+                               ("bisenet_resnet18", 1920, 1536)):
+        groups = mtp.groups_of(meta(name, 19))
+        count = {part: sum(g.width * sum(bn is not None for _, bn in g.makers)
+                           for g in mtp.part_of(groups, part)) for part in ("backbone", "decoder")}
+        assert count == {"backbone": inner, "decoder": outer}, name
+    groups = mtp.groups_of(meta("deeplabv3_resnet101", 21))
+    assert len(mtp.part_of(groups, "backbone")) == 66
+    torch.manual_seed(0)
+    scores = {g.name: torch.rand(g.width) for g in groups}
+    for percentile, inner, outer in ((25, 12192, 1152), (50, 8128, 768)):
+        cfg = mtp.Config(percentile=percentile, rank="independent")
+        kept = mtp.kept_channels(scores, groups, cfg)
+        for part, n in (("backbone", inner), ("decoder", outer)):
+            assert sum(len(kept[g.name]) for g in mtp.part_of(groups, part)) == n
+            # one threshold: nothing removed scores higher than anything kept, where width allows
+            low, high = [], []
+            for g in mtp.part_of(groups, part):
+                stays = torch.zeros(g.width, dtype=torch.bool)
+                stays[kept[g.name]] = True
+                low.append(scores[g.name][stays].min())
+                high.append(scores[g.name][~stays].max())
+            assert max(high) <= min(low)
+        unified = mtp.kept_channels(scores, groups, replace(cfg, rank="unified"))
+        assert sum(map(len, unified.values())) == inner + outer
+
+
+def test_mtp_exact_counts_with_ties_and_least_width():
+    for p in (1, 10, 33.3, 50, 70, 94):
+        n = 40 + 7 + 100
+        gone = math.floor(p * n / 100)
+        tied = {"a": torch.ones(40), "b": torch.ones(7), "c": torch.ones(100)}
+        kept = mtp.keep_ranked(tied, p, 0.0)
+        assert sum(map(len, kept.values())) == n - gone and all(map(len, kept.values()))
+        low = {"a": torch.arange(40.0), "b": torch.arange(7.0) / 100, "c": torch.arange(100.0)}
+        kept = mtp.keep_ranked(low, p, 0.05)
+        assert sum(map(len, kept.values())) == n - gone, "the least width holds the total"
+        assert len(kept["a"]) >= 2 and len(kept["b"]) >= 1 and len(kept["c"]) >= 5
+        assert 6 in kept["b"], "what stays of a low layer is its best channel"
+    _refused(lambda: mtp.keep_ranked(low, 99, 0.05), "--least-width", "145")
+    assert mtp.keep_ranked({"a": torch.tensor([0.5, 0.5, 0.5, 0.1])}, 50, 0)["a"].tolist() == [1, 2]
+    groups = mtp.groups_of(meta("deeplabv3_resnet18", 5))
+    scores = {g.name: torch.rand(g.width) for g in groups}
+    cfg = mtp.Config(percentile=60, rank="independent", round_to=8)
+    kept = mtp.kept_channels(scores, groups, cfg)
+    assert all(len(k) % 8 == 0 and len(k) > 0 for k in kept.values())
+    plain = mtp.kept_channels(scores, groups, replace(cfg, round_to=1))
+    assert all(abs(len(kept[k]) - len(plain[k])) <= 7 for k in kept)
+
+
+def shaken(net):
+    """The network in float64 with lively BN statistics, in eval mode."""
+    torch.manual_seed(1)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            shake(m)
+    return net.double().eval()
+
+
+def some_kept(groups, seed=0):
+    """Different widths for every group, chosen at random."""
+    g = torch.Generator().manual_seed(seed)
+    return {x.name: torch.randperm(x.width, generator=g)[:max(1, x.width * (3 + i % 5) // 9)]
+            .sort().values for i, x in enumerate(groups)}
+
+
+@torch.no_grad()
+def masked(net, groups, kept):
+    """gamma = beta = 0 for removed channels; where a maker has no BN, its filters are 0."""
+    net = copy.deepcopy(net)
+    for g in groups:
+        gone = torch.ones(g.width, dtype=torch.bool)
+        gone[kept[g.name]] = False
+        for conv, bn in g.makers:
+            layer = net.get_submodule(bn or conv)
+            layer.weight[gone] = 0
+            if bn:
+                layer.bias[gone] = 0
+    return net
+
+
+def test_mtp_masked_equals_pruned():
+    """Derived = relaxed: basic blocks (resnet18) and bottlenecks (resnet50), all three decoders,
+    both tasks, with auxiliary heads."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 72, dtype=torch.float64)
+    for name in ("deeplabv3_resnet18", "deeplabv3_resnet50", "bisenet_resnet18", "pspnet_resnet50"):
+        net = shaken(mtp.Segmenter(name, 5, auxiliary=True))
+        groups = mtp.groups_of(net)
+        kept = some_kept(groups)
+        small, wide = mtp.prune(net, groups, kept), masked(net, groups, kept)
+        with torch.no_grad():
+            assert not torch.allclose(net(x), wide(x), atol=1e-3), "the mask must change something"
+            assert torch.allclose(small(x), wide(x), rtol=0, atol=1e-9), name
+            both = common.fold_bn(small)(x)
+            assert torch.allclose(both, wide(x), rtol=0, atol=1e-9), name
+            if name == "bisenet_resnet18":
+                for a, b in zip(small.train()(x), wide.train()(x)):     # heads of training, too
+                    assert torch.allclose(a, b, rtol=0, atol=1e-9), name
+        assert common.count_params(small) < 0.7 * common.count_params(net)
+        for g in groups:
+            for conv, _ in g.makers:
+                assert small.get_submodule(conv).out_channels == len(kept[g.name])
+        if "deeplab" in name:
+            cls = shaken(mtp.Classifier(name, 7))
+            mine = mtp.groups_of(cls)
+            with torch.no_grad():
+                assert torch.allclose(mtp.prune(cls, mine, kept)(x),
+                                      masked(cls, mine, kept)(x), rtol=0, atol=1e-9), name
+
+
+def test_mtp_rebuilt_from_widths_and_state_alone():
+    torch.manual_seed(0)
+    net = mtp.Segmenter("deeplabv3_resnet18", 4).eval()
+    groups = mtp.groups_of(net)
+    kept = some_kept(groups)
+    start = time.perf_counter()
+    small = mtp.prune(net, groups, kept)
+    spent = time.perf_counter() - start
+    x = torch.randn(1, 3, 48, 64)
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp, "pruned.pt")
+        common.save_checkpoint(path, model=small.state_dict())
+        widths = json.loads(json.dumps({k: len(v) for k, v in kept.items()}))
+        state = common.load_checkpoint(path)["model"]
+        start = time.perf_counter()
+        arch = {"network": "deeplabv3_resnet18", "widths": widths, "classes": 4}
+        again = mtp.rebuild(mtp.Segmenter, arch, state, path).eval()
+        spent = max(spent, time.perf_counter() - start)
+        assert torch.equal(again(x), small(x)) and spent < 0.5
+        for key, value in (("backbone.layer1.0.conv1", 0), ("backbone.layer1.0.conv1", 65),
+                           ("decoder.aspp.project.0", "many"), ("decoder.aspp.convs.4.1", None)):
+            _refused(lambda: mtp.with_widths(net, {**widths, key: value}, "arch.json"), key, value)
+        wrong = {**widths, "backbone.layer1.0.conv1": widths["backbone.layer1.0.conv1"] + 1}
+        for bad, word in (({"widths": wrong}, "layer1.0.conv1"), ({"classes": 5}, "classifier")):
+            _refused(lambda: mtp.rebuild(mtp.Segmenter, {**arch, **bad}, state, path), path, word)
+
+
+def test_mtp_dilations():
+    """Kernel taps, not attributes: how far an impulse in front of the last stage reaches."""
+    stages = {name: meta(name, 3).backbone for name in ("deeplabv3_resnet18", "deeplabv3_resnet50",
+                                                        "pspnet_resnet50", "bisenet_resnet18")}
+    def of(stage):
+        return [m.dilation[0] for m in stage.modules()
+                if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert of(stages["deeplabv3_resnet50"].layer4) == [1, 2, 2]
+    assert of(stages["deeplabv3_resnet18"].layer4) == [1, 2, 2, 2]
+    assert of(stages["pspnet_resnet50"].layer3) == [2] * 6
+    assert of(stages["pspnet_resnet50"].layer4) == [4] * 3
+    assert of(stages["bisenet_resnet18"].layer4) == [1] * 4
+    # A dilated backbone computes what the plain one does, and more places in between.
+    torch.manual_seed(0)
+    plain = shaken(mtp.Classifier("deeplabv3_resnet18", 3)).backbone
+    dense = shaken(mtp.Segmenter("deeplabv3_resnet18", 3)).backbone
+    dense.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 160, 160, dtype=torch.float64)
+    with torch.no_grad():
+        a, b = (mtp.features(net, x)[-1] for net in (plain, dense))
+    assert a.shape[-1] == 5 and b.shape[-1] == 10
+    assert torch.allclose(a, b[..., ::2, ::2], atol=1e-9)
+
+
+def test_mtp_constants_are_folded_exactly_for_1x1():
+    torch.manual_seed(0)
+    net = shaken(mtp.Segmenter("deeplabv3_resnet50", 4))
+    every = mtp.groups_of(net)
+    # Readers with 1x1 kernels: conv2 -> conv3, branches -> projection -> classifier.
+    groups = [g for g in every if net.get_submodule(g.readers[0][0]).kernel_size == (1, 1)]
+    assert len(groups) == 16 + 6
+    kept = some_kept(groups)
+    with torch.no_grad():
+        for g in groups:
+            gone = torch.ones(g.width, dtype=torch.bool)
+            gone[kept[g.name]] = False
+            net.get_submodule(g.makers[0][1]).weight[gone] = 0          # beta stays
+        x = torch.randn(1, 3, 48, 48, dtype=torch.float64)
+        wide = net(x)
+        bare = mtp.prune(net, groups, kept)(x)
+        mtp.fold_constants(net, groups, kept)
+        assert not torch.allclose(bare, wide, atol=1e-3)
+        assert torch.allclose(mtp.prune(net, groups, kept)(x), wide, rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------
+# mtp.py: the optimizer, baselines
+# ---------------------------------------------------------------------------------------------
+
+
+def test_mtp_scalar_problem_converges_to_its_closed_form():
+    """min a/2 (w - p)^2 + lam b/2 (w - q)^2 + (a1 + a2) |w|: with both l1 steps and momentum."""
+    a, b, lam, p, q, a1, a2 = 1, 2, 0.7, 1.3, -0.2, 0.05, 0.08
+    exact = (a * p + lam * b * q - (a1 + a2)) / (a + lam * b)
+    assert abs(exact - 0.3708333) < 1e-7
+    for l1, momentum, start in (("proximal", 0.9, 2.0), ("proximal", 0.0, -1.0),
+                                ("subgradient", 0.9, 1.0)):
+        cfg = mtp.Config(lam=lam, alpha1=a1, alpha2=a2, inner_steps=20, search_cls_lr=0.02,
+                         search_lr=0.02, momentum=momentum, weight_decay=0.1, l1=l1)
+        w1, w3 = (nn.Parameter(torch.tensor([start], dtype=torch.float64)) for _ in range(2))
+        w2 = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+        s = mtp.Lagrangian([w1], [w2], [w3], [], [w1], [w2], [w3], cfg)
+        for _ in range(120):
+            for _ in range(cfg.inner_steps):
+                s.gradient_w1((a / 2 * (w1 - p) ** 2).sum())
+                s.step_w1(0.02)
+            for _ in range(cfg.inner_steps):
+                s.gradient_w2_w3((b / 2 * (w3 - q) ** 2 + (w2 - 0.01) ** 2).sum())
+                s.step_w2_w3(0.02)
+            s.update_multipliers()
+        assert abs(w1.item() - exact) < 1e-6 and abs(w3.item() - exact) < 1e-6, (l1, w1, w3)
+        assert abs(s.e[0].item() - 0.8791667) < 1e-6, (l1, s.e)
+        if l1 == "proximal":                    # |grad| at 0 is 0.014 < alpha2: a true zero
+            assert w2.item() == 0.0
+
+
+def test_mtp_gradients_of_equations_7_8_9():
+    """Against autograd of the Lagrangian as it is written, float64."""
+    torch.manual_seed(0)
+    cfg = mtp.Config(lam=0.7, alpha1=0.03, alpha2=0.05, l1="subgradient", mu=0.3)
+    def layers():
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double()
+    n1, n3, n2, head = layers(), layers(), layers(), nn.Conv2d(4, 2, 1).double()
+    n2[0] = nn.Conv2d(4, 4, 3).double()
+    for net in (n1, n2, n3):
+        nn.init.normal_(net[1].weight)
+    w1, w2, w3 = (list(net.parameters()) for net in (n1, n2, n3))
+    s = mtp.Lagrangian(w1, w2, w3, list(head.parameters()), [n1[1].weight], [n2[1].weight],
+                       [n3[1].weight], cfg)
+    for e in s.e:
+        nn.init.normal_(e)
+    x, y = torch.randn(2, 3, 2, 9, 9, dtype=torch.float64)
+    def l_cls():
+        return head(n1(x)).pow(2).mean()
+    def l_seg():
+        return n2(n3(y)).pow(3).mean()
+    far = [a - b for a, b in zip(w1, w3)]
+    # Eq. (6), term by term
+    lagrangian = (l_cls() + cfg.lam * l_seg() + s.mu / 2 * sum(d.pow(2).sum() for d in far)
+                  + sum((e * d).sum() for e, d in zip(s.e, far))
+                  + cfg.alpha1 * n1[1].weight.abs().sum()
+                  + cfg.alpha2 * (n2[1].weight.abs().sum() + n3[1].weight.abs().sum()))
+    blocks = [*w1, *head.parameters(), *w2, *w3]
+    expected = torch.autograd.grad(lagrangian, blocks)
+    s.gradient_w1(l_cls())
+    s.gradient_w2_w3(l_seg())
+    for p, g in zip(blocks, expected):
+        assert torch.allclose(p.grad, g, rtol=1e-12, atol=1e-14)
+    old = [e.clone() for e in s.e]                                  # Eq. (10)
+    s.update_multipliers()
+    for e, before, a, b in zip(s.e, old, w1, w3):
+        assert torch.allclose(e, before + 0.3 * (a - b))
+    assert abs(s.mu - 0.45) < 1e-12
+
+
+def test_mtp_one_backward_moves_one_task():
+    torch.manual_seed(0)
+    cfg = mtp.Config(weight_decay=0.1)
+    cls, seg = mtp.Classifier("deeplabv3_resnet18", 3), mtp.Segmenter("deeplabv3_resnet18", 4)
+    groups = mtp.groups_of(seg)
+    inner, outer = mtp.part_of(groups, "backbone"), mtp.part_of(groups, "decoder")
+    s = mtp.Lagrangian(list(cls.backbone.parameters()), list(seg.decoder.parameters()),
+                       list(seg.backbone.parameters()), list(cls.head.parameters()),
+                       mtp.gammas(cls, inner), mtp.gammas(seg, outer), mtp.gammas(seg, inner), cfg)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
+    label = torch.randint(0, 4, (2, 32, 32))
+    def copies(net):
+        return {k: v.clone() for k, v in net.state_dict().items()}
+    def same(a, b):
+        return all(torch.equal(a[k], b[k]) for k in a)
+    a, b = copies(cls), copies(seg)
+    s.gradient_w1(mtp.cls_terms(cls, x, y)["cls"])
+    s.step_w1(0.01)
+    assert same(copies(seg), b) and not same(copies(cls), a)
+    assert all(p.grad is None for p in seg.parameters())
+    a = copies(cls)
+    for _ in range(2):                  # gradients and momentum of task 1 must not linger
+        s.gradient_w2_w3(mtp.seg_terms(seg, x, label, 0.4)["seg"])
+        s.step_w2_w3(0.01)
+    assert same(copies(cls), a)
+    now = copies(seg)
+    assert not torch.equal(now["decoder.classifier.weight"], b["decoder.classifier.weight"])
+    assert not torch.equal(now["backbone.conv1.weight"], b["backbone.conv1.weight"])
+    # weight decay spares prunable scales: a step without loss moves the others only
+    s = mtp.sgd(seg.parameters(), mtp.gammas(seg, groups), 0.1, cfg)
+    for p in seg.parameters():
+        p.grad = torch.zeros_like(p)
+    s.step()
+    after = copies(seg)
+    assert torch.equal(after["backbone.layer1.0.bn1.weight"], now["backbone.layer1.0.bn1.weight"])
+    assert not torch.equal(after["backbone.layer1.0.bn2.weight"],
+                           now["backbone.layer1.0.bn2.weight"])
+
+
+def test_mtp_fpgm_and_thinet_against_brute_force():
+    torch.manual_seed(0)
+    net = mtp.Segmenter("deeplabv3_resnet18", 3)
+    groups = mtp.groups_of(net)
+    first = groups[0]
+    weight = net.get_submodule(first.name).weight.detach().double()
+    wanted = [sum(float((weight[i] - weight[j]).pow(2).sum().sqrt()) for j in range(len(weight)))
+              for i in range(len(weight))]
+    assert np.allclose(mtp.fpgm_scores(net, groups[:1])[first.name], wanted)
+
+    conv = nn.Conv2d(5, 4, 3, stride=2, padding=2, dilation=2).double().requires_grad_(False)
+    x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
+    terms = mtp.thinet_samples(conv, x, torch.Generator().manual_seed(0), positions=50)
+    assert terms.shape == (100, 5)
+    split = torch.stack([F.conv2d(x[:, c:c + 1], conv.weight[:, c:c + 1], None, 2, 2, 2)
+                         for c in range(5)], -1)            # (2, 4, h, w, 5): every possible row
+    rows = split.reshape(-1, 5)
+    for row in terms:                                       # each sample is one of them
+        assert ((rows - row).abs().max(1).values < 1e-10).any()
+    places = {int((rows - row).abs().max(1).values.argmin()) for row in terms}
+    assert len(places) > 60, "places and output channels vary"
+
+    kept, factors = mtp.thinet_layer(terms, 2)
+    removed = []                                            # the greedy rule in loops
+    for _ in range(3):
+        costs = {c: float(sum((row[removed].sum() + row[c]) ** 2 for row in terms))
+                 for c in range(5) if c not in removed}
+        removed.append(min(costs, key=costs.get))
+    assert kept.tolist() == sorted(set(range(5)) - set(removed))
+    best = np.linalg.lstsq(terms[:, kept].numpy(), terms.sum(1).numpy(), rcond=None)[0]
+    assert np.allclose(factors, best)
+
+
+def test_mtp_stream_can_be_entered_anywhere():
+    cfg = mtp.Config(**mtp.QUICK)
+    pictures = data.open_classification("synthetic", None, "train", (32, 32), 0)
+    pictures.length = 10
+    move = data.classification_transform((32, 32), True)
+    whole = [(x, y) for x, y in mtp.stream(pictures, move, 4, 0, 7, cfg)]
+    late = [(x, y) for x, y in mtp.stream(pictures, move, 4, 3, 7, cfg)]
+    assert len(whole) == 7 and len(late) == 4
+    for (x, y), (u, v) in zip(whole[3:], late):
+        assert torch.equal(x, u) and torch.equal(y, v)
+    assert not torch.equal(whole[0][0], whole[2][0]), "another pass, another order and crop"
+    keys = [k for batch in mtp.stream(pictures, move, 4, 0, 2, cfg).batch_sampler for k in batch]
+    assert len(set(keys)) == 8, "no picture twice in a pass"
+
+
+# ---------------------------------------------------------------------------------------------
+# mtp.py as a process
+# ---------------------------------------------------------------------------------------------
+
+MTP_TINY = ("--dataset folder --num-classes 3 --preset quick --cls-batch 10 --size 32 64 "
+            "--batch-size 4 --dense-cls-epochs 1 --dense-epochs 1 --rounds 2 --inner-steps 2 --save-steps 1 "
+            "--recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 --thinet-images 4").split()
+
+
+def tiny_classes(root):
+    """20 + 10 pictures of two classes, bright and dark."""
+    rng = np.random.default_rng(1)
+    for split, n in (("train", 10), ("val", 5)):
+        for kind, grey in (("dark", 60), ("bright", 190)):
+            for i in range(n):
+                path = Path(root, split, kind, f"{i}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = grey + rng.integers(-40, 40, (32, 32))
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return str(root)
+
+
+def mtp_sets(tmp):
+    return ["--data-root", tiny_set(Path(tmp, "set")), "--cls-dataset", "imagefolder",
+            "--cls-root", tiny_classes(Path(tmp, "classes"))]
+
+
+def test_mtp_stages_resume_after_kill_bit_for_bit():
+    """Killed within an outer round (after one step of it) and resumed: same weights, E and mu."""
+    with tempfile.TemporaryDirectory() as tmp:
+        base = [*MTP_TINY, *mtp_sets(tmp)]
+        whole, broken = Path(tmp, "runs", "whole"), Path(tmp, "runs", "broken")
+        out, _ = run("--search", "--train", "--eval", "--bench", *base, "--out", whole,
+                     script="mtp.py")
+        for word in ("|W1-W3|", "agree", "960 of 1920", "768 of 1536", "sparse mIoU",
+                     "pruned mIoU", "pruned / dense: parameters 0.", "retrained mIoU", "top-1",
+                     "next: python mtp.py", "40,179,797"):
+            assert word in out, f"'{word}' is missing in:\n{out}"
+        for name in ("config.json", "bench.json", "miou_params.png", "mtp_50/arch.json",
+                     "mtp_50/channels.png", "mtp_50/gammas.png", "mtp_50/segmentations.png",
+                     "mtp_50/cls/best.pt", "mtp_50/seg/best.pt", "sparse_mtp/constraint.png"):
+            assert (whole / name).stat().st_size > 0, name
+
+        stages = ["--search", "--train", *base, "--out", broken]
+        killed(stages, broken / "sparse_mtp" / "last.pt", script="mtp.py")
+        state = torch.load(broken / "sparse_mtp" / "last.pt", weights_only=True)
+        assert sum(state["done"].values()) > 0, "the kill must come within a round"
+        run(*stages, "--resume", script="mtp.py")
+        for name in ("sparse_mtp/last.pt", "mtp_50/pruned.pt", "mtp_50/cls/last.pt",
+                     "mtp_50/seg/last.pt"):
+            a, b = state_of(whole / name), state_of(broken / name)
+            assert a.keys() == b.keys() and len(a) > 100
+            for key in a:
+                assert torch.equal(a[key], b[key]), f"{name}{key} differs after resuming"
+        a, b = (torch.load(d / "sparse_mtp" / "last.pt", weights_only=True)["lagrangian"]["mu"]
+                for d in (whole, broken))
+        assert a == b
+        assert (whole / "mtp_50/arch.json").read_text() == (broken / "mtp_50/arch.json").read_text()
+
+        # The other methods start from the same dense network, which is not trained again.
+        for flags, word in ((["--method", "slimming"], "960 of 1920"),
+                            (["--method", "slimming", "--rank", "unified", "--cls-epochs", "0"],
+                             "prunable"),
+                            (["--method", "uniform"], "960 of 1920"),
+                            (["--method", "fpgm", "--percentile", "25"], "1440 of 1920"),
+                            (["--method", "thinet"], "1536 of 1536")):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                mtp.main([str(f) for f in ("--search", "--train", "--eval", *base, "--out", whole,
+                                           *flags, "--eval-scales", "0.5", "1")])
+            out = out.getvalue()
+            assert word in out and out.count("trained already") >= 2, out
+        out, _ = run("--bench", *base, "--out", whole, script="mtp.py")
+        for name in ("mtp_50", "slimming_50", "uniform_50", "fpgm_25", "thinet_50"):
+            assert re.search(rf"^{name} .*miou.*top1", out, re.M), f"{name} is missing in:\n{out}"
+        assert re.search("^slimming_50_unified .*params", out, re.M)
+        assert (whole / "slimming_50_unified/result_val_without_cls.json").exists()
+        arch = json.loads((whole / "uniform_50/arch.json").read_text())
+        assert arch["widths"]["backbone.layer1.0.conv1"] == 32
+
+        arch, wide = json.loads((whole / "mtp_50/arch.json").read_text()), Path(tmp, "wide.json")
+        weights = ["--weights", whole / "mtp_50/seg/best.pt"]
+        for width, words in ((arch["widths"]["backbone.layer1.0.conv1"] + 1, ("another shape",)),
+                             (400, ("layer1.0.conv1", "1 to 64"))):
+            arch["widths"]["backbone.layer1.0.conv1"] = width
+            wide.write_text(json.dumps(arch))
+            _refused(lambda: mtp.main([str(f) for f in ("--eval", *base, "--out", whole, "--arch",
+                                                        wide, *weights)]), *words)
+        for flags, words in ((["--eval", "--num-classes", "4"], ("classes",)),
+                             (["--search", "--resume", "--lam", "2"], ("another --lam",)),
+                             (["--search", "--resume", "--dense-lr", "2"], ("dense_lr",))):
+            _refused(lambda: mtp.main([str(f) for f in (*flags[:1], *base, "--out", whole,
+                                                        *flags[1:])]), *words)
+
+
+def test_mtp_wrong_input_ends_in_one_sentence():
+    with tempfile.TemporaryDirectory() as tmp:
+        tail = ["--out", str(Path(tmp, "r"))]
+        missing = str(Path(tmp, "no.pth"))
+        for flags, words in (
+                (["--search", "--percentile", "0"], ("--percentile", "0")),
+                (["--search", "--percentile", "100"], ("--percentile", "100")),
+                (["--search", "--rho", "1"], ("--rho",)),
+                (["--search", "--inner-steps", "0"], ("--inner-steps",)),
+                (["--search", "--method", "thinet", "--rank", "unified"], ("thinet", "--rank")),
+                (["--search", "--batch-size", "1"], ("--batch-size", "BN")),
+                (["--search", "--network", "pspnet_resnet50", "--backbone", "imagenet"],
+                 ("deep stem",)),
+                (["--search", "--cls-dataset", "imagefolder"], ("imagefolder",)),
+                (["--search", "--backbone", missing], (missing,)),
+                (["--train"], ("arch.json", "no")),
+                (["--train", "--method", "dense"], ("dense",)),
+                (["--eval", "--method", "dense"], ("no checkpoint", "best.pt")),
+                (["--bench", "--arch", missing], (missing,))):
+            _refused(lambda: mtp.main([*flags, *tail]), *words)
+        for text, word in (("{", "readable"), ("[]", "network"), ('{"network": "resnet"}', "name"),
+                           ('{"network": "bisenet_resnet18", "classes": 3, "cls_classes": 2}',
+                            "width None")):
+            Path(tmp, "a.json").write_text(text)
+            _refused(lambda: mtp.read_arch(Path(tmp, "a.json")), word)
+        refused("--search", *tail, "--percentile", "100", words=("--percentile",), script="mtp.py")
+        assert "unrecognized arguments: --alpha" in run("--search", "--alpha", "1", code=2,
+                                                        script="mtp.py")[1]
 
 
 # ---------------------------------------------------------------------------------------------
