@@ -978,6 +978,14 @@ def shake(norm):
     norm.running_var.uniform_(0.5, 2)
 
 
+def shaken(net):
+    """The network with BN statistics and scales that are not those of a fresh one."""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            shake(m)
+    return net
+
+
 def test_published_networks_have_their_exact_size():
     for arch, params, macs in ((fastersg.PAPER_STUDENT, 3421875, 27770486784),
                                (fastersg.PAPER_TEACHER, 22115203, 107778932736)):
@@ -1616,9 +1624,7 @@ def dense_net(**options):
     """A Fully Dense Network in float64, BN statistics and affine unlike a fresh one, and w too."""
     torch.manual_seed(1)
     net = sparsemask.FullyDenseNet(num_classes=3, width=4, **options).double()
-    for module in net.decoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            shake(module)
+    shaken(net.decoder)
     for w in net.w.values():
         nn.init.uniform_(w, 0, net.top)
     return net
@@ -2433,14 +2439,6 @@ def test_sparsemask_refuses_wrong_input():
 # ---------------------------------------------------------------------------------------------
 
 
-def shaken(net):
-    """The network with BN statistics and scales that are not those of a fresh one."""
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            shake(m)
-    return net
-
-
 def random_gates(net, seed, sites=None):
     """Random 0/1 gates, at least one channel a site; every fourth site is whole."""
     g, gates = torch.Generator().manual_seed(seed), {}
@@ -3145,13 +3143,10 @@ def test_mtp_exact_counts_with_ties_and_least_width():
     assert all(abs(len(kept[k]) - len(plain[k])) <= 7 for k in kept)
 
 
-def shaken(net):
-    """The network in float64 with lively BN statistics, in eval mode."""
+def lively(net):
+    """The network in float64 with BN statistics unlike fresh ones, in eval mode."""
     torch.manual_seed(1)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            shake(m)
-    return net.double().eval()
+    return shaken(net).double().eval()
 
 
 def some_kept(groups, seed=0):
@@ -3182,7 +3177,7 @@ def test_mtp_masked_equals_pruned():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 40, 72, dtype=torch.float64)
     for name in ("deeplabv3_resnet18", "deeplabv3_resnet50", "bisenet_resnet18", "pspnet_resnet50"):
-        net = shaken(mtp.Segmenter(name, 5, auxiliary=True))
+        net = lively(mtp.Segmenter(name, 5, auxiliary=True))
         groups = mtp.groups_of(net)
         kept = some_kept(groups)
         small, wide = mtp.prune(net, groups, kept), masked(net, groups, kept)
@@ -3199,7 +3194,7 @@ def test_mtp_masked_equals_pruned():
             for conv, _ in g.makers:
                 assert small.get_submodule(conv).out_channels == len(kept[g.name])
         if "deeplab" in name:
-            cls = shaken(mtp.Classifier(name, 7))
+            cls = lively(mtp.Classifier(name, 7))
             mine = mtp.groups_of(cls)
             with torch.no_grad():
                 assert torch.allclose(mtp.prune(cls, mine, kept)(x),
@@ -3247,8 +3242,8 @@ def test_mtp_dilations():
     assert of(stages["bisenet_resnet18"].layer4) == [1] * 4
     # A dilated backbone computes what the plain one does, and more places in between.
     torch.manual_seed(0)
-    plain = shaken(mtp.Classifier("deeplabv3_resnet18", 3)).backbone
-    dense = shaken(mtp.Segmenter("deeplabv3_resnet18", 3)).backbone
+    plain = lively(mtp.Classifier("deeplabv3_resnet18", 3)).backbone
+    dense = lively(mtp.Segmenter("deeplabv3_resnet18", 3)).backbone
     dense.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 160, 160, dtype=torch.float64)
     with torch.no_grad():
@@ -3259,7 +3254,7 @@ def test_mtp_dilations():
 
 def test_mtp_constants_are_folded_exactly_for_1x1():
     torch.manual_seed(0)
-    net = shaken(mtp.Segmenter("deeplabv3_resnet50", 4))
+    net = lively(mtp.Segmenter("deeplabv3_resnet50", 4))
     every = mtp.groups_of(net)
     # Readers with 1x1 kernels: conv2 -> conv3, branches -> projection -> classifier.
     groups = [g for g in every if net.get_submodule(g.readers[0][0]).kernel_size == (1, 1)]
@@ -3440,8 +3435,8 @@ def test_mtp_stream_can_be_entered_anywhere():
 # ---------------------------------------------------------------------------------------------
 
 MTP_TINY = ("--dataset folder --num-classes 3 --preset quick --cls-batch 10 --size 32 64 "
-            "--batch-size 4 --dense-cls-epochs 1 --dense-epochs 1 --rounds 2 --inner-steps 2 --save-steps 1 "
-            "--recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 --thinet-images 4").split()
+            "--batch-size 4 --dense-cls-epochs 1 --dense-epochs 1 --rounds 2 --inner-steps 2 "
+            "--save-steps 1 --recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 --thinet-images 4").split()
 
 
 def tiny_classes(root):
