@@ -3436,7 +3436,8 @@ def test_mtp_stream_can_be_entered_anywhere():
 
 MTP_TINY = ("--dataset folder --num-classes 3 --preset quick --cls-batch 10 --size 32 64 "
             "--batch-size 4 --dense-cls-epochs 1 --dense-epochs 1 --rounds 2 --inner-steps 2 "
-            "--save-steps 1 --recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 --thinet-images 4").split()
+            "--save-steps 1 --recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 "
+            "--thinet-images 4").split()
 
 
 def tiny_classes(root):
