@@ -1608,14 +1608,16 @@ def test_theorems_1_and_2():
     weight = torch.cat([stage.conv[t].weight for t in maps], 1)
     want = stage.norm["D1"](F.conv2d(side_by_side, weight))
     assert torch.allclose(stage(maps), want, atol=1e-12)
-    # f_up against the definition, pixel by pixel: corners on corners.
-    x, up = a[0, 0], sparsemask.resize(a, (9, 13))[0, 0]
-    for i, j in itertools.product(range(9), range(13)):
-        y, z = i * 4 / 8, j * 6 / 12
-        y0, z0 = min(int(y), 3), min(int(z), 5)
-        value = sum((1 - abs(y - u)) * (1 - abs(z - v)) * x[u, v]
-                    for u in (y0, y0 + 1) for v in (z0, z0 + 1))
-        assert abs(value - up[i, j]) < 1e-12
+    # f_up against the definition, pixel by pixel: corners on corners; as a matrix product too.
+    for (h, w), training in itertools.product(((9, 13), (21, 30)), (False, True)):
+        with torch.set_grad_enabled(training):
+            x, up = a[0, 0], sparsemask.resize(a, (h, w))[0, 0]
+        for i, j in itertools.product(range(h), range(w)):
+            y, z = i * 4 / (h - 1), j * 6 / (w - 1)
+            y0, z0 = min(int(y), 3), min(int(z), 5)
+            value = sum((1 - abs(y - u)) * (1 - abs(z - v)) * x[u, v]
+                        for u in (y0, y0 + 1) for v in (z0, z0 + 1))
+            assert abs(value - up[i, j]) < 1e-12
     assert torch.equal(sparsemask.resize(a[:, :, :1, :1], (2, 3)),
                        a[:, :, :1, :1].expand(2, 3, 2, 3))
 
