@@ -26,7 +26,9 @@ The idea in five lines:
     alpha_l, lambda    alpha(l, L), cfg.lam                Eq. (5), Eq. (3)
     sigma              cfg.sigma                           pruning threshold, Section 3.3
 
-@COMMANDS@
+    python sparsemask.py --search                1.3 minutes, 0.7 GiB on two CPU cores
+    python sparsemask.py --train --eval          1.5 minutes: the found network, retrained, 53 mIoU
+    python sparsemask.py --bench                 10 seconds: Table 1's decoders, exact counts
 """
 import json
 import math
@@ -674,18 +676,15 @@ def regularizer(net, cfg):
 def task_loss(logits, labels, cfg):
     """L_task: pixel-wise cross-entropy (4.1); OURS for saliency too, with two classes.
 
-    Edges: balanced between the classes, as HED does for its one output (OURS: over the batch).
-    Edge pixels weigh the share of the others, and the others the share of the edges, so that both
-    classes count the same however rare edges are.
+    Edges: balanced between the classes as HED does it, so that both count the same however rare
+    edges are. OURS: the mean over edge pixels and the mean over the others, half each, over the
+    batch; HED's sum over pixels would need learning rates of its own.
     """
     if cfg.task != "edges":
         return cross_entropy(logits, labels)
-    positive, negative = (labels == 1).sum(), (labels == 0).sum()
-    total = (positive + negative).clamp(min=1)
-    weight = torch.stack([positive, negative]) / total          # of classes 0 and 1
-    loss = F.cross_entropy(logits.float(), labels, weight.float(), ignore_index=IGNORE,
-                           reduction="sum")
-    return loss / total
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+    present = [loss[labels == k].mean() for k in (0, 1) if (labels == k).any()]
+    return sum(present) / 2 if present else logits.sum() * 0
 
 
 # ---------------------------------------------------------------------------------------------
