@@ -2672,7 +2672,7 @@ def small_search(tmp, **changes):
     """A Search on the tiny network, its data loader and settings."""
     flags = dict(bilevel_prune.QUICK, dataset="folder", data_root=tiny_set(Path(tmp, "set")),
                  num_classes=3, size=(32, 64), frame=(32, 64), batch_size=4, weight_steps=1,
-                 search_epochs=4, drop_path=0.1) | changes
+                 search_epochs=4, drop_path=0.1, round_to=1) | changes
     cfg = bilevel_prune.Config(**flags)
     _, loader = common.open_loader(cfg, "train", train=True)
     net = bilevel_prune.dense_network(cfg, 3).train()
