@@ -137,7 +137,7 @@ class Config(BaseConfig):
 
 
 # Minutes on two cores, from random weights: few steps, so larger ones and a stronger l1 (OURS).
-QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), cls_batch=16,
+QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), cls_batch=32,
              size=(64, 96), scales=(0.75, 1.5), batch_size=8, dense_cls_epochs=2,
              dense_cls_lr=0.05, dense_epochs=2, dense_lr=0.05, alpha1=0.05, alpha2=0.05, rounds=6,
              inner_steps=8, tolerance=0.0, search_cls_lr=0.01, search_lr=0.01, rho=2.0,
