@@ -34,6 +34,7 @@ The idea in five lines:
 """
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -136,21 +137,26 @@ class Config(BaseConfig):
 
 
 # Minutes on two cores, from random weights: few steps, so larger ones and a stronger l1 (OURS).
-QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), cls_batch=16,
-             size=(64, 128), scales=(0.75, 1.5), batch_size=8, dense_cls_epochs=2,
-             dense_cls_lr=0.05, dense_epochs=2, dense_lr=0.05, alpha1=0.15, alpha2=0.15, rounds=6,
-             inner_steps=10, tolerance=0.0, search_cls_lr=0.01, search_lr=0.01, rho=2.0,
+QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), cls_batch=32,
+             size=(64, 96), scales=(0.75, 1.5), batch_size=8, dense_cls_epochs=2,
+             dense_cls_lr=0.05, dense_epochs=2, dense_lr=0.05, alpha1=0.05, alpha2=0.05, rounds=6,
+             inner_steps=8, tolerance=0.0, search_cls_lr=0.01, search_lr=0.01, rho=2.0,
              recalibrate=10, thinet_images=16, cls_epochs=2, cls_lr=0.01, epochs=4, lr=0.02,
              frame=(128, 256))
 
-# What the dense network, and then the sparse one, depend on: a stored one with other values is
-# another network.
+# What the dense, the sparse and the fine-tuned networks depend on: a stored one with other values
+# is another network.
 DENSE_CLS = ("network", "backbone", "cls_dataset", "cls_root", "cls_size", "cls_batch", "momentum",
              "weight_decay", "dense_cls_epochs", "dense_cls_lr", "seed")
 DENSE_SEG = DENSE_CLS + ("dataset", "data_root", "size", "image_scale", "scales", "batch_size",
                          "dense_epochs", "dense_lr", "aux_weight")
 SPARSE = DENSE_SEG + ("lam", "alpha1", "alpha2", "rho", "mu", "rounds", "inner_steps", "tolerance",
                       "search_cls_lr", "search_lr", "l1")
+
+FINE_CLS = ("cls_dataset", "cls_root", "cls_size", "cls_batch", "cls_epochs", "cls_lr", "momentum",
+            "weight_decay", "seed")
+FINE_SEG = ("dataset", "data_root", "size", "image_scale", "scales", "batch_size", "epochs", "lr",
+            "aux_weight")
 
 # ---------------------------------------------------------------------------------------------
 # 1. Networks. Names of submodules are the names of layers in arch.json.
@@ -456,20 +462,22 @@ def with_widths(net, widths, where):
     return prune(net, groups, {name: torch.arange(n) for name, n in mine.items()})
 
 
-def on_meta(kind, network, classes):
+def on_meta(kind, network, classes, **more):
     """The network's shapes without its numbers: nothing is allocated or initialised."""
     with torch.device("meta"):
-        return kind(network, classes)
+        return kind(network, classes, **more)
 
 
-def rebuild(kind, arch, state, where):
+def rebuild(kind, arch, state, where, **more):
     """A pruned Segmenter or Classifier (`kind`) from the JSON of arch.json and a state_dict alone.
 
-    On the meta device first, so that no large network is initialised in vain.
+    On the meta device first, so that no large network is initialised in vain. With auxiliary=True
+    a Segmenter keeps the heads that only training uses.
     """
-    net = on_meta(kind, arch["network"], arch["classes" if kind is Segmenter else "cls_classes"])
+    net = on_meta(kind, arch["network"], arch["classes" if kind is Segmenter else "cls_classes"],
+                  **more)
     net = with_widths(net, arch["widths"], where).to_empty(device="cpu")
-    load_weights(net, {k: v for k, v in state.items() if "auxiliary" not in k}, where)
+    load_weights(net, {k: v for k, v in state.items() if more or "auxiliary" not in k}, where)
     return net
 
 
@@ -990,10 +998,6 @@ def scores_of(first, seg, groups):
     return found
 
 
-def least(width, share):
-    return max(1, math.ceil(share * width))
-
-
 def keep_ranked(scores, percentile, share=0.05):
     """Line 10: the kept channels after removing exactly floor(p N) of the N with one threshold.
 
@@ -1004,8 +1008,8 @@ def keep_ranked(scores, percentile, share=0.05):
     flat = torch.cat(list(scores.values()))
     removable, start = torch.ones(len(flat), dtype=torch.bool), 0
     for score in scores.values():
-        best = score.argsort(stable=True)[len(score) - least(len(score), share):]
-        removable[start + best] = False
+        least = max(1, math.ceil(share * len(score)))
+        removable[start + score.argsort(stable=True)[-least:]] = False
         start += len(score)
     order = flat.argsort(stable=True)
     order = order[removable[order]]
@@ -1252,7 +1256,7 @@ def search(cfg, device):
                            for g in groups}}
         common.write_text(folder / "arch.json", json.dumps(arch, indent=1))
         save_checkpoint(folder / "pruned.pt", model=small_seg.state_dict(),
-                        cls=small_cls.state_dict(), arch=json.dumps(arch["widths"]))
+                        cls=small_cls.state_dict())
         draw_channels(folder / "channels.png", groups, arch["widths"],
                       f"{cfg.network}, {folder.name}: channels that stay (Figure 5)")
         draw_gammas(folder / "gammas.png", groups, before, after)
@@ -1389,6 +1393,15 @@ def fits(arch, images, key, path):
                          f"{images.num_classes}")
 
 
+def fingerprint(stored):
+    """Tells the weights of one pruned.pt from another's, equal widths or not."""
+    digest = hashlib.sha256()
+    for state in (stored["cls"], stored["model"]):
+        for tensor in state.values():
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def fine_tune(cfg, device):
     """--train, line 11: the pruned network on classification, then on segmentation."""
     if cfg.method == "dense":
@@ -1396,18 +1409,17 @@ def fine_tune(cfg, device):
     arch, folder = read_arch(arch_path(cfg)), folder_of(cfg)
     fits(arch, open_split(cfg, "train", cfg.size), "classes", arch_path(cfg))
     fits(arch, open_cls(cfg, "train"), "cls_classes", arch_path(cfg))
-    stored = load_checkpoint(folder / "pruned.pt", ("model", "cls"))
-    cls, seg = (place(rebuild(kind, arch, stored[key], folder / "pruned.pt"), cfg, device)
-                for kind, key in ((Classifier, "cls"), (Segmenter, "model")))
-    about = {"arch": json.dumps(arch["widths"])}
+    pruned = folder / "pruned.pt"
+    stored = load_checkpoint(pruned, ("model", "cls"))
+    cls = place(rebuild(Classifier, arch, stored["cls"], pruned), cfg, device)
+    seg = place(rebuild(Segmenter, arch, stored["model"], pruned, auxiliary=True), cfg, device)
+    about = {"from": fingerprint(stored), **settings(cfg, FINE_CLS)}
     if cfg.cls_epochs:
-        fields = ("cls_dataset", "cls_root", "cls_size", "cls_batch", "cls_epochs", "cls_lr")
         train_classifier("fine-tune cls", cls, cfg.cls_epochs, cfg.cls_lr, cfg, device,
-                         folder / "cls", about | settings(cfg, fields))
+                         folder / "cls", about)
         seg.backbone.load_state_dict(cls.backbone.state_dict())
-    fields = ("dataset", "data_root", "size", "batch_size", "epochs", "lr", "cls_epochs")
     train_segmenter("fine-tune seg", seg, arch["classes"], cfg.epochs, cfg.lr, cfg, device,
-                    fine_tuned(cfg), about | settings(cfg, fields))
+                    fine_tuned(cfg), about | settings(cfg, FINE_SEG))
     if rank() == 0:
         print(f"in {folder}: cls/, {fine_tuned(cfg).name}/ with best.pt and log.jsonl\nnext: "
               f"python mtp.py --eval --bench{common.flags_of(cfg, QUICK)}")
@@ -1434,7 +1446,8 @@ def evaluate_network(cfg, device):
     matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp, cfg.eval_scales,
                       cfg.eval_flip)
     name = folder.name + trained.name.removeprefix("seg")
-    row = {"name": name, "method": cfg.method, "params": count_params(net), "split": cfg.split,
+    method = cfg.method if cfg.method == "dense" else read_arch(arch_path(cfg)).get("method")
+    row = {"name": name, "method": method, "params": count_params(net), "split": cfg.split,
            "conv_macs": count_macs(net, cfg.frame), "frame": cfg.frame, "miou": matrix.miou(),
            "pixel_accuracy": matrix.pixel_accuracy(), "scales": cfg.eval_scales}
     head = folder / "cls" / "best.pt"

@@ -3295,7 +3295,7 @@ def test_mtp_scalar_problem_converges_to_its_closed_form():
         w1, w3 = (nn.Parameter(torch.tensor([start], dtype=torch.float64)) for _ in range(2))
         w2 = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
         s = mtp.Lagrangian([w1], [w2], [w3], [], [w1], [w2], [w3], cfg)
-        for _ in range(120):
+        for _ in range(80):
             for _ in range(cfg.inner_steps):
                 s.gradient_w1((a / 2 * (w1 - p) ** 2).sum())
                 s.step_w1(0.02)
@@ -3420,6 +3420,34 @@ def test_mtp_fpgm_and_thinet_against_brute_force():
     assert np.allclose(factors, best)
 
 
+def test_mtp_thinet_zeroes_what_it_removes():
+    """Front to back through the backbone: the network it leaves behind is the pruned one."""
+    torch.manual_seed(0)
+    cfg = mtp.Config(**{**mtp.QUICK, "batch_size": 2, "thinet_images": 4, "method": "thinet"})
+    net = mtp.Segmenter(cfg.network, 11)
+    groups, before = mtp.groups_of(net), net.backbone.layer1[0].conv2.weight.detach().clone()
+    kept = mtp.thinet_kept(net, groups, mtp.TwoSets(cfg), cfg, torch.device("cpu"))
+    assert set(kept) == {g.name for g in mtp.part_of(groups, "backbone")}
+    assert all(2 * len(kept[g.name]) == g.width for g in groups if g.name in kept)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(mtp.prune(net, groups, kept)(x), net.eval()(x), atol=1e-4)
+    after, stays = net.backbone.layer1[0].conv2.weight, kept["backbone.layer1.0.conv1"]
+    ratio = after[:, stays] / before[:, stays]
+    assert torch.allclose(ratio, ratio[:1, :, :1, :1].expand_as(ratio), rtol=1e-3)
+    assert (ratio[0, :, 0, 0] - 1).abs().max() > 0.01, "those that stay are scaled"
+
+
+def test_mtp_recalibration_is_a_plain_mean():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    batches = [(3 * torch.randn(4, 3, 8, 8) + 1, None) for _ in range(5)]
+    mtp.recalibrate(net, batches, torch.device("cpu"))
+    means = torch.stack([net[0](x).mean((0, 2, 3)) for x, _ in batches]).mean(0)
+    assert torch.allclose(net[1].running_mean, means, atol=1e-5)
+    assert not net.training and net[1].momentum == 0.1
+
+
 def test_mtp_stream_can_be_entered_anywhere():
     cfg = mtp.Config(**mtp.QUICK)
     pictures = data.open_classification("synthetic", None, "train", (32, 32), 0)
@@ -3495,21 +3523,25 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
         assert a == b
         assert (whole / "mtp_50/arch.json").read_text() == (broken / "mtp_50/arch.json").read_text()
 
-        # The other methods start from the same dense network, which is not trained again.
-        for flags, word in ((["--method", "slimming"], "960 of 1920"),
-                            (["--method", "slimming", "--rank", "unified", "--cls-epochs", "0"],
-                             "prunable"),
-                            (["--method", "uniform"], "960 of 1920"),
-                            (["--method", "fpgm", "--percentile", "25"], "1440 of 1920"),
-                            (["--method", "thinet"], "1536 of 1536")):
+        def inside(*flags):                 # the same without starting Python anew
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                mtp.main([str(f) for f in ("--search", "--train", "--eval", *base, "--out", whole,
-                                           *flags, "--eval-scales", "0.5", "1")])
-            out = out.getvalue()
+                mtp.main([str(flag) for flag in (*flags, *base, "--out", whole)])
+            return out.getvalue()
+        # The other methods start from the same dense network, which is not trained again.
+        every = ("--search", "--train", "--eval", "--eval-scales", "0.5", "1")
+        for flags, word in (((*every, "--method", "slimming"), "960 of 1920"),
+                            ((*every, "--method", "slimming", "--rank", "unified", "--cls-epochs",
+                              "0"), "prunable"),
+                            ((*every, "--method", "uniform"), "960 of 1920"),
+                            (("--search", "--method", "fpgm", "--percentile", "25"),
+                             "1440 of 1920"),
+                            (("--search", "--method", "thinet"), "1536 of 1536")):
+            out = inside(*flags)
             assert word in out and out.count("trained already") >= 2, out
-        out, _ = run("--bench", *base, "--out", whole, script="mtp.py")
-        for name in ("mtp_50", "slimming_50", "uniform_50", "fpgm_25", "thinet_50"):
+        out = inside("--bench")
+        for name in ("mtp_50", "slimming_50", "uniform_50"):
             assert re.search(rf"^{name} .*miou.*top1", out, re.M), f"{name} is missing in:\n{out}"
+        assert re.search("^fpgm_25 .*params", out, re.M)
         assert re.search("^slimming_50_unified .*params", out, re.M)
         assert (whole / "slimming_50_unified/result_val_without_cls.json").exists()
         arch = json.loads((whole / "uniform_50/arch.json").read_text())
@@ -3521,13 +3553,17 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
                              (400, ("layer1.0.conv1", "1 to 64"))):
             arch["widths"]["backbone.layer1.0.conv1"] = width
             wide.write_text(json.dumps(arch))
-            _refused(lambda: mtp.main([str(f) for f in ("--eval", *base, "--out", whole, "--arch",
-                                                        wide, *weights)]), *words)
-        for flags, words in ((["--eval", "--num-classes", "4"], ("classes",)),
-                             (["--search", "--resume", "--lam", "2"], ("another --lam",)),
-                             (["--search", "--resume", "--dense-lr", "2"], ("dense_lr",))):
-            _refused(lambda: mtp.main([str(f) for f in (*flags[:1], *base, "--out", whole,
-                                                        *flags[1:])]), *words)
+            _refused(lambda: inside("--eval", "--arch", wide, *weights), *words)
+        _refused(lambda: mtp.main([str(f) for f in ("--eval", *base, "--num-classes", "4", "--out",
+                                                    whole)]), "classes")
+        for flags, word in ((("--lam", "2"), "another --lam"), (("--dense-lr", "2"), "dense_lr")):
+            _refused(lambda: inside("--search", "--resume", *flags), word)
+        before = state_of(whole / "mtp_50/pruned.pt")       # new weights are not taken for old ones
+        assert "trained already" in inside("--train")
+        inside("--search", "--alpha1", "0.2")
+        assert not torch.equal(state_of(whole / "mtp_50/pruned.pt")[".model.backbone.conv1.weight"],
+                               before[".model.backbone.conv1.weight"])
+        assert "trained already" not in inside("--train")
 
 
 def test_mtp_wrong_input_ends_in_one_sentence():
