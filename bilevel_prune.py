@@ -29,7 +29,7 @@ The idea in five lines:
     o', i', t, t', k     Macs                              Eq. (5)
 
     python bilevel_prune.py --search                          1.6 minutes on two CPU cores
-    python bilevel_prune.py --search --method uniform --eval  1.1 minutes more: a baseline, same budget
+    python bilevel_prune.py --search --method uniform --eval  1.1 minutes more: a baseline
     python bilevel_prune.py --bench                           half a minute: counts, latency, App. F
 """
 import copy
