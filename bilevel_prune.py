@@ -28,9 +28,9 @@ The idea in five lines:
     dL_m / ds            mask_gradient                     Eq. (15)
     o', i', t, t', k     Macs                              Eq. (5)
 
-    python bilevel_prune.py --search                           1.5 minutes, 0.6 GiB on two CPU cores
-    python bilevel_prune.py --search --method uniform --eval   1 minute, from the same dense network
-    python bilevel_prune.py --bench                            1 minute, most of it torch.compile
+    python bilevel_prune.py --search                          1.6 minutes on two CPU cores
+    python bilevel_prune.py --search --method uniform --eval  1.1 minutes more: a baseline
+    python bilevel_prune.py --bench                           half a minute: counts, latency, App. F
 """
 import copy
 import json
@@ -115,7 +115,7 @@ class Config(BaseConfig):
 # Under two minutes on two cores: the smallest network, learning rates for a few hundred steps. On a
 # CPU both NHWC and widths in eights are needed to turn half the MACs into half the time.
 QUICK = dict(network="tiny", size=(96, 192), frame=(256, 512), scales=(0.75, 1.5), batch_size=8,
-             epochs=3, search_epochs=4, lr=0.05, target=0.5, drop_path=0.0, round_to=8,
+             epochs=4, search_epochs=4, lr=0.05, target=0.5, drop_path=0.0, round_to=8,
              channels_last=True)
 
 # ---------------------------------------------------------------------------------------------

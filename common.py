@@ -120,8 +120,11 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
     cfg = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     cfg.out = cfg.out or f"runs/{method}"
     for name in ("epochs", "batch_size", "image_scale"):
-        if getattr(cfg, name) <= 0:
+        if not getattr(cfg, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive")
+    if not 0 < cfg.scales[0] <= cfg.scales[1] < 16 or min(cfg.workers, cfg.seed) < 0:
+        raise InputError("--scales needs two positive numbers, the smaller first; --workers and "
+                         "--seed are not negative")
     if min(cfg.size) < 32:
         raise InputError(f"--size {cfg.size[0]} {cfg.size[1]} is too small: use 32 or more pixels")
     return chosen, cfg
@@ -608,12 +611,16 @@ def open_split(cfg, split, size):
                                   cfg.num_classes or None, size, cfg.seed)
 
 
-def open_loader(cfg, split, train=False):
-    """(set, loader) of a split: to train augmented and in batches, else as it is, one by one."""
-    images = open_split(cfg, split, cfg.size)
+def open_loader(cfg, split, train=False, images=None, transform=None):
+    """(set, loader) of a split: to train augmented and in batches, else as it is, one by one.
+
+    images, transform: another set than that of --dataset, another augmentation.
+    """
+    images = open_split(cfg, split, cfg.size) if images is None else images
     data.check_segmentation(images)
-    transform = (data.train_transform(cfg.size, cfg.scales, cfg.image_scale) if train
-                 else data.eval_transform(cfg.image_scale))
+    transform = transform or (
+        data.train_transform(cfg.size, cfg.scales, cfg.image_scale) if train
+        else data.eval_transform(cfg.image_scale))
     return images, data.make_loader(
         images, range(len(images)), transform, cfg.batch_size // world_size() if train else 1,
         train, cfg.workers, cfg.seed, rank(), world_size())
@@ -643,12 +650,18 @@ def draw_segmentations(net, images, cfg, device, folder, count=4):
     print(f"picture: {folder}/segmentations.png")
 
 
+def _short(key, value):
+    """A setting for a message; a whole architecture is only named."""
+    return f"{key} {value}" if len(str(value)) < 60 else f"another {key}"
+
+
 def _resume(path, model, optimizer, scheduler, extra):
     """Load everything from last.pt -> (epochs done, best mIoU)."""
     state = load_checkpoint(path, ("model", "optimizer", "scheduler", "epoch", "best"))
-    if any(state.get(key) != value for key, value in extra.items()):
-        raise InputError(f"{path} belongs to another network or data set; train without --resume "
-                         "or with another --out")
+    for key, value in extra.items():
+        if state.get(key) != value:
+            raise InputError(f"{path} was trained with {_short(key, state.get(key))}, not "
+                             f"{_short(key, value)}; train without --resume or with another --out")
     load_weights(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
@@ -657,14 +670,17 @@ def _resume(path, model, optimizer, scheduler, extra):
 
 
 def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader, num_classes, cfg,
-        device, folder, clip=0.0, extra=None, per_step=False):
+        device, folder, clip=0.0, extra=None, per_step=False, after_step=None, observe=None,
+        validate=None):
     """Train a segmentation network; returns its best validation mIoU.
 
     loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
     the model, wrapped as the run needs it. The scheduler steps once an epoch, or after every step
     if `per_step` (poly schedules). last.pt and best.pt (highest mIoU) go to `folder`, one record an
     epoch to its log.jsonl. extra: dict of strings that say what is trained on what, stored too; a
-    checkpoint with other ones is not resumed.
+    checkpoint with other ones is not resumed. after_step() follows every optimizer step;
+    observe() -> dict joins the record of the epoch. validate(model) -> (name, score): another score
+    than the mIoU on val_loader, for networks that do not segment.
     """
     folder, start, best = Path(folder), 0, -1.0
     if cfg.resume and (folder / "last.pt").exists():
@@ -690,6 +706,8 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
                 sum(terms.values()).backward()
                 clip_gradients(model.parameters(), clip)
                 optimizer.step()
+            if after_step:
+                after_step()
             if per_step:
                 scheduler.step()
             terms = {name: value.detach() for name, value in terms.items()}
@@ -697,12 +715,13 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
         if not per_step:
             scheduler.step()
         average_buffers(model)
-        miou = evaluate(model, val_loader, num_classes, device, cfg.amp).miou()
-        progress.close(epoch, terms, f" | val mIoU {100 * miou:.2f}")
-        log_record(folder, stage=stage, epoch=epoch, miou=miou,
-                   **{k: float(v) for k, v in terms.items()})
-        improved, best = miou > best, max(miou, best)
-        items = dict(model=model.state_dict(), epoch=epoch + 1, miou=miou, best=best,
+        name, score = validate(model) if validate else ("mIoU", evaluate(
+            model, val_loader, num_classes, device, cfg.amp).miou())
+        progress.close(epoch, terms, f" | val {name} {100 * score:.2f}")
+        log_record(folder, stage=stage, epoch=epoch, **{name.lower(): score},
+                   **{k: float(v) for k, v in terms.items()}, **(observe() if observe else {}))
+        improved, best = score > best, max(score, best)
+        items = dict(model=model.state_dict(), epoch=epoch + 1, best=best, **{name.lower(): score},
                      **(extra or {}))
         if improved:
             save_checkpoint(folder / "best.pt", **items)
@@ -738,10 +757,12 @@ def fold_bn(model):
     """A copy in eval mode with every BN folded into the convolution registered just before it.
 
     Works where conv and BN are neighbours in registration order and in data flow, as in
-    torchvision's backbones and in all networks here.
+    torchvision's backbones. A module where they are not brings a method fold_norms.
     """
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
+        if hasattr(module, "fold_norms"):
+            module.fold_norms()
         previous = previous_name = None
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d):
@@ -774,7 +795,7 @@ CHART_COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (1
 INK, FAINT, NO_VALUE = (40, 40, 40), (226, 226, 226), (190, 190, 190)
 
 
-def _save_png(image, path):
+def save_png(image, path):
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
 
@@ -832,7 +853,7 @@ def comparison(rows, titles, path):
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             sheet.paste(image, (4 + j * pitch, 24 + sum(heights[:i])))
-    _save_png(sheet, path)
+    save_png(sheet, path)
 
 
 def _finite(points):
@@ -917,7 +938,7 @@ class _Chart:
         return x - 8, y - 8, x + 8, y + 8
 
     def save(self, path):
-        _save_png(self.image.resize((self.image.width // 2, self.image.height // 2),
+        save_png(self.image.resize((self.image.width // 2, self.image.height // 2),
                                     Image.Resampling.LANCZOS), path)
 
 
@@ -1030,4 +1051,4 @@ def heat_map(path, title, row_names, column_names, values, size=None):
         draw.line((left + 14 + k, h - 25, left + 14 + k, h - 15), blue(k / 99))
     draw.text((left, h - 20), "0", INK, font, "lm")
     draw.text((left + 120, h - 20), "1", INK, font, "lm")
-    _save_png(image, path)
+    save_png(image, path)

@@ -1,4 +1,4 @@
-"""Where images come from: segmentation sets, classification sets, augmentation, loaders.
+"""Where images come from: segmentation, saliency, edges, classification; augmentation, loaders.
 
     raw set        dataset[i] -> (PIL RGB image, PIL 'L' label)      files or generated pictures
     Samples        samples[epoch, i] -> (float (3, H, W), int64 (H, W))       transform applied
@@ -418,19 +418,20 @@ def _open(path):
 class FilePairs:
     """Images and labels on disk, in the order given.
 
-    table: (256,) int16, value in the label file -> class, IGNORE or -1 (illegal).
+    table: (256,) int16, value in the label file -> class, IGNORE or -1 (illegal). The value is a
+    palette picture's index, or with grey=True the brightness, which black-and-white masks need.
     dataset[i] raises InputError naming the file: unreadable, colour label, illegal value, sizes
     that differ.
     """
 
-    def __init__(self, pairs, table, class_names, palette):
+    def __init__(self, pairs, table, class_names, palette, grey=False):
         self.images, self.labels = [i for i, _ in pairs], [l for _, l in pairs]
         for image, label in pairs:
             if not Path(label).is_file():
                 raise InputError(f"image {image} has no label: {label} does not exist; "
                                  "add the label or remove the image")
         self.table, self.class_names, self.palette = table, tuple(class_names), palette
-        self.num_classes = len(self.class_names)
+        self.num_classes, self.grey = len(self.class_names), grey
 
     def __len__(self):
         return len(self.images)
@@ -440,14 +441,18 @@ class FilePairs:
 
     def read_label(self, i):
         """-> (H, W) uint8, classes and IGNORE."""
-        path = self.labels[i]
+        return self._read(self.labels[i])
+
+    def _read(self, path):
         label = _open(path)
         if label.mode not in ("L", "P", "1"):
             fault = ("a colour picture" if label.mode.startswith(("RGB", "CMYK", "YCbCr"))
                      else f"a picture of mode {label.mode}")
-            raise InputError(f"label {path} is {fault}; class indices are expected (8-bit PNG, "
+            wanted = "a grey mask is" if self.grey else "class indices are"
+            raise InputError(f"label {path} is {fault}; {wanted} expected (8-bit PNG, "
                              "grey or palette)")
-        raw = np.asarray(label, np.uint8)  # of a palette picture: its indices, not its colours
+        # Of a palette picture numpy reads the indices; convert("L") takes its brightness.
+        raw = np.asarray(label.convert("L") if self.grey else label, np.uint8)
         mapped = self.table[raw]
         if mapped.min() < 0:
             raise InputError(f"label {path} holds the value {raw[mapped < 0].max()}, which is "
@@ -535,12 +540,13 @@ def voc(root, split):
 
         root/VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg
                               /SegmentationClass/2007_000032.png
-                              /ImageSets/Segmentation/{train,val}.txt
-    SBD's extra labels (10,582 training images) are taken for split train where both are there:
+                              /ImageSets/Segmentation/{train,val,trainval}.txt
+    SBD's extra labels (10,582 training images) are taken for split train where both are there;
+    split trainvoc is VOC's own train list all the same:
                               /SegmentationClassAug/2007_000032.png
                               /ImageSets/Segmentation/trainaug.txt
     """
-    _require_split("voc", split, ("train", "val"))
+    _require_split("voc", split, ("train", "trainvoc", "trainval", "val"))
     base = _require_folder(root / "VOCdevkit" / "VOC2012")
     extra, listing = base / "SegmentationClassAug", base / "ImageSets/Segmentation/trainaug.txt"
     if split == "train" and extra.is_dir() and listing.is_file():
@@ -549,7 +555,8 @@ def voc(root, split):
         pairs = [(base / "JPEGImages" / f"{s}.jpg", extra / f"{s}.png") for s in stems]
     else:
         try:
-            found = torchvision.datasets.VOCSegmentation(str(root), "2012", split, download=False)
+            found = torchvision.datasets.VOCSegmentation(
+                str(root), "2012", split.replace("trainvoc", "train"), download=False)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{base} is not the VOC tree expected ({error})") from None
         pairs = list(zip(found.images, found.targets))
@@ -643,6 +650,10 @@ def open_segmentation(name, root=None, split="train", num_classes=None, size=(12
         opener = {"camvid": camvid, "cityscapes": cityscapes, "voc": voc, "ade20k": ade20k,
                   "bdd100k": bdd100k}[name]
         dataset = opener(_require_root(name, root), split)
+    return _require_classes(name, dataset, num_classes)
+
+
+def _require_classes(name, dataset, num_classes):
     if num_classes not in (None, dataset.num_classes):
         raise InputError(f"data set {name} has {dataset.num_classes} classes, not {num_classes}; "
                          "leave --num-classes out")
@@ -706,7 +717,8 @@ class SyntheticObjects:
     def __len__(self):
         return self.length
 
-    def __getitem__(self, i):
+    def draw(self, i):
+        """-> (PIL RGB image, PIL 'L' label as in the scenes, class of the object)."""
         if not 0 <= i < self.length:
             raise IndexError(i)
         # The 3 sets these pictures apart from the street scenes of the same seed, split and index.
@@ -716,13 +728,17 @@ class SyntheticObjects:
         canvas = Canvas(height, width, _stone(rng))
         ground = _leaves(rng) if rng.random() < 0.5 else _stone(rng)
         canvas.box((0, street.horizon, width, height), ground, GRASS)
-        kind = i % self.num_classes  # balanced
+        kind = i % len(OBJECTS)  # balanced
         _, painter, extra, metres = OBJECTS[kind]
         u = min(self.size) / metres * rng.uniform(0.7, 0.9)
         foot = width * rng.uniform(0.4, 0.6), height * rng.uniform(0.88, 0.96)
         painter(canvas, rng, *foot, u, *extra)
         image = _light_and_grain(rng, np.asarray(canvas.image), np.asarray(canvas.label), street)
-        return Image.fromarray(image), kind
+        return Image.fromarray(image), canvas.label, kind
+
+    def __getitem__(self, i):
+        image, _, kind = self.draw(i)
+        return image, kind
 
 
 class ImageFolders:
@@ -761,6 +777,155 @@ def open_classification(name, root=None, split="train", size=(64, 64), seed=0):
     if name == "imagefolder":
         return ImageFolders(_require_root(name, root), split)
     raise InputError(f"unknown classification set '{name}'; choose synthetic or imagefolder")
+
+
+# --------------------------------------------------------------------------------------------------
+# Saliency and edges: two classes, the second is what is looked for
+# --------------------------------------------------------------------------------------------------
+
+BLACK_WHITE = [(0, 0, 0), (255, 255, 255)]
+
+
+class SyntheticSaliency(SyntheticObjects):
+    """The object pictures; salient is every pixel of the one object in the middle."""
+
+    num_classes, class_names, palette = 2, ("background", "salient"), BLACK_WHITE
+
+    def name(self, i):
+        return f"synthetic {self.split} {i}"
+
+    def __getitem__(self, i):
+        image, label, _ = self.draw(i)
+        return image, Image.fromarray((~np.isin(label, (SKY, GRASS))).astype(np.uint8))
+
+
+def saliency(root, split):
+    """Saliency pairs as MSRA-B has them: 8-bit grey masks, at least 128 = salient.
+
+        root/train/images/a.jpg (or .png)    root/train/masks/a.png
+        root/val/images/b.jpg                root/val/masks/b.png
+        root/test/images/c.jpg               root/test/masks/c.png
+    """
+    _require_split("msra_b", split, ("train", "val", "test"))
+    pairs = _match(root / split / "images", root / split / "masks")
+    table = (np.arange(256) >= 128).astype(np.int16)  # distributed as JPEG: not only 0 and 255
+    return FilePairs(pairs, table, ("background", "salient"), BLACK_WHITE, grey=True)
+
+
+def consensus(annotations):
+    """Several annotators' edges, (H, W) bool each -> (H, W) uint8: 1 edge, 0 none, or IGNORE.
+
+    HED [Xie & Tu, ICCV 2015] takes for an edge what three of BSDS's usually five annotators marked,
+    all else for none. OURS: half of them, rounded up, are enough where that is less than three, or
+    pictures with few annotators had no edge; and what fewer marked is neither: it is ignored.
+    """
+    votes = np.sum(annotations, 0)
+    needed = min(3, (len(annotations) + 1) // 2)
+    return np.where(votes >= needed, 1, np.where(votes > 0, IGNORE, 0)).astype(np.uint8)
+
+
+class SyntheticEdges(SyntheticScenes):
+    """Street scenes with the borders between classes, as four to six annotators might draw them.
+
+    An annotator overlooks one class in ten, and two in five draw everything one pixel beside.
+    """
+
+    num_classes, class_names, palette = 2, ("none", "edge"), BLACK_WHITE
+
+    def annotations(self, i):
+        """-> list of (H, W) bool arrays, one an annotator."""
+        return self._annotate(i, super().__getitem__(i)[1])
+
+    def _annotate(self, i, label):
+        rng = np.random.default_rng((self.seed, SPLIT_IDS[self.split], i, 5))
+        # Ends padded with themselves, so that every pixel has a right and a lower neighbour.
+        label = np.pad(np.asarray(label), ((0, 1), (0, 1)), mode="edge")
+        here, found = label[:-1, :-1], []
+        for _ in range(rng.integers(4, 7)):
+            seen = rng.random(256) >= 0.1
+            edge = np.zeros(here.shape, bool)
+            for other in (label[:-1, 1:], label[1:, :-1]):
+                edge |= (here != other) & seen[here] & seen[other]
+            shift = rng.integers(-1, 2, 2) * (rng.random() < 0.4)
+            moved = np.pad(edge, 1)[1 + shift[0]:, 1 + shift[1]:]
+            found.append(moved[:here.shape[0], :here.shape[1]])
+        return found
+
+    def __getitem__(self, i):
+        image, label = super().__getitem__(i)
+        return image, Image.fromarray(consensus(self._annotate(i, label)))
+
+
+class EdgePairs(FilePairs):
+    """Images and the edge maps of several annotators; dataset[i][1] is their consensus."""
+
+    def __init__(self, images, annotations):
+        """annotations: one list of paths an image, none of them empty."""
+        table = np.minimum(np.arange(256), 1).astype(np.int16)
+        super().__init__([(image, paths[0]) for image, paths in zip(images, annotations)], table,
+                         ("none", "edge"), BLACK_WHITE, grey=True)
+        self.paths = annotations
+
+    def annotations(self, i):
+        """-> list of (H, W) bool arrays, one an annotator."""
+        found = [self._read(path) > 0 for path in self.paths[i]]
+        for path, edge in zip(self.paths[i], found):
+            if edge.shape != found[0].shape:
+                raise InputError(f"annotation {path} is {edge.shape[1]}x{edge.shape[0]} but "
+                                 f"{self.paths[i][0]} is {found[0].shape[1]}x{found[0].shape[0]}; "
+                                 "make them the same size")
+        return found
+
+    def read_label(self, i):
+        return consensus(self.annotations(i))
+
+
+def edges(root, split):
+    """Edges with any number of annotators a picture, as in BSDS500 (200 / 100 / 200 images).
+
+        root/train/12003.jpg (or .png)    root/train_edges/12003_0.png, 12003_1.png, ...
+        root/val/3096.jpg                 root/val_edges/3096_0.png, ...
+        root/test/2018.jpg                root/test_edges/2018_0.png, ...
+    One file an annotator, not zero = edge. Split trainval is train and val together: PAPER
+    SparseMask §5.3 trains on it.
+    """
+    _require_split("bsds500", split, ("train", "val", "trainval", "test"))
+    images, annotations = [], []
+    for part in ("train", "val") if split == "trainval" else (split,):
+        pairs, by_image = _match(root / part, root / f"{part}_edges", "_0.png"), {}
+        for path in (root / f"{part}_edges").glob("*_*.png"):
+            stem, _, number = path.stem.rpartition("_")
+            if number.isdecimal():
+                by_image.setdefault(stem, []).append((int(number), path))
+        images += [image for image, _ in pairs]
+        # Where there is none, the name expected, which FilePairs then finds missing.
+        annotations += [[path for _, path in sorted(by_image.get(image.stem, [(0, expected)]))]
+                        for image, expected in pairs]
+    return EdgePairs(images, annotations)
+
+
+TASK_SETS = {"segmentation": SEGMENTATION_SETS, "saliency": ("synthetic", "msra_b"),
+             "edges": ("synthetic", "bsds500")}
+
+
+def open_task(task, name, root=None, split="train", num_classes=None, size=(128, 256), seed=0):
+    """open_segmentation for any dense task: `segmentation`, `saliency` or `edges`.
+
+    The two others always have 2 classes; sets of edges also have annotations(i), a list of (H, W)
+    bool arrays. Raises InputError as open_segmentation does, and on an unknown task.
+    """
+    if task not in TASK_SETS:
+        raise InputError(f"unknown task '{task}'; choose {', '.join(TASK_SETS)}")
+    if name not in TASK_SETS[task]:
+        raise InputError(f"task {task} has no data set '{name}'; choose "
+                         f"{', '.join(TASK_SETS[task])}")
+    if task == "segmentation":
+        return open_segmentation(name, root, split, num_classes, size, seed)
+    generated, on_disk = {"saliency": (SyntheticSaliency, saliency),
+                          "edges": (SyntheticEdges, edges)}[task]
+    dataset = (generated(split, size, seed) if name == "synthetic" else
+               on_disk(_require_root(name, root), split))
+    return _require_classes(name, dataset, num_classes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -807,6 +972,60 @@ def train_transform(size, scales=(0.5, 2.0), base_scale=1.0):
     fill = {tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORE}
     return v2.Compose([Rescale((scales[0] * base_scale, scales[1] * base_scale)),
                        v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+                       v2.RandomHorizontalFlip(), *_normalize()])
+
+
+class TurnEdges(v2.Transform):
+    """Scale by 1/2, 1 or 3/2 and turn by a multiple of 22.5 degrees, image and edge label.
+
+    Nearest interpolation would break lines one pixel wide. So when the label shrinks, each edge
+    pixel marks the target pixel it falls into: a maximum over the pixels below, none is lost and a
+    line stays one pixel wide. And the label is turned by bilinear interpolation cut at 1/4: samples
+    within half a pixel of a line, straight or diagonal, are above that, so it stays connected.
+    """
+
+    def make_params(self, flat_inputs):
+        factor, step = (0.5, 1.0, 1.5)[int(torch.randint(3, ()))], int(torch.randint(16, ()))
+        size = [max(1, round(side * factor)) for side in flat_inputs[0].shape[-2:]]
+        # Quarter turns move pixels and interpolate nothing; 0 to 67.5 degrees are left.
+        return {"size": size, "quarters": step // 4, "angle": step % 4 * 22.5}
+
+    def transform(self, inpt, params):
+        bilinear, plane = v2.InterpolationMode.BILINEAR, inpt.as_subclass(torch.Tensor)
+        turn = lambda p, fill: (v2.functional.rotate(p, params["angle"], bilinear, fill=fill)
+                                if params["angle"] else p)
+        if not isinstance(inpt, tv_tensors.Mask):
+            plane = v2.functional.resize(plane, params["size"], antialias=True)
+            plane = torch.rot90(plane, params["quarters"], (-2, -1))
+            return tv_tensors.Image(turn(plane, [round(255 * m) for m in MEAN]))
+        plane = torch.rot90(_resize_edges(plane, *params["size"]), params["quarters"])
+        edge, ignore = turn(torch.stack([plane == 1, plane == IGNORE]).float(), [0.0, 1.0]) >= 0.25
+        return tv_tensors.Mask(torch.where(edge, 1, torch.where(ignore, IGNORE, 0)).to(plane.dtype))
+
+
+def _resize_edges(label, height, width):
+    """(H, W) -> (height, width), an edge going before IGNORE and IGNORE before none."""
+    old_height, old_width = label.shape
+    if height >= old_height:
+        nearest = v2.InterpolationMode.NEAREST_EXACT  # enlarged, every pixel is hit
+        return v2.functional.resize(label[None], [height, width], nearest)[0]
+    out = torch.zeros(height, width, dtype=label.dtype)
+    for value in (IGNORE, 1):
+        y, x = (2 * index + 1 for index in (label == value).nonzero(as_tuple=True))
+        out[y * height // (2 * old_height), x * width // (2 * old_width)] = value
+    return out
+
+
+def edge_transform(size):
+    """HED's augmentation for edges -> callable on (tv_tensors.Image, Mask); size: crop (H, W).
+
+    PAPER: SparseMask §5.3 augments as HED does: 3 scales, 16 angles, flip. HED then cuts the
+    largest upright rectangle out of the turned picture; OURS: the picture keeps its canvas and what
+    the turn brings in is IGNORE (mean colour in the image), as is the padding up to the crop, so
+    that a batch has one size.
+    """
+    fill = {tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORE}
+    return v2.Compose([TurnEdges(), v2.RandomCrop(size, pad_if_needed=True, fill=fill),
                        v2.RandomHorizontalFlip(), *_normalize()])
 
 

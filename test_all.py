@@ -4,6 +4,7 @@ No network, no data set, no GPU; minutes on two CPU cores. Each test compares wi
 does not share code with what it tests: loops, brute force, torchvision, counts from the papers.
 """
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -31,6 +32,8 @@ import common
 import data
 import fastersg
 import latency
+import mtp
+import sparsemask
 from data import torchvision
 
 HERE = Path(__file__).resolve().parent
@@ -144,6 +147,10 @@ def test_voc_tree_with_and_without_sbd():
         assert [aug.name(i) for i in range(len(aug))] == ["2008_03.jpg", "2007_01.jpg"]
         assert _values(aug[1]) == [[20, 0, 255]]
         assert _values(data.open_segmentation("voc", tmp, "val")[0]) == [[2, 2, 0]]
+        own = data.open_segmentation("voc", tmp, "trainvoc")        # without SBD all the same
+        assert _values(own[0]) == _values(plain[0]) and len(own) == 1
+        (lists / "trainval.txt").write_text("2007_01\n2007_02\n")
+        assert len(data.open_segmentation("voc", tmp, "trainval")) == 2
         (lists / "val.txt").unlink()
         _refused(lambda: data.open_segmentation("voc", tmp, "val"), "val.txt")
 
@@ -507,6 +514,193 @@ def test_split_indices():
     _refused(lambda: data.split_indices(2, (0.4, 0.4, 0.2)), "2 images", "3 parts")
 
 
+def test_saliency_tree():
+    with tempfile.TemporaryDirectory() as tmp:
+        root = Path(tmp)
+        opener = lambda **kw: data.open_task("saliency", "msra_b", tmp, "val", **kw)
+        _refused(opener, root / "val/images")
+        _picture(root / "val/images/a.jpg", 1, 5)
+        mask = root / "val/masks/a.png"
+        _refused(opener, root / "val/masks")
+        mask.parent.mkdir()
+        _refused(opener, root / "val/images/a.jpg", mask)
+        _label(mask, [[0, 1, 127, 128, 255]])
+        found = opener(num_classes=2)
+        assert found.num_classes == 2 and found.class_names == ("background", "salient")
+        assert _values(found[0]) == [[0, 0, 0, 1, 1]] and data.check_segmentation(found) == 1
+        _label(mask, [[0, 0, 200, 255, 0]])
+        for mode in ("1", "P"):  # black and white, and a palette: brightness counts, not the index
+            with Image.open(mask) as grey:
+                grey.convert("L").convert(mode).save(mask)
+            assert _values(found[0]) == [[0, 0, 1, 1, 0]], mode
+        for damage, words in ((lambda: _picture(mask, 1, 5), ("colour picture", "grey mask")),
+                              (lambda: _label(mask, [[0, 0]]), ("5x1", "2x1")),
+                              (lambda: mask.write_text("no picture"), ("cannot read",))):
+            damage()
+            _refused(lambda: found[0], mask, *words)
+            _refused(lambda: data.check_segmentation(found), mask, *words)
+        _refused(lambda: opener(num_classes=3), "msra_b", "2 classes, not 3")
+        _refused(lambda: data.open_task("saliency", "msra_b", tmp, "trainval"), "trainval")
+
+
+def _annotated(root, split, stem, maps, first=0):
+    _picture(root / split / f"{stem}.jpg", len(maps[0]), len(maps[0][0]))
+    for k, edge in enumerate(maps, first):
+        _label(root / f"{split}_edges/{stem}_{k}.png", edge)
+
+
+def test_edge_tree_with_several_annotators():
+    votes = [[0, 1, 2, 3, 4, 5, 6]]
+    with tempfile.TemporaryDirectory() as tmp:
+        root = Path(tmp)
+        # Row by row: annotators, and the label where 0, 1, 2 ... of them marked the pixel.
+        expected = {1: [0, 1], 2: [0, 1, 1], 3: [0, 255, 1, 1], 4: [0, 255, 1, 1, 1],
+                    5: [0, 255, 255, 1, 1, 1], 11: [0, 255, 255, 1, 1, 1, 1]}
+        for count, label in expected.items():
+            maps = [[[(v > k) * (40 + k) for v in votes[0][:len(label)]]] for k in range(count)]
+            _annotated(root, "train", f"p{count:02}", maps, first=count % 2)
+        _annotated(root, "train", "p01_7", [[[0, 0, 9]]])  # not a second annotator of p01
+        _annotated(root, "val", "q", [[[0, 1]]])
+        (root / "train_edges/p01_note.png").write_text("no annotation")
+        found = data.open_task("edges", "bsds500", tmp, "train")
+        assert [found.name(i) for i in (0, 1, 6)] == ["p01.jpg", "p01_7.jpg", "p11.jpg"]
+        assert [len(found.annotations(i)) for i in range(7)] == [1, 1, 2, 3, 4, 5, 11]
+        assert [_values(found[i])[0] for i in (0, 2, 3, 4, 5, 6)] == list(expected.values())
+        marks = found.annotations(6)  # in numerical order: the tenth does not come second
+        assert [int(m.sum()) for m in marks] == [6, 5, 4, 3, 2, 1, 0, 0, 0, 0, 0]
+        assert marks[0].dtype == bool and marks[0].shape == (1, 7) and found.num_classes == 2
+        assert data.check_segmentation(found) == 7
+        both = data.open_task("edges", "bsds500", tmp, "trainval")
+        assert len(both) == 8 and both.name(7) == "q.jpg" and _values(both[7]) == [[0, 1]]
+
+
+def test_wrong_edge_trees_are_refused():
+    with tempfile.TemporaryDirectory() as tmp:
+        root, opener = Path(tmp), lambda: data.open_task("edges", "bsds500", tmp, "val")
+        _refused(opener, root / "val")
+        _annotated(root, "val", "a", [[[0, 1]], [[0, 1]]])
+        found, second = opener(), root / "val_edges/a_1.png"
+        check, read = lambda: data.check_segmentation(found), lambda: found[0]
+        for call in (check, read):
+            _label(second, [[0, 1, 1]])
+            _refused(call, second, "3x1", "2x1")
+            _label(root / "val_edges/a_0.png", [[0, 1, 1]])
+            _refused(call, root / "val/a.jpg", "3x1", "2x1")
+            second.write_bytes(b"broken")
+            _refused(call, second, "cannot read")
+            _annotated(root, "val", "a", [[[0, 1]], [[0, 1]]])
+            call()
+        _picture(root / "val/b.jpg")
+        _refused(opener, root / "val/b.jpg", root / "val_edges/b_0.png")
+        for path in (root / "val_edges").iterdir():
+            path.unlink()
+        (root / "val_edges").rmdir()
+        _refused(opener, root / "val_edges")
+        opener = data.open_task
+        _refused(lambda: opener("edges", "bsds500", tmp, "dev"), "dev", "trainval")
+        _refused(lambda: opener("edges", "bsds500"), "--data-root")
+        _refused(lambda: opener("edges", "camvid", tmp), "camvid", "synthetic, bsds500")
+        _refused(lambda: opener("depth", "synthetic"), "depth", "segmentation, saliency, edges")
+        _refused(lambda: opener("edges", "synthetic", num_classes=11), "2 classes, not 11")
+        _refused(lambda: opener("edges", "synthetic", split="trainval"), "trainval")
+    assert opener("segmentation", "synthetic", size=(64, 96)).num_classes == 11
+
+
+def test_synthetic_saliency_and_edges():
+    for task in ("saliency", "edges"):
+        sets = [data.open_task(task, "synthetic", None, "val", None, (64, 96), 5) for _ in range(2)]
+        other = data.open_task(task, "synthetic", None, "val", None, (64, 96), 6)
+        list(map(sets[1].__getitem__, (7, 2)))  # history must not matter
+        (image, label), again = sets[0][3], sets[1][3]
+        assert image.tobytes() == again[0].tobytes() and label.tobytes() == again[1].tobytes()
+        assert label.tobytes() not in (sets[0][4][1].tobytes(), other[3][1].tobytes())
+        assert image.mode == "RGB" and label.mode == "L" and image.size == label.size == (96, 64)
+        assert data.check_segmentation(sets[0]) == 0 and "3" in sets[0].name(3)
+        values = {v for i in range(8) for v in np.unique(np.asarray(sets[0][i][1])).tolist()}
+        assert values == ({0, 1} if task == "saliency" else {0, 1, 255})
+        if task == "saliency":
+            masks = np.stack([np.asarray(sets[0][i][1]) for i in range(40)])
+            columns = (masks.sum((0, 1)) / masks.sum()) @ np.arange(96)
+            assert 0.03 < masks.mean() < 0.4 and abs(columns - 48) < 4 and masks.any((1, 2)).all()
+            continue
+        scenes = data.open_segmentation("synthetic", None, "val", None, (64, 96), 5)
+        for i in range(6):
+            k, marks = np.asarray(scenes[i][1]), sets[0].annotations(i)
+            assert 4 <= len(marks) <= 6 and len({m.tobytes() for m in marks}) > 1
+            border = np.zeros(k.shape, bool)
+            for y, x in np.ndindex(64, 96):
+                border[y, x] = any(k[min(y + a, 63), min(x + b, 95)] != k[y, x]
+                                   for a, b in ((0, 1), (1, 0)))
+            near = np.lib.stride_tricks.sliding_window_view(np.pad(border, 1), (3, 3)).any((2, 3))
+            assert not any((m & ~near).any() for m in marks)  # moved by a pixel at most
+            assert (border & np.any(marks, 0)).sum() > 0.8 * border.sum()
+            assert np.array_equal(np.asarray(sets[0][i][1]), data.consensus(marks))
+
+
+def _pieces(mask):
+    """Number of 8-connected components, by flood fill."""
+    left, count = {tuple(p) for p in np.argwhere(mask)}, 0
+    while left:
+        stack, count = [left.pop()], count + 1
+        while stack:
+            y, x = stack.pop()
+            near = {(y + a, x + b) for a in (-1, 0, 1) for b in (-1, 0, 1)} & left
+            left -= near
+            stack.extend(near)
+    return count
+
+
+def test_edge_transform_keeps_thin_lines():
+    turn, sides = data.TurnEdges(), (61, 75)
+    lines = {"row": [(30, x) for x in range(10, 60)], "column": [(y, 37) for y in range(10, 50)],
+             "diagonal": [(12 + t, 15 + t) for t in range(36)],
+             "steep": [(12 + t, 20 + t // 2) for t in range(36)]}
+    for (kind, points), factor, step in itertools.product(lines.items(), (0.5, 1, 1.5), range(16)):
+        label = torch.zeros(sides, dtype=torch.uint8)
+        label[tuple(zip(*points))] = 1
+        params = {"size": [round(s * factor) for s in sides], "quarters": step // 4,
+                  "angle": step % 4 * 22.5}
+        image = data.tv_tensors.Image(label[None].repeat(3, 1, 1) * 255)
+        bright = turn.transform(image, params)[0].as_subclass(torch.Tensor).float()
+        out = turn.transform(data.tv_tensors.Mask(label), params).as_subclass(torch.Tensor)
+        edge = out == 1
+        assert out.dtype == torch.uint8 and out.shape == bright.shape and _pieces(edge.numpy()) == 1
+        length = factor * np.hypot(*np.subtract(points[-1], points[0]))
+        assert 0.65 < edge.sum() / length < (2.6 if factor > 1 else 2.3), (kind, factor, step)
+        inside = out != 255
+        over = lambda *shift: (bright * inside * edge.roll(shift, (0, 1))).sum()
+        assert over(0, 0) > max(over(-4, 0), over(4, 0), over(0, -4), over(0, 4))
+        assert inside.all() if step % 4 == 0 else 0.6 < inside.float().mean() < 1
+    ignored = torch.full(sides, 255, dtype=torch.uint8)
+    ignored[20] = 1
+    out = turn.transform(data.tv_tensors.Mask(ignored), params)
+    assert set(out.unique().tolist()) == {1, 255}  # ignore stays ignore, the edge wins over it
+
+
+def test_edge_transform_through_the_loader():
+    edges = data.open_task("edges", "synthetic", size=(48, 64))
+    loader = data.make_loader(edges, range(6), data.edge_transform((40, 40)), 3, True, seed=2)
+    batches = [list(loader) for _ in range(2)]
+    for (images, labels), (again, same) in zip(*batches):
+        assert images.shape == (3, 3, 40, 40) and labels.shape == (3, 40, 40)
+        assert images.dtype == torch.float32 and labels.dtype == torch.int64
+        assert torch.equal(images, again) and torch.equal(labels, same)
+
+    class Full(_Coded):  # no ignored pixel of its own, all of it an edge
+        def __getitem__(self, i):
+            return super().__getitem__(i)[0], Image.fromarray(np.ones((40, 60), np.uint8))
+
+    samples, sizes = data.Samples(Full(), data.edge_transform((120, 120))), set()
+    for epoch in range(60):
+        image, label = samples[epoch, 0]
+        assert set(label.unique().tolist()) == {1, 255}
+        # One pixel away from the picture, as those at its turned border are mixed.
+        outside = F.max_pool2d((label == 1).float()[None], 3, 1, 1)[0] == 0
+        assert image[:, outside].abs().max() < 0.03  # the mean colour
+        sizes.add(int((label == 1).sum()))
+    assert {20 * 30, 40 * 60, 60 * 90} <= sizes and len(sizes) >= 9
+
+
 # ---------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------
@@ -782,6 +976,14 @@ def shake(norm):
     nn.init.normal_(norm.bias, std=0.1)
     norm.running_mean.normal_(0, 0.1)
     norm.running_var.uniform_(0.5, 2)
+
+
+def shaken(net):
+    """The network with BN statistics and scales that are not those of a fresh one."""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            shake(m)
+    return net
 
 
 def test_published_networks_have_their_exact_size():
@@ -1385,17 +1587,861 @@ def test_latency_bench_from_the_command_line():
 # ---------------------------------------------------------------------------------------------
 
 
+def test_theorems_1_and_2():
+    torch.manual_seed(0)
+    a, b = (torch.randn(2, c, 5, 7, dtype=torch.float64) for c in (3, 4))
+    weight = torch.randn(6, 7, 3, 3, dtype=torch.float64)
+    whole = F.conv2d(torch.cat([a, b], 1), weight, padding=1)
+    parts = F.conv2d(a, weight[:, :3], padding=1) + F.conv2d(b, weight[:, 3:], padding=1)
+    assert torch.allclose(whole, parts, atol=1e-12)                         # Theorem 1
+    point = torch.randn(6, 3, 1, 1, dtype=torch.float64)
+    for size in ((10, 14), (9, 20)):
+        first = sparsemask.resize(F.conv2d(a, point), size)
+        assert torch.allclose(first, F.conv2d(sparsemask.resize(a, size), point), atol=1e-12)
+    # Both in the decoder: one stage is the 1x1 convolution of all inputs, up-sampled and side by
+    # side.
+    stage = sparsemask.Decoder({"D1": ("E1", "E2", "E3", "G")}, dict(E1=3, E2=4, E3=5, G=5),
+                               nn.Identity(), width=6).double()
+    maps = {t: torch.randn(2, c, *size, dtype=torch.float64) for t, c, size in (
+        ("E1", 3, (8, 12)), ("E2", 4, (4, 6)), ("E3", 5, (4, 6)), ("G", 5, (1, 1)))}
+    side_by_side = torch.cat([sparsemask.resize(maps[t], (8, 12)) for t in maps], 1)
+    weight = torch.cat([stage.conv[t].weight for t in maps], 1)
+    want = stage.norm["D1"](F.conv2d(side_by_side, weight))
+    assert torch.allclose(stage(maps), want, atol=1e-12)
+    # f_up against the definition, pixel by pixel: corners on corners; as a matrix product too.
+    for (h, w), training in itertools.product(((9, 13), (21, 30)), (False, True)):
+        with torch.set_grad_enabled(training):
+            x, up = a[0, 0], sparsemask.resize(a, (h, w))[0, 0]
+        for i, j in itertools.product(range(h), range(w)):
+            y, z = i * 4 / (h - 1), j * 6 / (w - 1)
+            y0, z0 = min(int(y), 3), min(int(z), 5)
+            value = sum((1 - abs(y - u)) * (1 - abs(z - v)) * x[u, v]
+                        for u in (y0, y0 + 1) for v in (z0, z0 + 1))
+            assert abs(value - up[i, j]) < 1e-12
+    assert torch.equal(sparsemask.resize(a[:, :, :1, :1], (2, 3)),
+                       a[:, :, :1, :1].expand(2, 3, 2, 3))
+
+
+def dense_net(**options):
+    """A Fully Dense Network in float64, BN statistics and affine unlike a fresh one, and w too."""
+    torch.manual_seed(1)
+    net = sparsemask.FullyDenseNet(num_classes=3, width=4, **options).double()
+    shaken(net.decoder)
+    for w in net.w.values():
+        nn.init.uniform_(w, 0, net.top)
+    return net
+
+
+def test_fused_decoder_equals_the_plain_one():
+    """Eq. (4) one connection at a time: same output, gradients and running statistics."""
+    for bn, training in ((True, True), (True, False), (False, True)):
+        net = dense_net(bn=bn)
+        net.decoder.train(training)
+        images = torch.randn(3, 3, 40, 72, dtype=torch.float64)
+        with torch.no_grad():
+            features = net.encoder(images)
+        results = []
+        start = {k: v.clone() for k, v in net.state_dict().items()}
+        for decoder in (net.decoder, lambda *x: sparsemask.plain_decoder(net.decoder, *x)):
+            net.load_state_dict(start)
+            leaves = {k: v.clone().requires_grad_() for k, v in features.items()}
+            net.zero_grad()
+            out = decoder(leaves, dict(net.w))
+            ramp = torch.linspace(-1, 1, out.numel(), dtype=out.dtype)
+            (out * ramp.view_as(out)).sum().backward()
+            grads = {k: p.grad for k, p in [*net.decoder.named_parameters(), *net.w.items(),
+                                            *leaves.items()]}
+            results.append({"out": out.detach(), **grads,
+                            **{k: v.clone() for k, v in net.decoder.named_buffers()
+                               if "num_batches" not in k}})
+        fused, plain = results
+        assert fused.keys() == plain.keys() and len(fused) > 100 - 60 * (not bn)
+        for key, value in fused.items():
+            scale = plain[key].abs().max().clamp(min=1)
+            assert torch.allclose(value / scale, plain[key] / scale, atol=1e-10), (bn, key)
+
+
+def test_sparsemask_derived_equals_relaxed():
+    """Binary w and BN folded in: the supernet's output is that of the pruned network."""
+    for seed, options in enumerate(({}, {"w_range": "release"}, {"bn": False}, {"k": 2})):
+        net = dense_net(**options).eval()
+        generator = torch.Generator().manual_seed(seed)
+        found = sparsemask.random_connectivity(9, generator)
+        cfg = replace(sparsemask.Config(), width=4)
+        if options.get("k"):                    # MaskConnect makes its real w binary by itself
+            cfg = replace(cfg, loss="maskconnect", k=2)
+        else:
+            for stage, w in net.w.items():
+                names = sparsemask.sources(int(stage[1:]), 9)
+                w.data = net.top * torch.tensor([float(t in found.get(stage, ())) for t in names],
+                                                dtype=w.dtype)
+        found = sparsemask.prune(net.shares(), cfg)[0]
+        small = sparsemask.inherit(net, found, cfg, 3)
+        images = torch.randn(2, 3, 33, 70, dtype=torch.float64)
+        with torch.no_grad():
+            want, got = net(images), small(images)
+        assert want.std() > 1e-3 and torch.allclose(want, got, atol=1e-12), options
+        # As deployed: the BN of every stage folded into its convolutions.
+        folded = common.fold_bn(small)
+        assert torch.allclose(folded(images), got, atol=1e-10)
+        assert isinstance(folded.decoder.norm["D1"], nn.Identity)
+
+
+def test_sparse_loss_term_by_term():
+    def entropy(p, q):
+        return -p * math.log(q) - (1 - p) * math.log(1 - q)
+
+    w = torch.tensor([0.2, 0.9, 0.5, 0.03], dtype=torch.float64, requires_grad=True)
+    binary, sparse = sparsemask.sparse_loss(w, 0.25)
+    mean = sum(w.tolist()) / 4
+    assert abs(binary.item() - sum(entropy(v, v) for v in w.tolist()) / 4) < 1e-8
+    assert abs(sparse.item() - entropy(0.25, mean)) < 1e-8
+    gradient = torch.autograd.grad(binary, w)[0]
+    assert gradient[0] > 0 and gradient[3] > 0 > gradient[1] and abs(gradient[2]) < 1e-8
+    for start, sign in ((0.4, 1), (0.1, -1)):           # towards alpha from both sides
+        v = torch.full((5,), start, requires_grad=True)
+        assert (torch.autograd.grad(sparsemask.sparse_loss(v, 0.25)[1], v)[0] * sign > 0).all()
+    edge = torch.tensor([0.0, 1.0], requires_grad=True)         # finite where w was clamped
+    gradient = torch.autograd.grad(sum(sparsemask.sparse_loss(edge, 0.5)), edge)[0]
+    assert gradient.isfinite().all() and gradient[0] > 0 > gradient[1]
+    # |T_l| = 2 (L - l + 1), Eq. (5).
+    assert [sparsemask.alpha(l, 9) for l in range(1, 10)] == [
+        1 / 9, 1 / 8, 1 / 7, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 1 / 2]
+    assert sum(len(v) for v in sparsemask.fully_dense(9).values()) == 90    # 2^90, 4.1
+    assert sum(len(v) for v in sparsemask.fully_dense(5).values()) == 30    # 2^30, 3.2
+
+
+def test_regularizers_of_table_1_and_figure_4():
+    net = dense_net(w_range="release").float()
+    net.used = {stage: net.effective(w) for stage, w in net.w.items()}
+    cfg, shares = sparsemask.Config(), {k: v.detach() / 2 for k, v in net.used.items()}
+    want = {"binary": 0.0, "sparse": 0.0}
+    for l in range(1, 10):
+        binary, sparse = sparsemask.sparse_loss(shares[f"D{l}"], min(2 / (2 * (10 - l)), 0.5))
+        want["binary"] += 0.01 * float(binary)
+        want["sparse"] += 0.01 * float(sparse)
+    for loss, names in (("ours", ["binary", "sparse"]), ("binary", ["binary"]),
+                        ("sparse", ["sparse"]), ("task", []), ("maskconnect", [])):
+        terms = sparsemask.regularizer(net, replace(cfg, loss=loss))
+        assert sorted(terms) == names
+        assert all(abs(v.item() - want[k]) < 1e-5 for k, v in terms.items())
+    total = sum(float(v.sum()) for v in shares.values())
+    l1 = sparsemask.regularizer(net, replace(cfg, loss="l1", l1=0.1))["l1"]
+    assert abs(float(l1) - 0.1 * total) < 1e-4
+
+
+def test_what_w_multiplies():
+    w = torch.tensor([0.1, 0.7, 0.3, 0.6], requires_grad=True)
+    net = sparsemask.FullyDenseNet(num_classes=2, width=2, k=2)
+    assert net.eval().effective(w).tolist() == [0, 1, 0, 1]     # MaskConnect: the k largest
+    draws = torch.stack([net.train().effective(w) for _ in range(600)])
+    assert ((draws == 0) | (draws == 1)).all() and (draws.sum(1) == 2).all()
+    share = draws.mean(0)
+    assert share[1] > share[3] > share[2] > share[0] > 0
+    gradient, = torch.autograd.grad(draws[0] @ torch.tensor([1., 2., 3., 4.]), w)
+    assert gradient.tolist() == [1, 2, 3, 4]                    # straight through, to the real w
+    assert net.effective(torch.tensor([0.2, 0.3])).tolist() == [1, 1]
+    noisy = sparsemask.FullyDenseNet(num_classes=2, width=2, w_range="release")
+    assert torch.equal(noisy.eval().effective(w), w)            # no noise in evaluation
+    w2 = torch.full((4000,), 1.0)
+    drawn = noisy.train().effective(w2)
+    assert abs(drawn.std() - 0.1) < 0.01 and abs(drawn.mean() - 1) < 0.01
+    noisy.w["D1"].data[:2] = torch.tensor([-1.0, 3.0])
+    noisy.clamp()
+    assert noisy.w["D1"][:2].tolist() == [0, 2] and noisy.shares()["D1"][:2] == [0, 1]
+    net.freeze_affine()
+    assert not any(m.weight.requires_grad for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_pruning_rules_against_graph_search():
+    """A stage stays if a path leads to it from an encoder feature and from it to D1."""
+    rng = random.Random(0)
+    for trial in range(300):
+        L = rng.choice((2, 3, 5))
+        share = rng.choice((0.15, 0.3, 0.6))
+        graph = {stage: tuple(t for t in names if rng.random() < share)
+                 for stage, names in sparsemask.fully_dense(L).items()}
+
+        def fed(t):
+            return t[0] in "EG" or any(fed(s) for s in graph[t])
+
+        def read(t):
+            return t == "D1" or any(read(stage) for stage in graph if t in graph[stage])
+
+        want = {stage: tuple(t for t in found if fed(t)) for stage, found in graph.items()
+                if fed(stage) and read(stage)}
+        if not fed("D1"):
+            want = {}
+        assert sparsemask.drop_useless(graph) == want
+    shares = {"D2": [0.9, 0.0009], "D1": [0.001, 0.0, 0.4, 0.6]}
+    found, gap = sparsemask.prune(shares, sparsemask.Config())
+    assert found == {"D2": ("E2",), "D1": ("E1", "G", "D2")} and gap == (0.0009, 0.001)
+    found, _ = sparsemask.prune(shares, replace(sparsemask.Config(), loss="maskconnect", k=1))
+    assert found == {"D2": ("E2",), "D1": ("D2",)}
+    _refused(lambda: sparsemask.prune({"D2": [1, 1], "D1": [0] * 4}, sparsemask.Config()), "D1")
+
+
+def decoder_size(connectivity):
+    return sparsemask.decoder_params(sparsemask.SparseMaskNet(connectivity))
+
+
+def test_golden_case_of_the_release():
+    """Its weights before the two extra passes, and the 15 connections after them."""
+    golden = {"D9": ["G"], "D8": ["E9", "G"], "D7": ["E7", "G"], "D6": ["E6", "G"], "D5": ["G"],
+              "D4": ["E6", "G"], "D3": ["G"], "D2": ["E7", "G"],
+              "D1": "E9 E8 E7 E6 E1 G D2 D3 D4 D5 D6 D7 D8 D9".split()}
+    golden = sparsemask.check_connectivity(golden, 9, "golden")
+    shares = {stage: [float(t in golden[stage]) for t in names]
+              for stage, names in sparsemask.fully_dense(9).items()}
+    found, _ = sparsemask.prune(shares, sparsemask.Config())
+    assert sum(map(len, found.values())) == 27 and decoder_size(found) == 1008085
+    found = sparsemask.drop_repeated(found)
+    assert found == sparsemask.CONNECTIVITIES["released"] and sum(map(len, found.values())) == 15
+
+
+def test_decoder_counts():
+    """The facts of Table 1, to the last parameter, and MACs at 512x512."""
+    for name, params, macs in (("released", 560981, 205848576), ("unet", 164821, 638058496),
+                               ("sparseacn", 721877, 646774784), ("fdn", 1934293, 1198735360)):
+        net = sparsemask.SparseMaskNet(name)
+        assert sparsemask.decoder_params(net) == params
+        assert common.count_params(net.encoder) == 2223872
+        whole = common.count_macs(net, (512, 512)) - common.count_macs(net.encoder, (512, 512))
+        assert whole == macs + 64 * 21 * 256 * 256, name
+    drawn = {k: v for k, v in sparsemask.CONNECTIVITIES["released"].items()}
+    drawn["D1"] = tuple(t for t in drawn["D1"] if t != "E8")
+    assert decoder_size(drawn) == 540501                            # Figure 3: 14 connections
+    assert sparsemask.decoder_params(sparsemask.FCN()) == 26901
+    assert sparsemask.decoder_params(sparsemask.DeepLabV3()) == 653525
+    assert sparsemask.decoder_params(sparsemask.FullyDenseNet()) == 1945903
+
+
+def test_encoders_are_torchvisions():
+    for name, (strides, channels) in sparsemask.ENCODERS.items():
+        with torch.device("meta"):                      # shapes alone: initialising takes seconds
+            found = sparsemask.Encoder(name)(torch.zeros(2, 3, 64, 96))
+            dilated = sparsemask.Encoder(name, dilate=True)(torch.zeros(2, 3, 64, 96))
+        for l, (stride, c) in enumerate(zip(strides, channels), 1):
+            assert found[f"E{l}"].shape == (2, c, 64 // stride, 96 // stride), (name, l)
+        assert found["G"].shape == (2, channels[-1], 1, 1)
+        assert dilated[f"E{len(strides)}"].shape[-2:] == (4, 6)     # DeepLab-V3: output stride 16
+    with torch.device("meta"):
+        encoder = sparsemask.Encoder("resnet50", dilate=True)
+        vgg = sparsemask.Encoder("vgg16", dilate=True)
+    assert [m.dilation[0] for m in encoder.stages[4].modules()
+            if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)] == [1, 2, 2]
+    assert all(m.dilation == (1, 1) for m in vgg.modules() if isinstance(m, nn.Conv2d))
+    x = torch.randn(2, 3, 64, 96)
+    for name in ("mobilenet_v2", "resnet50"):
+        torch.manual_seed(0)
+        encoder = sparsemask.Encoder(name).eval()
+        torch.manual_seed(0)
+        net = torchvision.models.get_model(name, weights=None).eval()
+        with torch.no_grad():
+            found = encoder(x)
+            if name == "mobilenet_v2":
+                want = net.features(x)
+            else:
+                y = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+                want = net.layer4(net.layer3(net.layer2(net.layer1(y))))
+        last = found[f"E{len(encoder.channels)}"]
+        assert torch.allclose(encoder.act(last), want, atol=1e-5)
+        assert torch.allclose(found["G"], last.mean((2, 3), keepdim=True))
+
+
+def test_transfer_matches_by_size():
+    released, strides = sparsemask.CONNECTIVITIES["released"], sparsemask.ENCODERS
+    mobile, resnet = strides["mobilenet_v2"][0], strides["resnet50"][0]
+    assert sparsemask.transfer(released, mobile, mobile) == released
+    # Figure 6: one stage fewer than Figure 3.
+    assert sparsemask.transfer(released, mobile, resnet) == {
+        "D5": ("E5", "G"), "D4": ("E4", "G"), "D1": ("E1", "E4", "E5", "G", "D5", "D4")}
+    # No feature at 1/32: what needs one is dropped.
+    assert sparsemask.transfer(released, mobile, (2, 4, 8, 16)) == {
+        "D4": ("E4", "G"), "D1": ("E1", "E4", "G", "D4")}
+    for name in ("resnet50", "vgg16"):
+        net = sparsemask.SparseMaskNet("released", name, num_classes=2, width=4).eval()
+        assert net(torch.zeros(1, 3, 33, 40)).shape == (1, 2, 33, 40)
+    # D1, which the classifier reads, stays D1 beside a D2 of the same size.
+    assert sparsemask.transfer({"D2": ("E9",), "D1": ("E1", "G", "D2")}, mobile, resnet) == {
+        "D1": ("E1", "G")}
+    generator = torch.Generator().manual_seed(0)
+    size = dict(zip(mobile, (1, 1, 2, 3, 4, 4, 5, 5, 5)))           # stride -> ResNet stage
+    for _ in range(50):
+        found = sparsemask.random_connectivity(9, generator)
+        moved = sparsemask.transfer(found, mobile, resnet)
+        assert sparsemask.check_connectivity(moved, 5, "moved") == moved
+        want = {f"E{size[mobile[int(t[1:]) - 1]]}" for t in found["D1"] if t[0] == "E"}
+        assert {t for t in moved["D1"] if t[0] == "E"} == want
+    back = sparsemask.transfer({"D5": ("E5", "G"), "D1": ("E1", "D5")}, resnet, mobile)
+    assert back == {"D9": ("E9", "G"), "D1": ("E2", "D9")}
+
+
+def test_random_connectivities():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        free = sparsemask.random_connectivity(9, generator)
+        assert sparsemask.check_connectivity(free, 9, "random") == free
+        ruled = sparsemask.random_connectivity(9, generator, rule=True)
+        assert all(set(found) <= {"G", "E" + stage[1:]} for stage, found in ruled.items()
+                   if stage != "D1")                                        # Section 4.2
+        assert sparsemask.check_connectivity(ruled, 9, "random") == ruled
+
+
+def test_connectivity_files():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp, "mask.npy")
+        mask = np.zeros((9, 9, 2), bool)                # facts: row r is D_{9-r}, column c E_{9-c}
+        mask[1, 0] = mask[8, 0] = True                  # D8, D1 <- E9, G
+        mask[2, [2, 0], [0, 1]] = mask[3, [3, 0], [0, 1]] = True    # D7 <- E7, G; D6 <- E6, G
+        mask[8, [8, 3, 2, 1], 0] = True                 # D1 <- E1, E6, E7, E8
+        mask[8, [2, 3, 4], 1] = True                    # D1 <- D8, D7, D6
+        np.save(path, mask)
+        assert sparsemask.read_connectivity(path) == ("mobilenet_v2",
+                                                      sparsemask.CONNECTIVITIES["released"])
+        np.save(path, mask[:5, :5])
+        _refused(lambda: sparsemask.read_connectivity(path), path, "(5, 5, 2)")
+        np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+        _refused(lambda: sparsemask.read_connectivity(path), path)
+        path = Path(tmp, "arch.json")
+
+        def refused_json(connectivity, *words, encoder="mobilenet_v2"):
+            path.write_text(json.dumps({"encoder": encoder, "connectivity": connectivity}))
+            _refused(lambda: sparsemask.read_connectivity(path), path, *words)
+
+        refused_json({"D1": ["E1"], "D10": ["E9"]}, "D10")
+        refused_json({"D1": ["E1", "X3"]}, "X3")
+        refused_json({"D2": ["D1"], "D1": ["D2"]}, "cycle")
+        refused_json({"D1": ["D1", "E1"]}, "cycle")
+        refused_json({"D3": ["E2"], "D1": ["D3"]}, "finer")
+        refused_json({"D3": ["E3"]}, "nothing reaches D1")
+        refused_json({"D3": ["E3"], "D1": ["E1"]}, "D3", "no reader")
+        refused_json({"D1": ["E1", "D3"]}, "D3", "no inputs")
+        refused_json({"D1": ["E9"]}, "E9", encoder="resnet50")
+        refused_json(["D1"], "not a connectivity")
+        refused_json({"D1": ["E1"]}, "encoder", encoder="alexnet")
+        rows = sparsemask.readable_json({"encoder": "vgg16", "connectivity": {"D1": ("E1", "G")}})
+        assert '"D1": ["E1", "G"]' in rows
+        assert json.loads(rows)["connectivity"] == {"D1": ["E1", "G"]}
+
+
+def test_balanced_edge_loss_against_loops():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 2, 4, 5), torch.randint(0, 2, (2, 4, 5))
+    labels[0, :2] = 255
+    labels[1, 1:] = 0
+    found = {0: [], 1: []}
+    for b, i, j in itertools.product(range(2), range(4), range(5)):
+        y = int(labels[b, i, j])
+        if y != 255:
+            found[y].append(-math.log(float(logits[b, :, i, j].softmax(0)[y])))
+    want = (np.mean(found[0]) + np.mean(found[1])) / 2
+    cfg = replace(sparsemask.Config(), task="edges")
+    assert abs(float(sparsemask.task_loss(logits, labels, cfg)) - want) < 1e-5
+    labels[labels == 1] = 255                           # a crop without an edge
+    found = sparsemask.task_loss(logits, labels, cfg)
+    other = F.cross_entropy(logits, labels, ignore_index=255) / 2
+    assert abs(float(found - other)) < 1e-6
+    labels[:] = 255
+    assert float(sparsemask.task_loss(logits, labels, cfg)) == 0
+    assert float(sparsemask.task_loss(logits, labels, sparsemask.Config())) == 0
+
+
+def test_poly_sgd_groups():
+    net = sparsemask.FullyDenseNet(num_classes=2, width=2)
+    net.freeze_affine()
+    optimizer, schedule = sparsemask.poly_sgd(net, sparsemask.Config(), steps=4)
+    lr = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert lr == {id(p): 0.005 if name.startswith("encoder") else 0.05
+                  for name, p in net.named_parameters() if p.requires_grad}
+    for t in range(5):
+        want = [lr * (1 - t / 4) ** 0.9 for lr in (0.005, 0.05)]
+        assert np.allclose(sorted(g["lr"] for g in optimizer.param_groups), want)
+        optimizer.step()
+        schedule.step()
+    other, _ = sparsemask.poly_sgd(net, replace(sparsemask.Config(), lr_w=0.7), steps=4)
+    found, = [g["params"] for g in other.param_groups if g["lr"] == 0.7]
+    assert [id(p) for p in found] == [id(w) for w in net.w.values()]
+    assert all(m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    sparsemask.poly_sgd(net, sparsemask.Config(), steps=50000)
+    assert net.decoder.norm["D1"].momentum == 3e-4
+
+
+def test_classifier_weights_from_a_file():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp, "features.pth")
+        net = torchvision.models.mobilenet_v2()
+        torch.save(net.features.state_dict(), path)
+        encoder = sparsemask.Encoder("mobilenet_v2", str(path))
+        assert torch.equal(encoder.stages[0][0].weight, net.features[0][0].weight)
+        torch.save({"state_dict": net.state_dict()}, path)
+        encoder = sparsemask.Encoder("mobilenet_v2", str(path))
+        assert torch.equal(encoder.stages[8][0].weight, net.features[18][0].weight)
+        _refused(lambda: sparsemask.Encoder("resnet50", str(path)), path, "another network")
+        _refused(lambda: sparsemask.Encoder("mobilenet_v2", tmp + "/none.pth"), "none.pth")
+
+
+def _pictures(count=5, height=12, width=9, seed=0):
+    """Saliency maps with values on a grid of 1/255, and masks that go with them."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        mask = rng.random((height, width)) < 0.4
+        noise = rng.integers(0, 256, mask.shape)
+        yield (np.where(mask, 255 - noise // 2, noise) / 255).astype(np.float32), mask
+
+
+def test_saliency_scores_against_loops():
+    scores = sparsemask.SaliencyScores()
+    precision, recall, errors = np.zeros(256), np.zeros(256), []
+    for saliency, mask in _pictures():
+        scores.update(torch.from_numpy(saliency), torch.from_numpy(mask.astype(np.uint8)))
+        for k in range(256):
+            found = saliency.astype(np.float64) >= k / 255 - 1e-6
+            precision[k] += (found & mask).sum() / max(found.sum(), 1)
+            recall[k] += (found & mask).sum() / mask.sum()
+        errors.append(np.mean([abs(s - g) for s, g in zip(saliency.ravel(), mask.ravel())]))
+    p, r = precision / 5, recall / 5
+    expected = max((1.3 * a * b / (0.3 * a + b) for a, b in zip(p, r) if a + b > 0))
+    result = scores.result()
+    assert abs(result["F_beta"] - expected) < 1e-9 and 0.4 < expected < 1
+    assert abs(result["MAE"] - np.mean(errors)) < 1e-6
+
+
+def test_saliency_extremes():
+    mask = next(_pictures())[1]
+    for saliency, f, mae in ((mask, 1, 0), (~mask, None, 1), (mask * 0, None, mask.mean()),
+                             (mask * 0.5, 1, mask.mean() / 2)):
+        scores = sparsemask.SaliencyScores()
+        scores.update(saliency.astype(np.float32), mask)
+        result, share = scores.result(), mask.mean()
+        # With nothing found but at threshold 0, where all is: P = share, R = 1.
+        f = 1.3 * share / (0.3 * share + 1) if f is None else f
+        assert abs(result["F_beta"] - f) < 1e-9 and abs(result["MAE"] - mae) < 1e-6
+    before = scores.result()
+    scores.update(np.zeros((4, 4)), np.zeros((4, 4)))  # an empty mask, nothing found
+    assert scores.masks == 1 and abs(scores.result()["F_beta"] - before["F_beta"]) > 0.1
+    for wrong in (np.full((4, 4), 1.1), np.full((4, 4), np.nan), np.zeros((4, 5))):
+        try:
+            scores.update(wrong, np.zeros((4, 4)))
+        except ValueError:
+            continue
+        raise AssertionError("accepted")
+
+
+def test_nms_leaves_the_crest_of_a_ridge():
+    y, x = np.mgrid[:60, :70].astype(float)
+    for degrees in (0, 15, 30, 45, 60, 90, 120, 150):
+        normal = np.deg2rad(degrees)
+        away = (x - 34.1) * np.cos(normal) + (y - 29.2) * np.sin(normal)
+        ridge = 0.9 * np.exp(-(away / 2.5) ** 2)
+        thinned = sparsemask.edge_nms(ridge)
+        inside = np.s_[12:-12, 12:-12]
+        kept = thinned[inside] > 0.3
+        # Counted along the axis nearer to the normal: rows if the ridge is steep, else columns.
+        counts = kept.sum(1 if abs(np.cos(normal)) > 0.7 else 0)
+        crossed = (np.abs(away[inside]) < 0.5).any(1 if abs(np.cos(normal)) > 0.7 else 0)
+        # Two on diagonals, whose pixels are 0.7 apart: both can lie within half a pixel.
+        assert (counts[crossed] >= 1).all() and counts.max() <= 2, (degrees, counts)
+        counts = sparsemask.thin(kept).sum(1 if abs(np.cos(normal)) > 0.7 else 0)
+        assert (counts[2:-2] == 1).sum() >= crossed.sum() - 4, (degrees, counts)
+        assert np.abs(away[inside][kept]).max() < 0.75, degrees
+    assert (thinned[:, 0] == 0).all() and (thinned[-1] == 0).all()  # the frame fades to 0
+    flat = sparsemask.edge_nms(np.zeros((20, 20)))
+    assert (flat == 0).all() and sparsemask.edge_nms(ridge.astype(np.float32)).shape == (60, 70)
+
+
+def _nms_pixel(edge, angle, y, x, margin=1.01):
+    """The rule of the original for one pixel, radius 1: bilinear interpolation written out."""
+    for d in (-1, 1):
+        b = min(max(y + d * np.sin(angle), 0), edge.shape[0] - 1.001)
+        a = min(max(x + d * np.cos(angle), 0), edge.shape[1] - 1.001)
+        i, j = int(b), int(a)
+        top = edge[i, j] + (a - j) * (edge[i, j + 1] - edge[i, j])
+        low = edge[i + 1, j] + (a - j) * (edge[i + 1, j + 1] - edge[i + 1, j])
+        if edge[y, x] * margin < top + (b - i) * (low - top):
+            return 0.0
+    return edge[y, x]
+
+
+def test_nms_against_a_loop():
+    rng = np.random.default_rng(3)
+    image = rng.random((24, 31))
+
+    def triangle(picture, radius):  # the filter as a double loop over a mirrored picture
+        padded = np.pad(picture, radius, mode="symmetric")
+        kernel = [radius + 1 - abs(k) for k in range(-radius, radius + 1)]
+        out = np.zeros_like(picture)
+        for i, j in np.ndindex(2 * radius + 1, 2 * radius + 1):
+            part = padded[i:i + picture.shape[0], j:j + picture.shape[1]]
+            out += kernel[i] * kernel[j] * part / (radius + 1) ** 4
+        return out
+
+    edge = triangle(image, 1)
+    dy, dx = np.gradient(triangle(edge, 4))
+    dxx, dxy, dyy = np.gradient(dx)[1], np.gradient(dy)[1], np.gradient(dy)[0]
+    angle = np.mod(np.arctan(dyy * np.sign(-dxy) / (dxx + 1e-5)), np.pi)
+    expected = np.array([[_nms_pixel(edge, angle[y, x], y, x) for x in range(31)]
+                         for y in range(24)])
+    assert 0.1 < (expected > 0).mean() < 0.6
+    assert np.allclose(sparsemask.edge_nms(image, border=0), expected)
+    faded = sparsemask.edge_nms(image, border=5)
+    assert np.isclose(faded[3, 15], expected[3, 15] * 3 / 5)
+    assert np.isclose(faded[12, 28], expected[12, 28] * 2 / 5)
+    assert np.array_equal(faded[5:-5, 5:-5] > 0, expected[5:-5, 5:-5] > 0)
+
+
+def _thin_pixel(mask, y, x, second):
+    """Whether Guo & Hall let the pixel go, from the eight neighbours by name."""
+    at = lambda dy, dx: bool(mask[y + dy, x + dx])
+    e, ne, n, nw = at(0, 1), at(-1, 1), at(-1, 0), at(-1, -1)
+    w, sw, s, se = at(0, -1), at(1, -1), at(1, 0), at(1, 1)
+    g1 = sum((not a and (b or c)) for a, b, c in ((e, ne, n), (n, nw, w), (w, sw, s), (s, se, e)))
+    n1 = (e or ne) + (n or nw) + (w or sw) + (s or se)
+    n2 = (ne or n) + (nw or w) + (sw or s) + (se or e)
+    g3 = (sw or s or not nw) and w if second else (ne or n or not se) and e
+    return g1 == 1 and 2 <= min(n1, n2) <= 3 and not g3
+
+
+def test_thin_against_a_loop():
+    rng = np.random.default_rng(1)
+    blobs = np.kron(rng.random((8, 9)) < 0.5, np.ones((4, 4), bool))  # touches the frame
+    bar = np.zeros((12, 30), bool)
+    bar[4:7, 3:27] = True
+    for mask in (blobs, rng.random((30, 31)) < 0.4, bar):
+        slow, changed = np.pad(mask, 1), True
+        while changed:
+            changed = False
+            for second in (False, True):
+                gone = [(y, x) for y, x in np.argwhere(slow) if _thin_pixel(slow, y, x, second)]
+                for y, x in gone:
+                    slow[y, x], changed = False, True
+        thinned = sparsemask.thin(mask)
+        assert np.array_equal(thinned, slow[1:-1, 1:-1]) and not (thinned & ~mask).any()
+        assert _pieces(thinned) == _pieces(mask)
+    assert thinned.sum(0).max() == 1 and thinned[5, 5:25].all()  # the middle of the bar
+    assert not sparsemask.thin(np.zeros((3, 3), bool)).any()
+
+
+def _largest_matching(prediction, truth, radius):
+    """Number of pairs by Kuhn's augmenting paths, one pixel after the other."""
+    truths = [tuple(t) for t in np.argwhere(truth)]
+    near = [[k for k, (a, b) in enumerate(truths) if (a - y) ** 2 + (b - x) ** 2 <= radius ** 2]
+            for y, x in np.argwhere(prediction)]
+    partner = {}
+
+    def place(pixel, seen):
+        for k in near[pixel]:
+            if k not in seen:
+                seen.add(k)
+                if k not in partner or place(partner[k], seen):
+                    partner[k] = pixel
+                    return True
+        return False
+
+    return sum(place(pixel, set()) for pixel in range(len(near)))
+
+
+def test_matching_is_the_largest_and_one_to_one():
+    rng, greedy, largest = np.random.default_rng(0), 0, 0
+    keep = sparsemask._augment
+    for trial in range(40):
+        radius = (0.5, 1, 2.3, 3)[trial % 4]
+        prediction = rng.random((14, 13)) < 0.12
+        truth = rng.random((3, 14, 13)) < (0.05, 0.3)[trial % 2]
+        found, hit = sparsemask.match_edges(prediction, truth, radius)
+        assert found.shape == hit.shape == truth.shape
+        assert not (found & ~prediction).any() and not (hit & ~truth).any()
+        for a in range(3):
+            best = _largest_matching(prediction, truth[a], radius)
+            # All that is marked as matched can be matched, among itself: pairs exist.
+            assert found[a].sum() == hit[a].sum() == best
+            assert _largest_matching(found[a], hit[a], radius) == best
+        sparsemask._augment = lambda *arguments: False
+        try:
+            greedy, largest = greedy + sparsemask.match_edges(prediction, truth, radius)[0].sum(), \
+                largest + found.sum()
+        finally:
+            sparsemask._augment = keep
+    print(f"      greedy alone finds {greedy / largest:.3f} of the largest matching")
+    assert 0.85 < greedy / largest < 0.98
+    # A chain: each prediction sits between two truths, greedy from the wrong end loses one.
+    prediction, truth = np.zeros((1, 12), bool), np.zeros((1, 12), bool)
+    prediction[0, [0, 2, 5]], truth[0, [1, 4, 7]] = True, True
+    assert sparsemask.match_edges(prediction, truth, 2)[0].sum() == 3
+    empty = np.zeros((2, 1, 12), bool)
+    assert not any(found.any() for found in sparsemask.match_edges(prediction, empty, 2))
+    assert not any(found.any() for found in sparsemask.match_edges(empty[0], ~empty, 2))
+
+
+def _line(height=40, width=60, column=30):
+    edge = np.zeros((height, width), bool)
+    edge[8:-8, column] = True
+    return edge
+
+
+def test_edge_scores_at_the_extremes():
+    truth = [_line(), _line(), _line()]
+    # The diagonal is 72.1 pixels: at 0.03 the tolerance is 2.16 of them.
+    for shift, value in ((0, 1), (2, 1), (3, 0)):
+        scores = sparsemask.EdgeScores(9, tolerance=0.03)
+        scores.update(_line(column=30 + shift).astype(np.float32), truth)
+        result = scores.result()
+        assert all(abs(result[k] - value) < 1e-9 for k in ("ODS", "OIS", "AP", "R50")), result
+    scores = sparsemask.EdgeScores(9)
+    scores.update(np.zeros((40, 60)), truth)
+    assert all(scores.result()[k] == 0 for k in ("ODS", "OIS", "AP", "R50"))
+    scores.update(_line() * 0.55, truth)  # found up to the threshold 0.5, in one of two pictures
+    assert abs(scores.result()["ODS"] - 2 / 3) < 1e-9 and abs(scores.result()["OIS"] - 2 / 3) < 1e-9
+    for wrong in (np.zeros((40, 61)), np.full((40, 60), np.nan)):
+        try:
+            scores.update(wrong, truth)
+        except ValueError:
+            continue
+        raise AssertionError("accepted")
+    assert scores.pictures == 2
+
+
+def test_edge_scores_against_loops():
+    """Counts per threshold and annotation with the slow matching; the measures from their texts."""
+    rng, n = np.random.default_rng(7), 7
+    scores, tables = sparsemask.EdgeScores(n, tolerance=0.1), []
+    for _ in range(3):
+        probability = np.round(rng.random((15, 20)) ** 3, 1)  # steps of 0.1: equal maps occur
+        truth = [rng.random((15, 20)) < share for share in (0.05, 0.1)]
+        scores.update(probability, truth)
+        rows = []
+        for k in range(n):
+            edge, right = sparsemask.thin(probability >= (k + 1) / (n + 1)), 0
+            hits = sum(_largest_matching(edge, t, 2.5) for t in truth)
+            # Which pixels are matched is not unique: taken from the function itself.
+            found = sparsemask.match_edges(edge, np.stack(truth), 2.5)[0]
+            right = sum(any(found[a, y, x] for a in (0, 1)) for y, x in np.argwhere(edge))
+            rows.append((hits, sum(t.sum() for t in truth), right, edge.sum()))
+        tables.append(rows)
+    tables = np.array(tables, float)  # (pictures, thresholds, 4)
+
+    def f_of(row):
+        r, p = row[0] / row[1], row[2] / row[3] if row[3] else 0
+        return r, p, 2 * p * r / (p + r) if p + r else 0
+
+    total = tables.sum(0)
+    assert np.array_equal(scores.counts, total.T)
+    curve = [f_of(row) for row in total]
+    ods = 0
+    for (r0, p0, _), (r1, p1, _) in zip(curve, curve[1:]):
+        for a in np.linspace(0, 1, 100):
+            r, p = r0 + a * (r1 - r0), p0 + a * (p1 - p0)
+            ods = max(ods, 2 * p * r / (p + r))
+    best = sum(rows[max(range(n), key=lambda k: f_of(rows[k])[2])] for rows in tables)
+
+    def at(points, where):  # linear between measured points, None outside
+        for (x0, y0), (x1, y1) in zip(points, points[1:]):
+            if x0 <= where <= x1:
+                return y0 + (where - x0) / (x1 - x0) * (y1 - y0)
+
+    by_recall = sorted({r: p for r, p, _ in reversed(curve)}.items())
+    by_precision = sorted({p: r for r, p, _ in reversed(curve)}.items())
+    ap = sum(at(by_recall, k / 100) or 0 for k in range(101)) / 100
+    assert curve[0][0] == 1  # all annotated pixels found: the end sample counts half
+    ap -= curve[0][1] / 200
+    result = scores.result()
+    assert abs(result["ODS"] - ods) < 1e-9 and abs(result["OIS"] - f_of(best)[2]) < 1e-9
+    assert abs(result["AP"] - ap) < 1e-9 and 0 < ap < 0.9
+    r50 = at(by_precision, max(by_precision[0][0], 0.5))
+    assert abs(result["R50"] - (r50 or 0)) < 1e-9
+    assert result["OIS"] >= max(f for _, _, f in curve) - 1e-9
+
+
+def test_average_precision_and_r50_on_a_curve_by_hand():
+    scores = sparsemask.EdgeScores(3)
+    scores.counts[:] = [[80, 40, 20], [100] * 3, [40, 40, 20], [100, 50, 20]]
+    # (R, P): (0.8, 0.4), (0.4, 0.8), (0.2, 1.0): one straight line from 0.2 to 0.4 to 0.8.
+    expected = sum(1.2 - k / 100 for k in range(20, 81)) / 100
+    result = scores.result()
+    assert abs(result["AP"] - expected) < 1e-9 and abs(result["R50"] - 0.7) < 1e-9
+    assert abs(result["ODS"] - 0.6) < 1e-3  # between the thresholds, at R = P = 0.6
+    assert abs(result["threshold"] - 0.375) < 0.01
+
+
+def test_scores_add_up_over_processes():
+    with tempfile.TemporaryDirectory() as folder:
+        context = torch.multiprocessing.get_context("fork")
+        started = [context.Process(target=_rank, args=(folder, rank)) for rank in range(2)]
+        [process.start() for process in started]
+        [process.join() for process in started]
+        found = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    saliency, edges = sparsemask.SaliencyScores(), sparsemask.EdgeScores(4)
+    for rank in range(2):
+        _score(saliency, edges, rank)
+    assert found[0] == found[1]
+    for result, expected in zip(found[0], (saliency.result(), edges.result())):
+        assert all(abs(result[k] - expected[k]) < 1e-9 for k in expected)
+
+
+def _score(saliency, edges, rank):
+    for map_, mask in _pictures(rank + 1, seed=rank):
+        saliency.update(map_, mask)
+        edges.update(map_, [mask])
+
+
+def _rank(folder, rank):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                                         world_size=2)
+    saliency, edges = sparsemask.SaliencyScores(), sparsemask.EdgeScores(4)
+    _score(saliency, edges, rank)
+    torch.save([saliency.reduce().result(), edges.reduce().result()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+SPARSE = ("--dataset folder --num-classes 3 --size 32 64 --batch-size 4 --epochs 2 "
+          "--search-epochs 2 --weights-encoder none --width 4 --lam 0.3 --frame 32 64 "
+          "--scales 0.8 1.2").split()
+
+
+def test_sparsemask_stages_resume_after_kill_bit_for_bit():
+    script = "sparsemask.py"
+    with tempfile.TemporaryDirectory() as tmp:
+        base = [*SPARSE, "--data-root", tiny_set(Path(tmp, "set"))]
+        whole, broken = Path(tmp, "whole"), Path(tmp, "broken")
+        program = Path(tmp, "net.pt2")
+        out, _ = run("--search", "--train", "--eval", "--bench", *base, "--out", whole, "--export",
+                     program, "--eval-scales", "0.75", "1", "--flip", script=script)
+        for word in ("supernet_miou", "derived_miou", "of 90 connections", "retrained mIoU on val",
+                     "0.56, 98, 73.18", "next: python sparsemask.py"):
+            assert word in out, f"'{word}' is missing in:\n{out}"
+        for name in ("config.json", "arch.json", "log.jsonl", "last.pt", "bench.json",
+                     "connectivity.png", "weights.png", "weights_over_time.png", "search.png",
+                     "found/best.pt", "found/segmentations.png"):
+            assert (whole / name).stat().st_size > 0, name
+        net = torch.export.load(program).module()
+        assert net(torch.zeros(1, 3, 32, 64)).shape == (1, 3, 32, 64)
+        stages = ["--search", "--train", *base, "--out", broken]
+        killed(stages, broken / "last.pt", script)
+        killed([*stages, "--resume"], broken / "found" / "last.pt", script)
+        run(*stages, "--resume", script=script)
+        for name in ("last.pt", "found/last.pt", "found/best.pt"):
+            a, b = state_of(whole / name), state_of(broken / name)
+            assert a.keys() == b.keys()
+            for key in a:
+                assert torch.equal(a[key], b[key]), f"{name}{key} differs after resuming"
+        assert (whole / "arch.json").read_text() == (broken / "arch.json").read_text()
+        # Another search beside this one (Figure 5), ablations and baselines.
+        for flags in (["--loss", "l1", "--l1", "0.01", "--no-bn", "--beside", whole / "arch.json"],
+                      ["--loss", "maskconnect", "--k", "3", "--simplify"],
+                      ["--loss", "task", "--w-range", "release"]):
+            out, _ = run("--search", *base, "--out", Path(tmp, "other"), "--search-epochs", "1",
+                         *flags, script=script)
+            assert "connections" in out
+        for name in ("random_rule", "deeplabv3"):
+            out, _ = run("--train", "--eval", *base, "--out", whole, "--network", name, "--epochs",
+                         "1", script=script)
+            assert f"{name}: retrained mIoU on val" in out
+        refused("--train", *base, "--out", whole, "--resume", "--epochs", "3",
+                words=("epochs 2", "epochs 3"), script=script)
+        four = [f if f != "3" else "4" for f in base]                       # --num-classes 4
+        out, _ = run("--train", *four, "--out", Path(tmp, "moved"), "--arch", whole / "arch.json",
+                     "--init", whole / "found" / "best.pt", "--epochs", "1", script=script)
+        assert "trained for 3 classes" in out
+        best = whole / "found" / "best.pt"
+        refused("--eval", *base, "--out", whole, "--network", "unet", "--weights", best,
+                words=("another connectivity",), script=script)
+        best.write_bytes(best.read_bytes()[:5000])
+        refused("--eval", *base, "--out", whole, words=(best, "truncated"), script=script)
+
+
+def test_sparsemask_other_tasks_from_the_command_line():
+    small = ("--size 32 64 --batch-size 4 --epochs 1 --width 4 --network released --thresholds 3 "
+             "--weights-encoder none").split()
+    with tempfile.TemporaryDirectory() as tmp:
+        saliency, edges = Path(tmp, "saliency"), Path(tmp, "edges")
+        for split, n in (("train", 6), ("val", 3), ("test", 3)):
+            for i in range(n):
+                image, label = data.SyntheticScenes(split, (32, 64))[i]
+                label = np.asarray(label)
+                border = np.pad(label[1:] != label[:-1], ((0, 1), (0, 0)))
+                for path, picture in ((saliency / split / f"images/{i}.jpg", image),
+                                      (saliency / split / f"masks/{i}.png", (label > 1) * 255),
+                                      (edges / split / f"{i}.jpg", image),
+                                      (edges / f"{split}_edges" / f"{i}_0.png", border * 255),
+                                      (edges / f"{split}_edges" / f"{i}_1.png", border * 255)):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(np.asarray(picture, np.uint8)).save(path)
+        for task, root, name, score in (("saliency", saliency, "msra_b", "F_beta"),
+                                        ("edges", edges, "bsds500", "ODS")):
+            out, _ = run("--train", "--eval", *small, "--task", task, "--out", tmp, "--dataset",
+                         name, "--data-root", root, script="sparsemask.py")
+            assert score in out and Path(tmp, f"released_{task}", f"{task}.png").exists()
+
+
+def test_sparsemask_two_processes_end_with_equal_weights():
+    """With noise on w; and with a network that leaves the end of the encoder unread."""
+    probe = (f"import sys, hashlib; sys.path.insert(0, {str(HERE)!r})\n"
+             "import common, sparsemask\n"
+             "fit = sparsemask.fit\n"
+             "def fit_and_tell(stage, net, *a, **k):\n"
+             "    best = fit(stage, net, *a, **k)\n"
+             "    h = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in "
+             "net.parameters())).hexdigest()\n"
+             "    sys.stdout.write(f'\\nHASH {stage} {common.rank()} {h}\\n')\n"
+             "    sys.stdout.flush()\n"
+             "    return best\n"
+             "sparsemask.fit = fit_and_tell\n"
+             "common.run_main(sparsemask.main)\n")
+    with tempfile.TemporaryDirectory() as tmp:
+        script = Path(tmp, "probe.py")
+        script.write_text(probe)
+        base = [*SPARSE, "--data-root", tiny_set(Path(tmp, "set")), "--out", Path(tmp, "run"),
+                "--epochs", "1", "--search-epochs", "1", "--w-range", "release"]
+        for flags, stages in ((["--search", "--train", "--eval"], ("search", "found")),
+                              (["--train", "--network", "deeplabv3"], ("deeplabv3",))):
+            out, _ = run(*flags, *base, script=script, before=(
+                "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"))
+            for stage in stages:
+                hashes = dict(re.findall(rf"HASH {stage} ([01]) (\w{{64}})", out))
+                assert set(hashes) == {"0", "1"} and len(set(hashes.values())) == 1, (stage, out)
+            assert out.count("of 90 connections") == ("search" in stages)
+
+
+def test_sparsemask_bench_of_a_search_step():
+    out, _ = run("--bench-search", "--size", "32", "32", "--batch-size", "2",
+                 script="sparsemask.py")
+    assert out.count("median") == 2 and "plain" in out
+
+
+def test_sparsemask_refuses_wrong_input():
+    script = "sparsemask.py"
+    with tempfile.TemporaryDirectory() as tmp:
+        base = [*SPARSE, "--data-root", tiny_set(Path(tmp, "set")), "--out", Path(tmp, "run")]
+        arch = Path(tmp, "arch.json")
+        arch.write_text('{"encoder": "mobilenet_v2", "connectivity": {"D1": ["E1", "D1"]}}')
+        refused("--train", *base, "--arch", arch, words=(arch, "cycle"), script=script)
+        arch.write_text('{"encoder": "mobilenet_v2", "connect')
+        refused("--bench", *base, "--arch", arch, words=(arch,), script=script)
+        refused("--train", *base, words=("arch.json",), script=script)
+        refused("--search", *base, "--weights-encoder", arch, words=(arch, "checkpoint"),
+                script=script)
+        refused("--search", *base, "--batch-size", "1", words=("--batch-size",), script=script)
+        refused("--search", *base, "--task", "edges", words=("edges", "folder"), script=script)
+        refused("--eval", *base, "--network", "unet", words=("unet/best.pt",), script=script)
+        refused("--search", *base, "--beside", arch, words=(arch,), script=script)
+        cfg = replace(sparsemask.Config(), dataset="synthetic")
+        for stage, wrong, word in (
+                ("search", {"sigma": 2.0}, "--sigma"), ("search", {"momentum": -1.0}, "--momentum"),
+                ("train", {"weight_decay": -1.0}, "--weight-decay"),
+                ("train", {"lr_encoder": float("nan")}, "--lr-encoder"),
+                ("eval", {"eval_scales": (float("nan"),)}, "--eval-scales"),
+                ("bench-search", {"batch_size": 1}, "--batch-size"),
+                ("train", {"task": "edges", "image_scale": 0.5}, "--image-scale"),
+                ("bench-search", {"compile": True}, "--compile"),
+                ("search", {"arch": "arch.json"}, "--arch")):
+            _refused(lambda: sparsemask.check(replace(cfg, **wrong), {stage}), word)
+        refused("--search", *base, "--loss", "l1", "--l1", "100", "--search-epochs", "1",
+                words=("D1", "--l1"), script=script)
+
+
 # ---------------------------------------------------------------------------------------------
 # bilevel_prune.py
 # ---------------------------------------------------------------------------------------------
-
-
-def shaken(net):
-    """The network with BN statistics and scales that are not those of a fresh one."""
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            shake(m)
-    return net
 
 
 def random_gates(net, seed, sites=None):
@@ -2009,8 +3055,545 @@ def test_pruning_refuses_wrong_input_in_one_sentence():
 
 
 # ---------------------------------------------------------------------------------------------
-# mtp.py
+# mtp.py: networks, counts, surgery
 # ---------------------------------------------------------------------------------------------
+
+
+def meta(network, classes, **kind):
+    with torch.device("meta"):
+        return mtp.Segmenter(network, classes, **kind)
+
+
+def test_mtp_networks_have_their_exact_size():
+    for name, classes, size, params, macs in (
+            ("deeplabv3_resnet101", 21, (513, 513), 58040661, 71061387712),
+            ("deeplabv3_resnet101", 19, (720, 1080), 58040147, 200573723648),
+            ("bisenet_resnet18", 19, (1024, 2048), 12894163, 103723270144),
+            ("pspnet_resnet50", 21, (513, 513), 46716373, 189710102720)):
+        net = meta(name, classes)
+        assert common.count_params(net) == params and common.count_macs(net, size) == macs, name
+    assert common.count_params(meta("bisenet_resnet18", 19, auxiliary=True)) == 13494777
+    assert common.count_params(meta("pspnet_resnet50", 21, auxiliary=True)) == 49081578
+    with torch.device("meta"):                          # the names the issue and the README use
+        assert common.count_params(mtp.deeplabv3_resnet101(21)) == 58040661
+        assert common.count_params(mtp.bisenet_resnet18(19)) == 12894163
+        assert common.count_params(mtp.pspnet_resnet50(21)) == 46716373
+    backbone = mtp.on_meta(mtp.Classifier, "deeplabv3_resnet101", 1000)
+    assert common.count_params(backbone) == sum(
+        p.numel() for p in torchvision.models.resnet101(weights=None).parameters()) == 44549160
+
+
+def test_mtp_uniform_pruning_has_the_papers_sizes():
+    sizes = lambda *a: mtp.sizes("deeplabv3_resnet101", 21, (513, 513), *a)  # noqa: E731
+    assert sizes(0.75, True) == (40179797, 49277240192)        # paper: 40.18 M
+    assert sizes(0.5, True) == (25027925, 30889386816)
+    assert sizes(0.5, False) == (32880085, 39153503680)        # ThiNet; paper: 32.88 M
+    for share, decoder, params in ((0.75, False, 10146835), (0.5, False, 7399507),
+                                   (0.75, True, 9576115), (0.5, True, 6352275)):
+        assert mtp.sizes("bisenet_resnet18", 19, (64, 64), share, decoder)[0] == params
+    for m, g, *rest in ((m, g, *rest) for *rest, m, g in mtp.PAPER_SIZES):
+        params, macs = mtp.sizes(*rest)
+        assert abs(params / 1e6 - m) < 0.01, (rest, params)
+        assert 0 < g / (macs / 1e9) - 1 < 0.011, "the paper's counter adds BN, ReLU and pooling"
+
+
+def test_mtp_prunable_channels():
+    for name, inner, outer in (("deeplabv3_resnet101", 16256, 1536),
+                               ("bisenet_resnet18", 1920, 1536)):
+        groups = mtp.groups_of(meta(name, 19))
+        count = {part: sum(g.width * sum(bn is not None for _, bn in g.makers)
+                           for g in mtp.part_of(groups, part)) for part in ("backbone", "decoder")}
+        assert count == {"backbone": inner, "decoder": outer}, name
+    groups = mtp.groups_of(meta("deeplabv3_resnet101", 21))
+    assert len(mtp.part_of(groups, "backbone")) == 66
+    torch.manual_seed(0)
+    scores = {g.name: torch.rand(g.width) for g in groups}
+    for percentile, inner, outer in ((25, 12192, 1152), (50, 8128, 768)):
+        cfg = mtp.Config(percentile=percentile, rank="independent")
+        kept = mtp.kept_channels(scores, groups, cfg)
+        for part, n in (("backbone", inner), ("decoder", outer)):
+            assert sum(len(kept[g.name]) for g in mtp.part_of(groups, part)) == n
+            # one threshold: nothing removed scores higher than anything kept, where width allows
+            low, high = [], []
+            for g in mtp.part_of(groups, part):
+                stays = torch.zeros(g.width, dtype=torch.bool)
+                stays[kept[g.name]] = True
+                low.append(scores[g.name][stays].min())
+                high.append(scores[g.name][~stays].max())
+            assert max(high) <= min(low)
+        unified = mtp.kept_channels(scores, groups, replace(cfg, rank="unified"))
+        assert sum(map(len, unified.values())) == inner + outer
+
+
+def test_mtp_exact_counts_with_ties_and_least_width():
+    for p in (1, 10, 33.3, 50, 70, 94):
+        n = 40 + 7 + 100
+        gone = math.floor(p * n / 100)
+        tied = {"a": torch.ones(40), "b": torch.ones(7), "c": torch.ones(100)}
+        kept = mtp.keep_ranked(tied, p, 0.0)
+        assert sum(map(len, kept.values())) == n - gone and all(map(len, kept.values()))
+        low = {"a": torch.arange(40.0), "b": torch.arange(7.0) / 100, "c": torch.arange(100.0)}
+        kept = mtp.keep_ranked(low, p, 0.05)
+        assert sum(map(len, kept.values())) == n - gone, "the least width holds the total"
+        assert len(kept["a"]) >= 2 and len(kept["b"]) >= 1 and len(kept["c"]) >= 5
+        assert 6 in kept["b"], "what stays of a low layer is its best channel"
+    _refused(lambda: mtp.keep_ranked(low, 99, 0.05), "--least-width", "145")
+    assert mtp.keep_ranked({"a": torch.tensor([0.5, 0.5, 0.5, 0.1])}, 50, 0)["a"].tolist() == [1, 2]
+    groups = mtp.groups_of(meta("deeplabv3_resnet18", 5))
+    scores = {g.name: torch.rand(g.width) for g in groups}
+    cfg = mtp.Config(percentile=60, rank="independent", round_to=8)
+    kept = mtp.kept_channels(scores, groups, cfg)
+    assert all(len(k) % 8 == 0 and len(k) > 0 for k in kept.values())
+    plain = mtp.kept_channels(scores, groups, replace(cfg, round_to=1))
+    assert all(abs(len(kept[k]) - len(plain[k])) <= 7 for k in kept)
+
+
+def lively(net):
+    """The network in float64 with BN statistics unlike fresh ones, in eval mode."""
+    torch.manual_seed(1)
+    return shaken(net).double().eval()
+
+
+def some_kept(groups, seed=0):
+    """Different widths for every group, chosen at random."""
+    g = torch.Generator().manual_seed(seed)
+    return {x.name: torch.randperm(x.width, generator=g)[:max(1, x.width * (3 + i % 5) // 9)]
+            .sort().values for i, x in enumerate(groups)}
+
+
+@torch.no_grad()
+def masked(net, groups, kept):
+    """gamma = beta = 0 for removed channels; where a maker has no BN, its filters are 0."""
+    net = copy.deepcopy(net)
+    for g in groups:
+        gone = torch.ones(g.width, dtype=torch.bool)
+        gone[kept[g.name]] = False
+        for conv, bn in g.makers:
+            layer = net.get_submodule(bn or conv)
+            layer.weight[gone] = 0
+            if bn:
+                layer.bias[gone] = 0
+    return net
+
+
+def test_mtp_masked_equals_pruned():
+    """Derived = relaxed: basic blocks (resnet18) and bottlenecks (resnet50), all three decoders,
+    both tasks, with auxiliary heads."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 72, dtype=torch.float64)
+    for name in ("deeplabv3_resnet18", "deeplabv3_resnet50", "bisenet_resnet18", "pspnet_resnet50"):
+        net = lively(mtp.Segmenter(name, 5, auxiliary=True))
+        groups = mtp.groups_of(net)
+        kept = some_kept(groups)
+        small, wide = mtp.prune(net, groups, kept), masked(net, groups, kept)
+        with torch.no_grad():
+            assert not torch.allclose(net(x), wide(x), atol=1e-3), "the mask must change something"
+            assert torch.allclose(small(x), wide(x), rtol=0, atol=1e-9), name
+            both = common.fold_bn(small)(x)
+            assert torch.allclose(both, wide(x), rtol=0, atol=1e-9), name
+            if name == "bisenet_resnet18":
+                for a, b in zip(small.train()(x), wide.train()(x)):     # heads of training, too
+                    assert torch.allclose(a, b, rtol=0, atol=1e-9), name
+        assert common.count_params(small) < 0.7 * common.count_params(net)
+        for g in groups:
+            for conv, _ in g.makers:
+                assert small.get_submodule(conv).out_channels == len(kept[g.name])
+        if "deeplab" in name:
+            cls = lively(mtp.Classifier(name, 7))
+            mine = mtp.groups_of(cls)
+            with torch.no_grad():
+                assert torch.allclose(mtp.prune(cls, mine, kept)(x),
+                                      masked(cls, mine, kept)(x), rtol=0, atol=1e-9), name
+
+
+def test_mtp_rebuilt_from_widths_and_state_alone():
+    torch.manual_seed(0)
+    net = mtp.Segmenter("deeplabv3_resnet18", 4).eval()
+    groups = mtp.groups_of(net)
+    kept = some_kept(groups)
+    start = time.perf_counter()
+    small = mtp.prune(net, groups, kept)
+    spent = time.perf_counter() - start
+    x = torch.randn(1, 3, 48, 64)
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp, "pruned.pt")
+        common.save_checkpoint(path, model=small.state_dict())
+        widths = json.loads(json.dumps({k: len(v) for k, v in kept.items()}))
+        state = common.load_checkpoint(path)["model"]
+        start = time.perf_counter()
+        arch = {"network": "deeplabv3_resnet18", "widths": widths, "classes": 4}
+        again = mtp.rebuild(mtp.Segmenter, arch, state, path).eval()
+        spent = max(spent, time.perf_counter() - start)
+        assert torch.equal(again(x), small(x)) and spent < 0.5
+        for key, value in (("backbone.layer1.0.conv1", 0), ("backbone.layer1.0.conv1", 65),
+                           ("decoder.aspp.project.0", "many"), ("decoder.aspp.convs.4.1", None)):
+            _refused(lambda: mtp.with_widths(net, {**widths, key: value}, "arch.json"), key, value)
+        wrong = {**widths, "backbone.layer1.0.conv1": widths["backbone.layer1.0.conv1"] + 1}
+        for bad, word in (({"widths": wrong}, "layer1.0.conv1"), ({"classes": 5}, "classifier")):
+            _refused(lambda: mtp.rebuild(mtp.Segmenter, {**arch, **bad}, state, path), path, word)
+
+
+def test_mtp_dilations():
+    """Kernel taps, not attributes: how far an impulse in front of the last stage reaches."""
+    stages = {name: meta(name, 3).backbone for name in ("deeplabv3_resnet18", "deeplabv3_resnet50",
+                                                        "pspnet_resnet50", "bisenet_resnet18")}
+    def of(stage):
+        return [m.dilation[0] for m in stage.modules()
+                if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert of(stages["deeplabv3_resnet50"].layer4) == [1, 2, 2]
+    assert of(stages["deeplabv3_resnet18"].layer4) == [1, 2, 2, 2]
+    assert of(stages["pspnet_resnet50"].layer3) == [2] * 6
+    assert of(stages["pspnet_resnet50"].layer4) == [4] * 3
+    assert of(stages["bisenet_resnet18"].layer4) == [1] * 4
+    # A dilated backbone computes what the plain one does, and more places in between.
+    torch.manual_seed(0)
+    plain = lively(mtp.Classifier("deeplabv3_resnet18", 3)).backbone
+    dense = lively(mtp.Segmenter("deeplabv3_resnet18", 3)).backbone
+    dense.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 160, 160, dtype=torch.float64)
+    with torch.no_grad():
+        a, b = (mtp.features(net, x)[-1] for net in (plain, dense))
+    assert a.shape[-1] == 5 and b.shape[-1] == 10
+    assert torch.allclose(a, b[..., ::2, ::2], atol=1e-9)
+
+
+def test_mtp_constants_are_folded_exactly_for_1x1():
+    torch.manual_seed(0)
+    net = lively(mtp.Segmenter("deeplabv3_resnet50", 4))
+    every = mtp.groups_of(net)
+    # Readers with 1x1 kernels: conv2 -> conv3, branches -> projection -> classifier.
+    groups = [g for g in every if net.get_submodule(g.readers[0][0]).kernel_size == (1, 1)]
+    assert len(groups) == 16 + 6
+    kept = some_kept(groups)
+    with torch.no_grad():
+        for g in groups:
+            gone = torch.ones(g.width, dtype=torch.bool)
+            gone[kept[g.name]] = False
+            net.get_submodule(g.makers[0][1]).weight[gone] = 0          # beta stays
+        x = torch.randn(1, 3, 48, 48, dtype=torch.float64)
+        wide = net(x)
+        bare = mtp.prune(net, groups, kept)(x)
+        mtp.fold_constants(net, groups, kept)
+        assert not torch.allclose(bare, wide, atol=1e-3)
+        assert torch.allclose(mtp.prune(net, groups, kept)(x), wide, rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------
+# mtp.py: the optimizer, baselines
+# ---------------------------------------------------------------------------------------------
+
+
+def test_mtp_scalar_problem_converges_to_its_closed_form():
+    """min a/2 (w - p)^2 + lam b/2 (w - q)^2 + (a1 + a2) |w|: with both l1 steps and momentum."""
+    a, b, lam, p, q, a1, a2 = 1, 2, 0.7, 1.3, -0.2, 0.05, 0.08
+    exact = (a * p + lam * b * q - (a1 + a2)) / (a + lam * b)
+    assert abs(exact - 0.3708333) < 1e-7
+    for l1, momentum, start in (("proximal", 0.9, 2.0), ("proximal", 0.0, -1.0),
+                                ("subgradient", 0.9, 1.0)):
+        cfg = mtp.Config(lam=lam, alpha1=a1, alpha2=a2, inner_steps=20, search_cls_lr=0.02,
+                         search_lr=0.02, momentum=momentum, weight_decay=0.1, l1=l1)
+        w1, w3 = (nn.Parameter(torch.tensor([start], dtype=torch.float64)) for _ in range(2))
+        w2 = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+        s = mtp.Lagrangian([w1], [w2], [w3], [], [w1], [w2], [w3], cfg)
+        for _ in range(80):
+            for _ in range(cfg.inner_steps):
+                s.gradient_w1((a / 2 * (w1 - p) ** 2).sum())
+                s.step_w1(0.02)
+            for _ in range(cfg.inner_steps):
+                s.gradient_w2_w3((b / 2 * (w3 - q) ** 2 + (w2 - 0.01) ** 2).sum())
+                s.step_w2_w3(0.02)
+            s.update_multipliers()
+        assert abs(w1.item() - exact) < 1e-6 and abs(w3.item() - exact) < 1e-6, (l1, w1, w3)
+        assert abs(s.e[0].item() - 0.8791667) < 1e-6, (l1, s.e)
+        if l1 == "proximal":                    # |grad| at 0 is 0.014 < alpha2: a true zero
+            assert w2.item() == 0.0
+
+
+def test_mtp_gradients_of_equations_7_8_9():
+    """Against autograd of the Lagrangian as it is written, float64."""
+    torch.manual_seed(0)
+    cfg = mtp.Config(lam=0.7, alpha1=0.03, alpha2=0.05, l1="subgradient", mu=0.3)
+    def layers():
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double()
+    n1, n3, n2, head = layers(), layers(), layers(), nn.Conv2d(4, 2, 1).double()
+    n2[0] = nn.Conv2d(4, 4, 3).double()
+    for net in (n1, n2, n3):
+        nn.init.normal_(net[1].weight)
+    w1, w2, w3 = (list(net.parameters()) for net in (n1, n2, n3))
+    s = mtp.Lagrangian(w1, w2, w3, list(head.parameters()), [n1[1].weight], [n2[1].weight],
+                       [n3[1].weight], cfg)
+    for e in s.e:
+        nn.init.normal_(e)
+    x, y = torch.randn(2, 3, 2, 9, 9, dtype=torch.float64)
+    def l_cls():
+        return head(n1(x)).pow(2).mean()
+    def l_seg():
+        return n2(n3(y)).pow(3).mean()
+    far = [a - b for a, b in zip(w1, w3)]
+    # Eq. (6), term by term
+    lagrangian = (l_cls() + cfg.lam * l_seg() + s.mu / 2 * sum(d.pow(2).sum() for d in far)
+                  + sum((e * d).sum() for e, d in zip(s.e, far))
+                  + cfg.alpha1 * n1[1].weight.abs().sum()
+                  + cfg.alpha2 * (n2[1].weight.abs().sum() + n3[1].weight.abs().sum()))
+    blocks = [*w1, *head.parameters(), *w2, *w3]
+    expected = torch.autograd.grad(lagrangian, blocks)
+    s.gradient_w1(l_cls())
+    s.gradient_w2_w3(l_seg())
+    for p, g in zip(blocks, expected):
+        assert torch.allclose(p.grad, g, rtol=1e-12, atol=1e-14)
+    old = [e.clone() for e in s.e]                                  # Eq. (10)
+    s.update_multipliers()
+    for e, before, a, b in zip(s.e, old, w1, w3):
+        assert torch.allclose(e, before + 0.3 * (a - b))
+    assert abs(s.mu - 0.45) < 1e-12
+
+
+def test_mtp_one_backward_moves_one_task():
+    torch.manual_seed(0)
+    cfg = mtp.Config(weight_decay=0.1)
+    cls, seg = mtp.Classifier("deeplabv3_resnet18", 3), mtp.Segmenter("deeplabv3_resnet18", 4)
+    groups = mtp.groups_of(seg)
+    inner, outer = mtp.part_of(groups, "backbone"), mtp.part_of(groups, "decoder")
+    s = mtp.Lagrangian(list(cls.backbone.parameters()), list(seg.decoder.parameters()),
+                       list(seg.backbone.parameters()), list(cls.head.parameters()),
+                       mtp.gammas(cls, inner), mtp.gammas(seg, outer), mtp.gammas(seg, inner), cfg)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
+    label = torch.randint(0, 4, (2, 32, 32))
+    def copies(net):
+        return {k: v.clone() for k, v in net.state_dict().items()}
+    def same(a, b):
+        return all(torch.equal(a[k], b[k]) for k in a)
+    a, b = copies(cls), copies(seg)
+    s.gradient_w1(mtp.cls_terms(cls, x, y)["cls"])
+    s.step_w1(0.01)
+    assert same(copies(seg), b) and not same(copies(cls), a)
+    assert all(p.grad is None for p in seg.parameters())
+    a = copies(cls)
+    for _ in range(2):                  # gradients and momentum of task 1 must not linger
+        s.gradient_w2_w3(mtp.seg_terms(seg, x, label, 0.4)["seg"])
+        s.step_w2_w3(0.01)
+    assert same(copies(cls), a)
+    now = copies(seg)
+    assert not torch.equal(now["decoder.classifier.weight"], b["decoder.classifier.weight"])
+    assert not torch.equal(now["backbone.conv1.weight"], b["backbone.conv1.weight"])
+    # weight decay spares prunable scales: a step without loss moves the others only
+    s = mtp.sgd(seg.parameters(), mtp.gammas(seg, groups), 0.1, cfg)
+    for p in seg.parameters():
+        p.grad = torch.zeros_like(p)
+    s.step()
+    after = copies(seg)
+    assert torch.equal(after["backbone.layer1.0.bn1.weight"], now["backbone.layer1.0.bn1.weight"])
+    assert not torch.equal(after["backbone.layer1.0.bn2.weight"],
+                           now["backbone.layer1.0.bn2.weight"])
+
+
+def test_mtp_fpgm_and_thinet_against_brute_force():
+    torch.manual_seed(0)
+    net = mtp.Segmenter("deeplabv3_resnet18", 3)
+    groups = mtp.groups_of(net)
+    first = groups[0]
+    weight = net.get_submodule(first.name).weight.detach().double()
+    wanted = [sum(float((weight[i] - weight[j]).pow(2).sum().sqrt()) for j in range(len(weight)))
+              for i in range(len(weight))]
+    assert np.allclose(mtp.fpgm_scores(net, groups[:1])[first.name], wanted)
+
+    conv = nn.Conv2d(5, 4, 3, stride=2, padding=2, dilation=2).double().requires_grad_(False)
+    x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
+    terms = mtp.thinet_samples(conv, x, torch.Generator().manual_seed(0), positions=50)
+    assert terms.shape == (100, 5)
+    split = torch.stack([F.conv2d(x[:, c:c + 1], conv.weight[:, c:c + 1], None, 2, 2, 2)
+                         for c in range(5)], -1)            # (2, 4, h, w, 5): every possible row
+    rows = split.reshape(-1, 5)
+    for row in terms:                                       # each sample is one of them
+        assert ((rows - row).abs().max(1).values < 1e-10).any()
+    places = {int((rows - row).abs().max(1).values.argmin()) for row in terms}
+    assert len(places) > 60, "places and output channels vary"
+
+    kept, factors = mtp.thinet_layer(terms, 2)
+    removed = []                                            # the greedy rule in loops
+    for _ in range(3):
+        costs = {c: float(sum((row[removed].sum() + row[c]) ** 2 for row in terms))
+                 for c in range(5) if c not in removed}
+        removed.append(min(costs, key=costs.get))
+    assert kept.tolist() == sorted(set(range(5)) - set(removed))
+    best = np.linalg.lstsq(terms[:, kept].numpy(), terms.sum(1).numpy(), rcond=None)[0]
+    assert np.allclose(factors, best)
+
+
+def test_mtp_thinet_zeroes_what_it_removes():
+    """Front to back through the backbone: the network it leaves behind is the pruned one."""
+    torch.manual_seed(0)
+    cfg = mtp.Config(**{**mtp.QUICK, "batch_size": 2, "thinet_images": 4, "method": "thinet"})
+    net = mtp.Segmenter(cfg.network, 11)
+    groups, before = mtp.groups_of(net), net.backbone.layer1[0].conv2.weight.detach().clone()
+    kept = mtp.thinet_kept(net, groups, mtp.TwoSets(cfg), cfg, torch.device("cpu"))
+    assert set(kept) == {g.name for g in mtp.part_of(groups, "backbone")}
+    assert all(2 * len(kept[g.name]) == g.width for g in groups if g.name in kept)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(mtp.prune(net, groups, kept)(x), net.eval()(x), atol=1e-4)
+    after, stays = net.backbone.layer1[0].conv2.weight, kept["backbone.layer1.0.conv1"]
+    ratio = after[:, stays] / before[:, stays]
+    assert torch.allclose(ratio, ratio[:1, :, :1, :1].expand_as(ratio), rtol=1e-3)
+    assert (ratio[0, :, 0, 0] - 1).abs().max() > 0.01, "those that stay are scaled"
+
+
+def test_mtp_recalibration_is_a_plain_mean():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    batches = [(3 * torch.randn(4, 3, 8, 8) + 1, None) for _ in range(5)]
+    mtp.recalibrate(net, batches, torch.device("cpu"))
+    means = torch.stack([net[0](x).mean((0, 2, 3)) for x, _ in batches]).mean(0)
+    assert torch.allclose(net[1].running_mean, means, atol=1e-5)
+    assert not net.training and net[1].momentum == 0.1
+
+
+def test_mtp_stream_can_be_entered_anywhere():
+    cfg = mtp.Config(**mtp.QUICK)
+    pictures = data.open_classification("synthetic", None, "train", (32, 32), 0)
+    pictures.length = 10
+    move = data.classification_transform((32, 32), True)
+    whole = [(x, y) for x, y in mtp.stream(pictures, move, 4, 0, 7, cfg)]
+    late = [(x, y) for x, y in mtp.stream(pictures, move, 4, 3, 7, cfg)]
+    assert len(whole) == 7 and len(late) == 4
+    for (x, y), (u, v) in zip(whole[3:], late):
+        assert torch.equal(x, u) and torch.equal(y, v)
+    assert not torch.equal(whole[0][0], whole[2][0]), "another pass, another order and crop"
+    keys = [k for batch in mtp.stream(pictures, move, 4, 0, 2, cfg).batch_sampler for k in batch]
+    assert len(set(keys)) == 8, "no picture twice in a pass"
+
+
+# ---------------------------------------------------------------------------------------------
+# mtp.py as a process
+# ---------------------------------------------------------------------------------------------
+
+MTP_TINY = ("--dataset folder --num-classes 3 --preset quick --cls-batch 10 --size 32 64 "
+            "--batch-size 4 --dense-cls-epochs 1 --dense-epochs 1 --rounds 2 --inner-steps 2 "
+            "--save-steps 1 --recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 "
+            "--thinet-images 4").split()
+
+
+def tiny_classes(root):
+    """20 + 10 pictures of two classes, bright and dark."""
+    rng = np.random.default_rng(1)
+    for split, n in (("train", 10), ("val", 5)):
+        for kind, grey in (("dark", 60), ("bright", 190)):
+            for i in range(n):
+                path = Path(root, split, kind, f"{i}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = grey + rng.integers(-40, 40, (32, 32))
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return str(root)
+
+
+def mtp_sets(tmp):
+    return ["--data-root", tiny_set(Path(tmp, "set")), "--cls-dataset", "imagefolder",
+            "--cls-root", tiny_classes(Path(tmp, "classes"))]
+
+
+def test_mtp_stages_resume_after_kill_bit_for_bit():
+    """Killed within an outer round (after one step of it) and resumed: same weights, E and mu."""
+    with tempfile.TemporaryDirectory() as tmp:
+        base = [*MTP_TINY, *mtp_sets(tmp)]
+        whole, broken = Path(tmp, "runs", "whole"), Path(tmp, "runs", "broken")
+        out, _ = run("--search", "--train", "--eval", "--bench", *base, "--out", whole,
+                     script="mtp.py")
+        for word in ("|W1-W3|", "agree", "960 of 1920", "768 of 1536", "sparse mIoU",
+                     "pruned mIoU", "pruned / dense: parameters 0.", "retrained mIoU", "top-1",
+                     "next: python mtp.py", "40,179,797"):
+            assert word in out, f"'{word}' is missing in:\n{out}"
+        for name in ("config.json", "bench.json", "miou_params.png", "mtp_50/arch.json",
+                     "mtp_50/channels.png", "mtp_50/gammas.png", "mtp_50/segmentations.png",
+                     "mtp_50/cls/best.pt", "mtp_50/seg/best.pt", "sparse_mtp/constraint.png"):
+            assert (whole / name).stat().st_size > 0, name
+
+        stages = ["--search", "--train", *base, "--out", broken]
+        killed(stages, broken / "sparse_mtp" / "last.pt", script="mtp.py")
+        state = torch.load(broken / "sparse_mtp" / "last.pt", weights_only=True)
+        assert sum(state["done"].values()) > 0, "the kill must come within a round"
+        run(*stages, "--resume", script="mtp.py")
+        for name in ("sparse_mtp/last.pt", "mtp_50/pruned.pt", "mtp_50/cls/last.pt",
+                     "mtp_50/seg/last.pt"):
+            a, b = state_of(whole / name), state_of(broken / name)
+            assert a.keys() == b.keys() and len(a) > 100
+            for key in a:
+                assert torch.equal(a[key], b[key]), f"{name}{key} differs after resuming"
+        a, b = (torch.load(d / "sparse_mtp" / "last.pt", weights_only=True)["lagrangian"]["mu"]
+                for d in (whole, broken))
+        assert a == b
+        assert (whole / "mtp_50/arch.json").read_text() == (broken / "mtp_50/arch.json").read_text()
+
+        def inside(*flags):                 # the same without starting Python anew
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                mtp.main([str(flag) for flag in (*flags, *base, "--out", whole)])
+            return out.getvalue()
+        # The other methods start from the same dense network, which is not trained again.
+        every = ("--search", "--train", "--eval", "--eval-scales", "0.5", "1")
+        for flags, word in (((*every, "--method", "slimming"), "960 of 1920"),
+                            ((*every, "--method", "slimming", "--rank", "unified", "--cls-epochs",
+                              "0"), "prunable"),
+                            ((*every, "--method", "uniform"), "960 of 1920"),
+                            (("--search", "--method", "fpgm", "--percentile", "25"),
+                             "1440 of 1920"),
+                            (("--search", "--method", "thinet"), "1536 of 1536")):
+            out = inside(*flags)
+            assert word in out and out.count("trained already") >= 2, out
+        out = inside("--bench")
+        for name in ("mtp_50", "slimming_50", "uniform_50"):
+            assert re.search(rf"^{name} .*miou.*top1", out, re.M), f"{name} is missing in:\n{out}"
+        assert re.search("^fpgm_25 .*params", out, re.M)
+        assert re.search("^slimming_50_unified .*params", out, re.M)
+        assert (whole / "slimming_50_unified/result_val_without_cls.json").exists()
+        arch = json.loads((whole / "uniform_50/arch.json").read_text())
+        assert arch["widths"]["backbone.layer1.0.conv1"] == 32
+
+        arch, wide = json.loads((whole / "mtp_50/arch.json").read_text()), Path(tmp, "wide.json")
+        weights = ["--weights", whole / "mtp_50/seg/best.pt"]
+        for width, words in ((arch["widths"]["backbone.layer1.0.conv1"] + 1, ("another shape",)),
+                             (400, ("layer1.0.conv1", "1 to 64"))):
+            arch["widths"]["backbone.layer1.0.conv1"] = width
+            wide.write_text(json.dumps(arch))
+            _refused(lambda: inside("--eval", "--arch", wide, *weights), *words)
+        _refused(lambda: mtp.main([str(f) for f in ("--eval", *base, "--num-classes", "4", "--out",
+                                                    whole)]), "classes")
+        for flags, word in ((("--lam", "2"), "another --lam"), (("--dense-lr", "2"), "dense_lr")):
+            _refused(lambda: inside("--search", "--resume", *flags), word)
+        before = state_of(whole / "mtp_50/pruned.pt")       # new weights are not taken for old ones
+        assert "trained already" in inside("--train")
+        inside("--search", "--alpha1", "0.2")
+        assert not torch.equal(state_of(whole / "mtp_50/pruned.pt")[".model.backbone.conv1.weight"],
+                               before[".model.backbone.conv1.weight"])
+        assert "trained already" not in inside("--train")
+
+
+def test_mtp_wrong_input_ends_in_one_sentence():
+    with tempfile.TemporaryDirectory() as tmp:
+        tail = ["--out", str(Path(tmp, "r"))]
+        missing = str(Path(tmp, "no.pth"))
+        for flags, words in (
+                (["--search", "--percentile", "0"], ("--percentile", "0")),
+                (["--search", "--percentile", "100"], ("--percentile", "100")),
+                (["--search", "--rho", "1"], ("--rho",)),
+                (["--search", "--inner-steps", "0"], ("--inner-steps",)),
+                (["--search", "--method", "thinet", "--rank", "unified"], ("thinet", "--rank")),
+                (["--search", "--batch-size", "1"], ("--batch-size", "BN")),
+                (["--search", "--network", "pspnet_resnet50", "--backbone", "imagenet"],
+                 ("deep stem",)),
+                (["--search", "--cls-dataset", "imagefolder"], ("imagefolder",)),
+                (["--search", "--backbone", missing], (missing,)),
+                (["--train"], ("arch.json", "no")),
+                (["--train", "--method", "dense"], ("dense",)),
+                (["--eval", "--method", "dense"], ("no checkpoint", "best.pt")),
+                (["--bench", "--arch", missing], (missing,))):
+            _refused(lambda: mtp.main([*flags, *tail]), *words)
+        for text, word in (("{", "readable"), ("[]", "network"), ('{"network": "resnet"}', "name"),
+                           ('{"network": "bisenet_resnet18", "classes": 3, "cls_classes": 2}',
+                            "width None")):
+            Path(tmp, "a.json").write_text(text)
+            _refused(lambda: mtp.read_arch(Path(tmp, "a.json")), word)
+        refused("--search", *tail, "--percentile", "100", words=("--percentile",), script="mtp.py")
+        assert "unrecognized arguments: --alpha" in run("--search", "--alpha", "1", code=2,
+                                                        script="mtp.py")[1]
 
 
 # ---------------------------------------------------------------------------------------------
