@@ -3469,8 +3469,7 @@ def test_mtp_stream_can_be_entered_anywhere():
 
 MTP_TINY = ("--dataset folder --num-classes 3 --preset quick --cls-batch 10 --size 32 64 "
             "--batch-size 4 --dense-cls-epochs 1 --dense-epochs 1 --rounds 2 --inner-steps 2 "
-            "--save-steps 1 --recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 "
-            "--thinet-images 4").split()
+            "--recalibrate 2 --cls-epochs 1 --epochs 1 --frame 32 64 --thinet-images 4").split()
 
 
 def tiny_classes(root):
@@ -3507,7 +3506,7 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
                      "mtp_50/cls/best.pt", "mtp_50/seg/best.pt", "sparse_mtp/constraint.png"):
             assert (whole / name).stat().st_size > 0, name
 
-        stages = ["--search", "--train", *base, "--out", broken]
+        stages = ["--search", "--train", *base, "--save-steps", "1", "--out", broken]
         killed(stages, broken / "sparse_mtp" / "last.pt", script="mtp.py")
         state = torch.load(broken / "sparse_mtp" / "last.pt", weights_only=True)
         assert sum(state["done"].values()) > 0, "the kill must come within a round"
@@ -3525,7 +3524,7 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
 
         def inside(*flags):                 # the same without starting Python anew
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                mtp.main([str(flag) for flag in (*flags, *base, "--out", whole)])
+                mtp.main([str(flag) for flag in (*base, "--out", whole, *flags)])
             return out.getvalue()
         # The other methods start from the same dense network, which is not trained again.
         every = ("--search", "--train", "--eval", "--eval-scales", "0.5", "1")
@@ -3554,8 +3553,7 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
             arch["widths"]["backbone.layer1.0.conv1"] = width
             wide.write_text(json.dumps(arch))
             _refused(lambda: inside("--eval", "--arch", wide, *weights), *words)
-        _refused(lambda: mtp.main([str(f) for f in ("--eval", *base, "--num-classes", "4", "--out",
-                                                    whole)]), "classes")
+        _refused(lambda: inside("--eval", "--num-classes", "4"), "classes")
         for flags, word in ((("--lam", "2"), "another --lam"), (("--dense-lr", "2"), "dense_lr")):
             _refused(lambda: inside("--search", "--resume", *flags), word)
         before = state_of(whole / "mtp_50/pruned.pt")       # new weights are not taken for old ones
