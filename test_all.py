@@ -1901,7 +1901,7 @@ def test_connectivity_files():
                                                       sparsemask.CONNECTIVITIES["released"])
         np.save(path, mask[:5, :5])
         _refused(lambda: sparsemask.read_connectivity(path), path, "(5, 5, 2)")
-        np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+        np.save(path, np.array([{"a": 1}], dtype=object))
         _refused(lambda: sparsemask.read_connectivity(path), path)
         path = Path(tmp, "arch.json")
 
