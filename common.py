@@ -5,7 +5,8 @@ Everything here is called by the paper files, which import it; it imports only `
 order in which a run meets it:
 
     settings     opt, BaseConfig, parse_args, flags_of, run_main
-    processes    setup, rank, world_size, average_gradients, average_buffers, barrier, distribute
+    processes    setup, rank, world_size, average_gradients, average_buffers, barrier, synchronised,
+                 distribute
     run folder   write_text, write_config, log_record, read_log, save_checkpoint, load_checkpoint,
                  Progress, training_step, check_finite, clip_gradients
     networks     classifier, load_backbone, narrowed
@@ -119,6 +120,12 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
     values = {**(quick if preset == "quick" else {}), **given}
     cfg = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     cfg.out = cfg.out or f"runs/{method}"
+    for name, value in vars(cfg).items():
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,))
+                   if isinstance(v, float)]
+        if not all(map(math.isfinite, numbers)) or (
+                min(numbers, default=0) < 0 and name.endswith(("lr", "decay", "clip"))):
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
     for name in ("epochs", "batch_size", "image_scale"):
         if not getattr(cfg, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive")
@@ -222,13 +229,32 @@ def barrier():
         dist.barrier()
 
 
+def synchronised(model):
+    """A twin of the model whose BNs see the batches of all ranks; GPUs only.
+
+    Twin and model share parameters and buffers, so training one trains the other. The model keeps
+    plain BNs, which can be folded, cut and run on a CPU.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, shared))
+
+
+def wrapped(model, cfg, device):
+    """The model to train by hand: with synchronised BN on several GPUs, compiled if asked for.
+
+    The caller averages gradients. The model has to be in train mode.
+    """
+    if world_size() > 1 and device.type == "cuda":
+        model = synchronised(model)
+    return torch.compile(model) if cfg.compile else model
+
+
 def distribute(model, device):
     """The model, under torchrun in DistributedDataParallel (synchronised BN on GPUs)."""
     if world_size() == 1:
         return model
     if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
+        return nn.parallel.DistributedDataParallel(synchronised(model), device_ids=[device.index])
     return nn.parallel.DistributedDataParallel(model)
 
 
@@ -286,8 +312,11 @@ def read_json(path, what):
         raise InputError(f"{path} is not a readable {what}: {error}")
 
 
-def write_config(cfg, stages):
-    """config.json: every setting, the stages, package versions, device, git revision if any."""
+def write_config(cfg, stages, folder=None):
+    """config.json: every setting, the stages, package versions, device, git revision if any.
+
+    folder: where to put it, if not in --out.
+    """
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                              cwd=Path(__file__).parent).stdout.strip()
@@ -297,7 +326,7 @@ def write_config(cfg, stages):
              "torch": torch.__version__, "torchvision": data.torchvision.__version__,
              "numpy": np.__version__, "device": device_name(cfg.device), "git": git or None,
              "threads": torch.get_num_threads(), "processes": world_size()}
-    write_text(Path(cfg.out) / "config.json", json.dumps({**asdict(cfg), **about}, indent=1))
+    write_text(Path(folder or cfg.out) / "config.json", json.dumps({**asdict(cfg), **about}, indent=1))
 
 
 def device_name(device):
@@ -359,7 +388,9 @@ def save_checkpoint(path, **items):
 def load_checkpoint(path, need=("model",)):
     """The dict of save_checkpoint, on the CPU. InputError if missing, truncated or foreign."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Other programs store their options beside the weights as a Namespace, which is harmless.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint at {path}")
     except Exception as error:        # torch raises many types for a truncated or foreign file
@@ -374,11 +405,18 @@ def load_checkpoint(path, need=("model",)):
 def load_weights(model, state, path):
     """model.load_state_dict(state); a mismatch is one sentence naming the first wrong entry."""
     own = model.state_dict()
+    require_state(state, path)
     for key in [*own, *state]:
         if key not in own or key not in state or own[key].shape != state[key].shape:
             raise InputError(f"{path} does not fit this network: '{key}' is missing or has another "
                              "shape; check --arch and the number of classes")
     model.load_state_dict(state)
+
+
+def require_state(state, path):
+    """InputError unless `state` is a dict of tensors."""
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no state_dict, that is no dict of tensors")
 
 
 class Progress:
@@ -464,11 +502,12 @@ def classifier(name, weights="none"):
 
 
 def load_backbone(net, path):
-    """Load the file's state_dict into a torchvision classifier, all but its head."""
+    """Load the file's state_dict into a torchvision classifier, all but its head; returns it."""
     state = load_checkpoint(path, ())
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    require_state(state, path)
     own = {key: value for key, value in net.state_dict().items()
            if not key.startswith(("fc.", "classifier."))}
     for key, value in own.items():
@@ -478,6 +517,7 @@ def load_backbone(net, path):
                              f"'{key}' is missing or has another shape")
         own[key] = state[found[0]]
     net.load_state_dict(own, strict=False)
+    return state
 
 
 def narrowed(layer, out=None, into=None):
@@ -687,10 +727,9 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
         start, best = _resume(folder / "last.pt", model, optimizer, scheduler, extra or {})
     else:
         forget_log(folder, stage)
-    forward = distribute(model, device)
+    forward = distribute(model.train(), device)
     if cfg.compile:
         forward = torch.compile(forward)
-    model.train()
     progress = Progress(stage, cfg.epochs, len(train_loader), device, start)
     for epoch in range(start, cfg.epochs):
         train_loader.sampler.set_epoch(epoch)

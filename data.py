@@ -378,10 +378,10 @@ def _require_split(dataset, split, splits):
         raise InputError(f"data set {dataset} has no split '{split}'; choose {' or '.join(splits)}")
 
 
-def _require_folder(path):
+def _require_folder(path, flag="--data-root"):
     if not path.is_dir():
         raise InputError(f"folder {path} does not exist; give the folder that holds the data set "
-                         "as --data-root (data.py shows the tree expected below it)")
+                         f"as {flag} (data.py shows the tree expected below it)")
     return path
 
 
@@ -627,10 +627,10 @@ def folder(root, split, num_classes):
 SEGMENTATION_SETS = ("synthetic", "camvid", "cityscapes", "voc", "ade20k", "bdd100k", "folder")
 
 
-def _require_root(name, root):
+def _require_root(name, root, flag="--data-root"):
     if root is None:
-        raise InputError(f"data set {name} lies on disk: give its folder as --data-root")
-    return _require_folder(Path(root))
+        raise InputError(f"data set {name} lies on disk: give its folder as {flag}")
+    return _require_folder(Path(root), flag)
 
 
 def open_segmentation(name, root=None, split="train", num_classes=None, size=(128, 256), seed=0):
@@ -747,8 +747,9 @@ class ImageFolders:
     def __init__(self, root, split):
         _require_split("imagefolder", split, ("train", "val"))
         try:
-            found = torchvision.datasets.ImageFolder(_require_folder(root / split))
-            training = torchvision.datasets.folder.find_classes(_require_folder(root / "train"))[0]
+            found = torchvision.datasets.ImageFolder(_require_folder(root / split, "--cls-root"))
+            training = torchvision.datasets.folder.find_classes(
+                _require_folder(root / "train", "--cls-root"))[0]
         except FileNotFoundError as error:
             raise InputError(f"{root} is not a tree of class folders ({error})") from None
         if found.classes != training:
@@ -775,7 +776,7 @@ def open_classification(name, root=None, split="train", size=(64, 64), seed=0):
     if name == "synthetic":
         return SyntheticObjects(split, size, seed)
     if name == "imagefolder":
-        return ImageFolders(_require_root(name, root), split)
+        return ImageFolders(_require_root(name, root, "--cls-root"), split)
     raise InputError(f"unknown classification set '{name}'; choose synthetic or imagefolder")
 
 

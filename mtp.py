@@ -71,7 +71,8 @@ METHODS = ("mtp", "slimming", "uniform", "thinet", "fpgm", "dense")
 @dataclass
 class Config(BaseConfig):
     network: str = opt("deeplabv3_resnet101", "which network to prune (PAPER 4; deeplabv3_resnet18 "
-                       "and _resnet50 are OURS, for small machines)", NAMES)
+                       "and _resnet50 are OURS, for small machines); a pruned one is as its "
+                       "arch.json says", NAMES)
     backbone: str = opt("imagenet", "where training starts: imagenet (torchvision's weights), "
                         "none, or a file with a classifier's state_dict")
     cls_dataset: str = opt("synthetic", "the classification set of task 1 (PAPER: ImageNet)",
@@ -84,8 +85,8 @@ class Config(BaseConfig):
     batch_size: int = opt(16, "segmentation batch over all processes (PAPER 7.1)")
     momentum: float = opt(0.9, "of SGD (OURS: the paper does not say; Chen et al.'s value)")
     weight_decay: float = opt(1e-4, "of SGD, never on prunable gammas (OURS: usual for ResNets)")
-    dense_cls_epochs: int = opt(0, "Eq. (1), classification epochs from --backbone on; 0: it is "
-                                "trained already")
+    dense_cls_epochs: int = opt(0, "Eq. (1), classification epochs from --backbone on; 0: it has "
+                                "a trained head for these classes")
     dense_cls_lr: float = opt(0.1, "learning rate of Eq. (1), linear to 0 (OURS)")
     dense_epochs: int = opt(50, "Eq. (2), segmentation epochs of the dense network (PAPER 7.1)")
     dense_lr: float = opt(0.007, "learning rate of Eq. (2), poly 0.9 (PAPER 7.1)")
@@ -98,8 +99,9 @@ class Config(BaseConfig):
                     "(independent, PAPER 3) or all together (unified, PAPER Table 4); auto: "
                     "independent for mtp and slimming, else layer",
                     ("auto", "layer", "independent", "unified"))
-    least_width: float = opt(0.05, "share of a layer's channels that always stays, at least one "
-                             "(OURS: an empty layer would cut the network in two)")
+    least_width: float = opt(0.05, "share of a layer's channels that always stays, at least one, "
+                             "where layers compete (OURS: an empty layer would cut the network in "
+                             "two)")
     round_to: int = opt(1, "round kept widths to multiples, e.g. 8 (OURS: what kernels like); then "
                         "the total is only about p")
     lam: float = opt(1.0, "lambda of Eq. (4) (OURS: the paper does not give it)")
@@ -119,10 +121,11 @@ class Config(BaseConfig):
     l1: str = opt("proximal", "how the l1 norm acts: soft threshold after a step, which gives true "
                   "zeros (OURS), or its subgradient", ("proximal", "subgradient"))
     recalibrate: int = opt(50, "batches that re-estimate BN statistics after the cut (OURS)")
-    thinet_images: int = opt(64, "pictures on which ThiNet looks at each layer (OURS)")
+    thinet_images: int = opt(64, "pictures on which ThiNet looks at each layer, in whole batches "
+                             "(OURS)")
     cls_epochs: int = opt(20, "line 11: fine-tuning on classification; 0 = the row 'w/o ImageNet "
                           "finetuning' of Table 1 (PAPER 7.1)")
-    cls_lr: float = opt(0.001, "its learning rate, linear to 0 (OURS: that of the sparse training)")
+    cls_lr: float = opt(7e-4, "its learning rate, poly 0.9 (PAPER 7.1: one rate for fine-tuning)")
     epochs: int = opt(50, "line 11: fine-tuning on segmentation (PAPER 7.1)")
     lr: float = opt(7e-4, "its learning rate, poly 0.9 (PAPER 7.1)")
     frame: tuple[int, int] = opt((513, 513), "picture size H W of MACs and latency (PAPER Table 2)")
@@ -607,15 +610,15 @@ class Lagrangian:
             group["lr"] = lr
         optimizer.step()
         if self.cfg.l1 == "proximal":
-            # With momentum m a constant gradient g moves a weight by lr g / (1 - m) a step. The
-            # threshold needs the same factor, else the l1 norm would count (1 - m) alpha only.
+            # OURS: with momentum m a constant gradient g moves a weight by lr g / (1 - m) a step.
+            # The threshold needs the same factor, else the l1 norm would count (1 - m) alpha only.
             for gamma, alpha in penalties:
                 for g in gamma:
                     soft_threshold_(g, lr * alpha / (1 - self.cfg.momentum))
 
     @torch.no_grad()
     def update_multipliers(self):
-        """Eq. (10): E = E + mu (W1 - W3), then mu = rho mu."""
+        """Eq. (10): E = E + mu (W1 - W3), then mu = rho mu, up to largest_mu (OURS)."""
         for e, a, b in zip(self.e, self.w1, self.w3):
             e.add_(a - b, alpha=self.mu)
         self.mu = min(self.cfg.rho * self.mu, self.largest_mu)
@@ -679,7 +682,10 @@ def stream(images, transform, batch, start, stop, cfg, shared=False):
 
 
 class TwoSets:
-    """Training pictures of both tasks: sets["cls"] is X1, Y1 of the paper, sets["seg"] X2, Y2."""
+    """Training pictures of both tasks: sets["cls"] is X1, Y1 of the paper, sets["seg"] X2, Y2.
+
+    InputError for what would be found only later: damaged pairs, no val split, too few pictures.
+    """
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -687,6 +693,13 @@ class TwoSets:
         self.moves = {"cls": data.classification_transform(cfg.cls_size, train=True),
                       "seg": data.train_transform(cfg.size, cfg.scales, cfg.image_scale)}
         self.batch = {"cls": cfg.cls_batch, "seg": cfg.batch_size}
+        data.check_segmentation(self.sets["seg"])
+        data.check_segmentation(open_split(cfg, "val", cfg.size))
+        open_cls(cfg, "val")
+        if min(map(len, self.sets.values())) < 2 * world_size():
+            raise InputError(f"{len(self.sets['seg'])} and {len(self.sets['cls'])} training "
+                             "pictures: both tasks need 2 or more for each process, as BN after a "
+                             "global pooling sees one value a picture")
         self.classes, self.cls_classes = (self.sets[t].num_classes for t in ("seg", "cls"))
 
     def batches(self, task, start, stop, shared=False):
@@ -726,12 +739,12 @@ def accuracy(net, loader, device, amp=False):
     return float(hits[0] / hits[2]), float(hits[1] / hits[2])
 
 
-def train_classifier(stage, net, epochs, lr, cfg, device, folder, extra):
-    """Classification training, linear schedule (PAPER 7.1); `net` ends with its best epoch."""
-    if not finished(stage, net, epochs, folder, extra):
+def train_classifier(stage, net, epochs, lr, power, cfg, device, folder, extra):
+    """Classification training, poly schedule; `net` ends with its best epoch."""
+    if not finished(stage, net, epochs, folder, extra, cfg.resume):
         _, loader = open_cls_loader(cfg, "train", train=True)
         _, val = open_cls_loader(cfg, "val")
-        schedule = decay(net, lr, 1.0, epochs * len(loader), cfg)
+        schedule = decay(net, lr, power, epochs * len(loader), cfg)
         common.fit(stage, net, cls_terms, *schedule, loader, None, None,
                    replace(cfg, epochs=epochs), device, folder, extra=extra, per_step=True,
                    validate=lambda model: ("accuracy", accuracy(model, val, device, cfg.amp)[0]))
@@ -740,7 +753,7 @@ def train_classifier(stage, net, epochs, lr, cfg, device, folder, extra):
 
 def train_segmenter(stage, net, classes, epochs, lr, cfg, device, folder, extra):
     """Segmentation training, poly schedule (PAPER 7.1); `net` ends with its best epoch."""
-    if not finished(stage, net, epochs, folder, extra):
+    if not finished(stage, net, epochs, folder, extra, cfg.resume):
         _, loader = open_loader(cfg, "train", train=True)
         _, val = open_loader(cfg, "val")
         schedule = decay(net, lr, 0.9, epochs * len(loader), cfg)
@@ -751,18 +764,29 @@ def train_segmenter(stage, net, classes, epochs, lr, cfg, device, folder, extra)
 
 
 def decay(net, lr, power, steps, cfg):
-    """(SGD, schedule): lr (1 - step / steps)^power. PAPER 7.1 prints the poly schedule with the
-    power inside, 1 - (iter / iter_max)^0.9: a slip, poly means this."""
+    """(SGD, schedule): lr (1 - step / steps)^power; power 1 is linear. PAPER 7.1 prints the poly
+    schedule with the power inside, 1 - (iter / iter_max)^0.9: a slip, poly means this."""
     optimizer = sgd(net.parameters(), gammas(net, groups_of(net)), lr, cfg)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: max(0.0, 1 - step / steps) ** power)
 
 
-def finished(stage, net, epochs, folder, extra):
+def earlier(path, need, resume):
+    """The checkpoint an earlier run left at `path`, {} if none; a broken one matters to --resume
+    alone, else it is written anew."""
+    try:
+        return load_checkpoint(path, need) if Path(path).exists() else {}
+    except InputError as error:
+        if resume:
+            raise
+        print(f"{error}; starting anew" if rank() == 0 else "", end="\n" * (rank() == 0))
+        return {}
+
+
+def finished(stage, net, epochs, folder, extra, resume):
     """Whether `folder` holds the end of this very training; its best epoch is then loaded."""
-    last = Path(folder) / "last.pt"
-    stored = load_checkpoint(last, ("epoch",)) if last.exists() else {"epoch": -1}
-    done = stored["epoch"] >= epochs and extra.items() <= stored.items()
+    stored = earlier(Path(folder) / "last.pt", ("epoch",), resume)
+    done = stored.get("epoch", -1) >= epochs and extra.items() <= stored.items()
     if done:
         load_best(net, folder)
         if rank() == 0:
@@ -783,19 +807,27 @@ def copy_weights(source, target):
 
 
 def start_from(cfg, net, cls_classes):
-    """Weights of --backbone for N1, and its head where the classes are as many."""
-    name = cfg.network.split("_")[1]
+    """Weights of --backbone for N1, and its head where the classes are as many.
+
+    InputError if the head is left random and Eq. (1) is not solved: its gradients would spoil W1.
+    """
+    name, head = cfg.network.split("_")[1], None
     if cfg.backbone == "imagenet" and cfg.network.startswith("pspnet"):
         raise InputError("torchvision has no ImageNet weights for PSPNet's deep stem; give "
                          "--backbone a file, or none with --dense-cls-epochs")
     if cfg.backbone == "imagenet":
         whole = common.classifier(name, "imagenet")
-        if cls_classes == whole.fc.out_features:
-            net.head.load_state_dict(whole.fc.state_dict())
-        whole.fc = nn.Identity()
+        head, whole.fc = whole.fc.state_dict(), nn.Identity()
         net.backbone.load_state_dict(whole.state_dict())
     elif cfg.backbone != "none":
-        common.load_backbone(net.backbone, cfg.backbone)
+        state = common.load_backbone(net.backbone, cfg.backbone)
+        head = {key: state.get(f"fc.{key}") for key in ("weight", "bias")}
+    if head and all(w is not None and len(w) == cls_classes for w in head.values()):
+        net.head.load_state_dict(head)
+    elif not cfg.dense_cls_epochs:
+        raise InputError(f"--backbone {cfg.backbone} has no classifier of {cls_classes} classes, "
+                         "so that of the first task would start at random; give "
+                         "--dense-cls-epochs 1 or more")
 
 
 def dense_networks(cfg, sets, device):
@@ -812,8 +844,8 @@ def dense_networks(cfg, sets, device):
     start_from(cfg, cls, sets.cls_classes)
     if cfg.dense_cls_epochs:
         # Eq. (1): W1~ = argmin l_cls(N1(W1, X1), Y1)
-        train_classifier("dense cls", cls, cfg.dense_cls_epochs, cfg.dense_cls_lr, cfg, device,
-                         out / "cls", settings(cfg, DENSE_CLS))
+        train_classifier("dense cls", cls, cfg.dense_cls_epochs, cfg.dense_cls_lr, 1.0, cfg,
+                         device, out / "cls", settings(cfg, DENSE_CLS))
     # Eq. (2): W1*, W2* = argmin l_seg(N2(W1, W2, X2), Y2), W1 from W1~
     seg.backbone.load_state_dict(cls.backbone.state_dict())
     train_segmenter("dense seg", seg, sets.classes, cfg.dense_epochs, cfg.dense_lr, cfg, device,
@@ -843,8 +875,7 @@ class SparseTraining:
             list(cls.backbone.parameters()) if both else [], list(seg.decoder.parameters()),
             list(seg.backbone.parameters()), list(cls.head.parameters()) if both else [],
             gammas(cls, inner) if both else [], gammas(seg, outer), gammas(seg, inner), cfg)
-        self.forward = {task: torch.compile(net) if cfg.compile else net
-                        for task, net in self.nets.items()}
+        self.forward = {task: common.wrapped(net, cfg, device) for task, net in self.nets.items()}
         self.round, self.done, self.converged = 0, dict.fromkeys(self.tasks, 0), False
         self.kept, self.progress = self.choose(self.judge), None
 
@@ -927,9 +958,10 @@ class SparseTraining:
     def load(self):
         """Continue from last.pt, if it is of this run. True if there was nothing left to do."""
         path = self.folder / "last.pt"
-        if not path.exists():
+        state = earlier(path, ("model", "cls", "lagrangian", "round", "done", "converged"),
+                        self.cfg.resume)
+        if not state:
             return False
-        state = load_checkpoint(path, ("model", "cls", "lagrangian", "round", "done", "converged"))
         other = [name for name, value in settings(self.cfg, self.fields()).items()
                  if state.get(name) != value]
         finished = state["converged"] or state["round"] >= self.cfg.rounds
@@ -950,7 +982,7 @@ class SparseTraining:
 def train_sparse(cls, seg, sets, cfg, device):
     """Algorithm 1, lines 1 to 7, in place. With --method slimming lines 4 and 5 without W1: the
     single-task method of Table 2, with the same number of segmentation steps."""
-    s = SparseTraining(cls, seg, sets, cfg, device)
+    s = SparseTraining(cls.train(), seg.train(), sets, cfg, device)
     if s.load():
         if rank() == 0:
             print(f"{cfg.method}: sparse training finished already, taken from {s.folder}")
@@ -958,8 +990,6 @@ def train_sparse(cls, seg, sets, cfg, device):
     if s.round == 0 and not any(s.done.values()):
         common.forget_log(s.folder, "sparse")
     s.progress = Progress(cfg.method, cfg.rounds, cfg.inner_steps * len(s.tasks), device, s.round)
-    cls.train()
-    seg.train()
     terms = {}
     while s.round < cfg.rounds and not s.converged:             # 2: repeat
         if "cls" in s.tasks:
@@ -1024,8 +1054,8 @@ def keep_ranked(scores, percentile, share=0.05):
 
 
 def keep_best(score, n):
-    """Indices of the n largest scores of a layer, in the layer's order; at least one."""
-    return score.argsort(stable=True)[len(score) - max(1, n):].sort().values
+    """Indices of the n largest scores of a layer, in the layer's order."""
+    return score.argsort(stable=True)[len(score) - n:].sort().values
 
 
 def rank_of(cfg):
@@ -1034,24 +1064,34 @@ def rank_of(cfg):
     return default if cfg.rank == "auto" else cfg.rank
 
 
+def layer_width(width, percentile, round_to=1):
+    """Channels that stay of one layer by itself: round((1 - p) C), in multiples of round_to."""
+    return rounded(max(1, math.floor((1 - percentile / 100) * width + 0.5)), width, round_to)
+
+
+def rounded(n, width, round_to):
+    """The multiple of round_to nearest to n, from round_to to what `width` channels can give."""
+    if width < round_to:
+        raise InputError(f"--round-to {round_to}: the narrowest layer has {width} channels")
+    return min(max(1, math.floor(n / round_to + 0.5)), width // round_to) * round_to
+
+
 def kept_channels(scores, groups, cfg):
     """--rank: PAPER 3 has one threshold for the backbone and one for the decoder, Table 4 tries
     one for both; `layer` keeps round((1 - p) C) in each layer (the paper's Uniform)."""
     groups = [g for g in groups if g.name in scores]
     if rank_of(cfg) == "layer":
-        kept = {g.name: keep_best(scores[g.name], math.floor(
-            (1 - cfg.percentile / 100) * g.width + 0.5)) for g in groups}
-    else:
-        pools = ((("backbone", "decoder"),) if rank_of(cfg) == "unified" else
-                 (("backbone",), ("decoder",)))
-        kept = {}
-        for parts in pools:
-            pool = {g.name: scores[g.name] for g in groups if g.part in parts}
-            kept |= keep_ranked(pool, cfg.percentile, cfg.least_width) if pool else {}
+        return {g.name: keep_best(scores[g.name], layer_width(g.width, cfg.percentile,
+                                                              cfg.round_to)) for g in groups}
+    pools = ((("backbone", "decoder"),) if rank_of(cfg) == "unified" else
+             (("backbone",), ("decoder",)))
+    kept = {}
+    for parts in pools:
+        pool = {g.name: scores[g.name] for g in groups if g.part in parts}
+        kept |= keep_ranked(pool, cfg.percentile, cfg.least_width) if pool else {}
     if cfg.round_to > 1:
-        for g in groups:
-            n = max(1, math.floor(len(kept[g.name]) / cfg.round_to + 0.5)) * cfg.round_to
-            kept[g.name] = keep_best(scores[g.name], min(n, g.width))
+        kept = {g.name: keep_best(scores[g.name], rounded(len(kept[g.name]), g.width,
+                                                          cfg.round_to)) for g in groups}
     return kept
 
 
@@ -1135,7 +1175,7 @@ def thinet_kept(seg, groups, sets, cfg, device):
         for images in pictures:
             features(seg.backbone, images)
         hook.remove()
-        n = max(1, math.floor((1 - cfg.percentile / 100) * g.width + 0.5))
+        n = layer_width(g.width, cfg.percentile, cfg.round_to)
         kept[g.name], factors = thinet_layer(torch.cat(terms), n)
         scale = torch.zeros(g.width, dtype=factors.dtype)
         scale[kept[g.name]] = factors
@@ -1221,7 +1261,7 @@ def choose_and_prune(cls, seg, sets, cfg, device):
 def folder_of(cfg):
     """Run folder of one pruned network: another method, percentile or rank is another network."""
     if cfg.arch not in ("", "uniform"):
-        return Path(cfg.arch).parent
+        return Path(cfg.arch).resolve().parent
     parts = ["dense"] if cfg.method == "dense" else [cfg.method, f"{cfg.percentile:g}"]
     if cfg.method != "dense":
         parts += [rank_of(cfg)] * (rank_of(cfg) != rank_of(replace(cfg, rank="auto")))
@@ -1238,12 +1278,14 @@ def search(cfg, device):
     if cfg.method == "dense":
         return
     groups, folder, rows = groups_of(seg), folder_of(cfg), {}
-    before = {g.name: s for g, s in zip(groups, scores_of(seg, seg, groups).values())}
+    before = scores_of(seg, seg, groups)
     if cfg.method in ("mtp", "slimming"):
         train_sparse(cls, seg, sets, cfg, device)
     _, val = open_loader(cfg, "val")
-    rows["sparse_miou"] = evaluate(seg, val, sets.classes, device, cfg.amp).miou()
-    after = {"task 1": scores_of(cls, seg, groups), "task 2": scores_of(seg, seg, groups)}
+    rows["before_miou"] = evaluate(seg, val, sets.classes, device, cfg.amp).miou()
+    after = {"gamma3 (task 2)": scores_of(seg, seg, groups)}
+    if cfg.method == "mtp":
+        after["gamma1 (task 1)"] = scores_of(cls, seg, groups)
     start = time.perf_counter()
     small_cls, small_seg, kept = choose_and_prune(cls, seg, sets, cfg, device)
     rows["seconds"] = time.perf_counter() - start
@@ -1252,6 +1294,7 @@ def search(cfg, device):
         # Through the file and back, so that what is shown is what others will load.
         arch = {"network": cfg.network, "classes": sets.classes, "cls_classes": sets.cls_classes,
                 "method": cfg.method, "percentile": cfg.percentile, "rank": rank_of(cfg),
+                "least_width": cfg.least_width, "round_to": cfg.round_to,
                 "widths": {g.name: len(kept[g.name]) if g.name in kept else g.width
                            for g in groups}}
         common.write_text(folder / "arch.json", json.dumps(arch, indent=1))
@@ -1278,7 +1321,8 @@ def report_search(cfg, folder, groups, kept, rows, device):
     small = rebuild(Segmenter, arch, state, folder / "pruned.pt").eval()
     print(f"chosen, cut and recalibrated in {rows['seconds']:.2f} s; rebuilt from arch.json and "
           f"pruned.pt in {time.perf_counter() - start:.2f} s")
-    print(f"{cfg.method}: sparse mIoU {100 * rows['sparse_miou']:.2f}, pruned mIoU "
+    wide = "sparse" if cfg.method in ("mtp", "slimming") else "dense"
+    print(f"{cfg.method}: {wide} mIoU {100 * rows['before_miou']:.2f}, pruned mIoU "
           f"{100 * rows['pruned_miou']:.2f} (before fine-tuning)")
     nets = {"dense": Segmenter(cfg.network, arch["classes"]).eval(), folder.name: small}
     _, table = latency.compare(nets, cfg.frame, device, cfg)
@@ -1327,14 +1371,16 @@ def draw_channels(path, groups, widths, title):
 
 
 def draw_gammas(path, groups, before, after):
-    """Histograms of |gamma| before and after the sparse training, for both tasks."""
+    """Histograms of |gamma| before and after the sparse training, for both tasks.
+
+    before: {group name: scores} of the dense network, after: {task: the same}.
+    """
     def flat(scores, part):
         return torch.cat([scores[g.name] for g in part_of(groups, part)]).numpy()
     series = {"backbone, dense": flat(before, "backbone"),
               "decoder, dense": flat(before, "decoder"),
-              "gamma1 (task 1)": flat(after["task 1"], "backbone"),
-              "gamma3 (task 2)": flat(after["task 2"], "backbone"),
-              "gamma2 (decoder)": flat(after["task 2"], "decoder")}
+              **{task: flat(scores, "backbone") for task, scores in after.items()},
+              "gamma2 (decoder)": flat(after["gamma3 (task 2)"], "decoder")}
     top = max(float(v.max()) for v in series.values())
     edges = np.linspace(0, top or 1, 41)
     common.line_chart(path, "BN scales before and after the sparse training", "|gamma|",
@@ -1357,10 +1403,10 @@ def draw_sparse(cfg):
 
 
 def results(cfg):
-    """{network: its row} of everything evaluated on --split in this --out."""
+    """{network: its row} of everything evaluated on --split in this --out, unless pruned anew."""
     paths = sorted(Path(cfg.out).glob(f"*/result_{cfg.split}*.json"))
-    rows = [common.read_json(path, "result") for path in paths]
-    return {row["name"]: row for row in rows}
+    rows = [(path.parent / "pruned.pt", common.read_json(path, "result")) for path in paths]
+    return {row["name"]: row for pruned, row in rows if row["from"] == fingerprint(pruned)}
 
 
 def draw_results(cfg):
@@ -1393,9 +1439,11 @@ def fits(arch, images, key, path):
                          f"{images.num_classes}")
 
 
-def fingerprint(stored):
-    """Tells the weights of one pruned.pt from another's, equal widths or not."""
-    digest = hashlib.sha256()
+def fingerprint(path):
+    """Tells one pruned.pt from another by its weights, equal widths or not; "" if there is none."""
+    if not path.exists():
+        return ""
+    digest, stored = hashlib.sha256(), load_checkpoint(path, ("model", "cls"))
     for state in (stored["cls"], stored["model"]):
         for tensor in state.values():
             digest.update(tensor.numpy().tobytes())
@@ -1404,8 +1452,6 @@ def fingerprint(stored):
 
 def fine_tune(cfg, device):
     """--train, line 11: the pruned network on classification, then on segmentation."""
-    if cfg.method == "dense":
-        raise InputError("--method dense is trained by --search; there is nothing to fine-tune")
     arch, folder = read_arch(arch_path(cfg)), folder_of(cfg)
     fits(arch, open_split(cfg, "train", cfg.size), "classes", arch_path(cfg))
     fits(arch, open_cls(cfg, "train"), "cls_classes", arch_path(cfg))
@@ -1413,9 +1459,9 @@ def fine_tune(cfg, device):
     stored = load_checkpoint(pruned, ("model", "cls"))
     cls = place(rebuild(Classifier, arch, stored["cls"], pruned), cfg, device)
     seg = place(rebuild(Segmenter, arch, stored["model"], pruned, auxiliary=True), cfg, device)
-    about = {"from": fingerprint(stored), **settings(cfg, FINE_CLS)}
+    about = {"from": fingerprint(pruned), **settings(cfg, FINE_CLS)}
     if cfg.cls_epochs:
-        train_classifier("fine-tune cls", cls, cfg.cls_epochs, cfg.cls_lr, cfg, device,
+        train_classifier("fine-tune cls", cls, cfg.cls_epochs, cfg.cls_lr, 0.9, cfg, device,
                          folder / "cls", about)
         seg.backbone.load_state_dict(cls.backbone.state_dict())
     train_segmenter("fine-tune seg", seg, arch["classes"], cfg.epochs, cfg.lr, cfg, device,
@@ -1427,14 +1473,17 @@ def fine_tune(cfg, device):
 
 def restore(kind, cfg, images, path, device):
     """A trained network in eval mode, with the widths of arch.json or dense, for these pictures."""
-    state, key = load_checkpoint(path)["model"], "classes" if kind is Segmenter else "cls_classes"
+    stored, key = load_checkpoint(path), "classes" if kind is Segmenter else "cls_classes"
+    pruned = folder_of(cfg) / "pruned.pt"
+    if not cfg.weights and pruned.exists() and stored.get("from") != fingerprint(pruned):
+        raise InputError(f"{path} was fine-tuned from another network than {pruned}; run --train")
     if cfg.method == "dense":
         widths = {g.name: g.width for g in groups_of(on_meta(kind, cfg.network, 2))}
         arch = {"network": cfg.network, "widths": widths, key: images.num_classes}
     else:
         arch = read_arch(arch_path(cfg))
         fits(arch, images, key, arch_path(cfg))
-    return place(rebuild(kind, arch, state, path).eval(), cfg, device)
+    return place(rebuild(kind, arch, stored["model"], path).eval(), cfg, device)
 
 
 def evaluate_network(cfg, device):
@@ -1445,11 +1494,15 @@ def evaluate_network(cfg, device):
     forward = torch.compile(net) if cfg.compile else net
     matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp, cfg.eval_scales,
                       cfg.eval_flip)
-    name = folder.name + trained.name.removeprefix("seg")
+    how = trained.name.removeprefix("seg")
+    if cfg.eval_scales != (1.0,) or cfg.eval_flip:
+        how += f"_{len(cfg.eval_scales)}scales" + "_flip" * cfg.eval_flip
+    name = folder.name + how
     method = cfg.method if cfg.method == "dense" else read_arch(arch_path(cfg)).get("method")
     row = {"name": name, "method": method, "params": count_params(net), "split": cfg.split,
            "conv_macs": count_macs(net, cfg.frame), "frame": cfg.frame, "miou": matrix.miou(),
-           "pixel_accuracy": matrix.pixel_accuracy(), "scales": cfg.eval_scales}
+           "pixel_accuracy": matrix.pixel_accuracy(), "scales": cfg.eval_scales,
+           "image_scale": cfg.image_scale, "from": fingerprint(folder / "pruned.pt")}
     head = folder / "cls" / "best.pt"
     if head.exists() and trained.name == "seg":
         pictures, cls_loader = open_cls_loader(cfg, "val")
@@ -1462,15 +1515,16 @@ def evaluate_network(cfg, device):
         print(f"{name}: classification accuracy on val, top-1 {100 * row['top1']:.2f}, top-5 "
               f"{100 * row['top5']:.2f} (Table 7)")
     common.draw_segmentations(net, images, cfg, device, folder)
-    stored = folder / f"result_{cfg.split}{trained.name.removeprefix('seg')}.json"
-    common.write_text(stored, json.dumps(row, indent=1))
-    draw_results(cfg)
-    print(f"in {cfg.out}: miou_params.png; in {folder}: {stored.name}")
+    if not cfg.weights:
+        stored = folder / f"result_{cfg.split}{how}.json"
+        common.write_text(stored, json.dumps(row, indent=1))
+        draw_results(cfg)
+        print(f"in {cfg.out}: miou_params.png; in {folder}: {stored.name}")
 
 
 def uniform_widths(network, classes, percentile):
     groups = groups_of(on_meta(Segmenter, network, classes))
-    return {g.name: max(1, math.floor((1 - percentile / 100) * g.width + 0.5)) for g in groups}
+    return {g.name: layer_width(g.width, percentile) for g in groups}
 
 
 def bench(cfg, device):
@@ -1482,7 +1536,7 @@ def bench(cfg, device):
                                                                    cfg.percentile)}
     else:
         paths = [Path(cfg.arch)] if cfg.arch else sorted(Path(cfg.out).glob("*/arch.json"))
-        arches = {path.parent.name: read_arch(path) for path in paths}
+        arches = {path.resolve().parent.name: read_arch(path) for path in paths}
         if len({(a["network"], a["classes"]) for a in arches.values()}) > 1:
             raise InputError(f"{cfg.out} holds networks of several kinds; name one by --arch")
         first = next(iter(arches.values()), {"network": cfg.network, "classes": 21})
@@ -1567,7 +1621,10 @@ def check(cfg, stages):
     for name in ("rounds", "inner_steps", "save_steps", "round_to", "cls_batch", "thinet_images"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be 1 or more")
-    for name in ("dense_cls_epochs", "cls_epochs", "recalibrate", "tolerance"):
+    for name in ("dense_cls_lr", "dense_lr", "search_cls_lr", "search_lr", "cls_lr", "lr"):
+        if not getattr(cfg, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be positive")
+    for name in ("dense_cls_epochs", "cls_epochs", "recalibrate", "tolerance", "aux_weight"):
         if getattr(cfg, name) < 0:
             raise InputError(f"--{name.replace('_', '-')} must not be negative")
     if not 0 <= cfg.least_width < 1 or not 0 <= cfg.momentum < 1 or cfg.dense_epochs < 1:
@@ -1576,6 +1633,9 @@ def check(cfg, stages):
     if min(*cfg.cls_size, *cfg.frame) < 32 or min(cfg.eval_scales, default=0) <= 0:
         raise InputError("--cls-size and --frame need 32 pixels a side or more, --eval-scales "
                          "positive numbers")
+    if cfg.method == "dense" and "train" in stages:
+        raise InputError("--method dense is trained by --search; there is nothing to fine-tune, "
+                         "leave out --train")
     for flag, batch in (("batch-size", cfg.batch_size), ("cls-batch", cfg.cls_batch)):
         share, rest = divmod(batch, world_size())
         if stages & {"search", "train"} and (rest or share < 2):
