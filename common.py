@@ -326,7 +326,8 @@ def write_config(cfg, stages, folder=None):
              "torch": torch.__version__, "torchvision": data.torchvision.__version__,
              "numpy": np.__version__, "device": device_name(cfg.device), "git": git or None,
              "threads": torch.get_num_threads(), "processes": world_size()}
-    write_text(Path(folder or cfg.out) / "config.json", json.dumps({**asdict(cfg), **about}, indent=1))
+    write_text(Path(folder or cfg.out) / "config.json",
+               json.dumps({**asdict(cfg), **about}, indent=1))
 
 
 def device_name(device):

@@ -1403,17 +1403,18 @@ def draw_sparse(cfg):
 
 
 def results(cfg):
-    """{network: its row} of everything evaluated on --split in this --out, unless pruned anew."""
+    """The rows of everything evaluated on --split in this --out, unless pruned anew since."""
     paths = sorted(Path(cfg.out).glob(f"*/result_{cfg.split}*.json"))
     rows = [(path.parent / "pruned.pt", common.read_json(path, "result")) for path in paths]
-    return {row["name"]: row for pruned, row in rows if row["from"] == fingerprint(pruned)}
+    return [row for pruned, row in rows if row["from"] == fingerprint(pruned)]
 
 
 def draw_results(cfg):
     """Figure 3: mIoU against parameters, of every network evaluated in this --out."""
     groups = {}
-    for name, row in results(cfg).items():
-        groups.setdefault(row["method"], []).append((row["params"] / 1e6, 100 * row["miou"], name))
+    for row in results(cfg):
+        groups.setdefault(row["method"], []).append((row["params"] / 1e6, 100 * row["miou"],
+                                                     row["name"]))
     common.scatter_chart(Path(cfg.out) / "miou_params.png", "mIoU against parameters (Figure 3)",
                          "parameters (M)", "mIoU (%)", groups, size=(720, 480))
 
@@ -1499,8 +1500,9 @@ def evaluate_network(cfg, device):
         how += f"_{len(cfg.eval_scales)}scales" + "_flip" * cfg.eval_flip
     name = folder.name + how
     method = cfg.method if cfg.method == "dense" else read_arch(arch_path(cfg)).get("method")
-    row = {"name": name, "method": method, "params": count_params(net), "split": cfg.split,
-           "conv_macs": count_macs(net, cfg.frame), "frame": cfg.frame, "miou": matrix.miou(),
+    row = {"name": name, "folder": folder.name, "method": method, "split": cfg.split,
+           "params": count_params(net), "conv_macs": count_macs(net, cfg.frame),
+           "frame": cfg.frame, "miou": matrix.miou(),
            "pixel_accuracy": matrix.pixel_accuracy(), "scales": cfg.eval_scales,
            "image_scale": cfg.image_scale, "from": fingerprint(folder / "pruned.pt")}
     head = folder / "cls" / "best.pt"
@@ -1549,11 +1551,12 @@ def bench(cfg, device):
     known = results(cfg)
     for name, row in rows.items():
         row["latency_ratio"] = row["median_ms"] / rows["dense"]["median_ms"]
-        mine = known.get(name, {})
+        mine = [(row["name"].removeprefix(name), row) for row in known if row["folder"] == name]
         print(f"{name:28s} " + "  ".join(
             f"{key} {row[key] / rows['dense'][key]:.3f}" for key in ("params", "conv_macs",
                                                                      "median_ms"))
-            + "".join(f"  {key} {100 * mine[key]:.2f}" for key in ("miou", "top1") if key in mine))
+            + "".join(f"  {key}{how} {100 * row[key]:.2f}" for how, row in mine
+                      for key in ("miou", "top1") if key in row))
     compare_with_paper()
     common.write_text(Path(cfg.out) / "bench.json", json.dumps({**about, "networks": rows},
                                                                indent=1))

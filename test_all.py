@@ -1505,6 +1505,30 @@ def test_synthetic_search_from_the_command_line():
         assert arch["classes"] == 11 and set(arch["student"]["branches"]) <= {"8", "16", "32"}
 
 
+def test_synchronised_bn_leaves_the_network_plain():
+    """The twin that trains on several GPUs shares every tensor, so the network itself can be cut
+    and folded at any time. (Statistics over ranks need GPUs; in one process the twin is plain.)"""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(
+        nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5)))
+    twin = common.synchronised(net)
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in twin.modules()) == 2
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
+    for a, b in zip((*net.parameters(), *net.buffers()), (*twin.parameters(), *twin.buffers()),
+                    strict=True):
+        assert a.data_ptr() == b.data_ptr()
+    optimizer, before = torch.optim.SGD(net.parameters(), 0.1), copy.deepcopy(net.state_dict())
+    twin(torch.randn(8, 3, 4, 4)).square().sum().backward()
+    optimizer.step()
+    for (key, a), b in zip(net.state_dict().items(), before.values()):
+        assert key.startswith(("0.bias", "2.0.bias")) or not torch.equal(a, b), key
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        assert torch.allclose(net.eval()(x), twin.eval()(x))
+        assert torch.allclose(common.fold_bn(net)(x), net(x), atol=1e-5)
+    assert len(common.narrowed(net[1], torch.tensor([0, 2])).running_mean) == 2
+
+
 def test_two_processes_end_with_equal_weights():
     """torchrun with gloo: both ranks hold the same weights, close to one process with the joint
     batch (not equal: BN and OHEM see half of it)."""
@@ -3438,6 +3462,35 @@ def test_mtp_thinet_zeroes_what_it_removes():
     assert (ratio[0, :, 0, 0] - 1).abs().max() > 0.01, "those that stay are scaled"
 
 
+def test_mtp_widths_in_multiples():
+    """--round-to holds for every method, ThiNet's too, and refuses what a layer cannot give."""
+    assert [mtp.layer_width(n, 30, 8) for n in (64, 20, 8)] == [48, 16, 8]
+    assert [mtp.layer_width(n, 30) for n in (64, 5, 1)] == [45, 4, 1]
+    assert mtp.rounded(99, 100, 8) == 96 and mtp.rounded(1, 100, 8) == 8
+    _refused(lambda: mtp.rounded(4, 4, 8), "--round-to 8", "4 channels")
+    cfg = mtp.Config(**{**mtp.QUICK, "batch_size": 2, "thinet_images": 2, "method": "thinet",
+                        "round_to": 48})
+    net = mtp.Segmenter(cfg.network, 11)
+    kept = mtp.thinet_kept(net, mtp.groups_of(net), mtp.TwoSets(cfg), cfg, torch.device("cpu"))
+    assert {len(k) for k in kept.values()} == {48, 144, 240}    # of 64 (32), 128 and 256, 512
+
+
+def test_mtp_head_of_the_first_task():
+    """Taken from the file where the classes are as many; never left random without training."""
+    with tempfile.TemporaryDirectory() as tmp:
+        torch.manual_seed(0)
+        whole, path = data.torchvision.models.resnet18(num_classes=7), Path(tmp, "r18.pth")
+        torch.save(whole.state_dict(), path)
+        cfg = mtp.Config(**{**mtp.QUICK, "backbone": str(path), "dense_cls_epochs": 0})
+        net = mtp.Classifier(cfg.network, 7)
+        mtp.start_from(cfg, net, 7)
+        x = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            assert torch.allclose(net.eval()(x), whole.eval()(x), atol=1e-5)
+        _refused(lambda: mtp.start_from(cfg, mtp.Classifier(cfg.network, 8), 8), "8 classes",
+                 "--dense-cls-epochs")
+
+
 def test_mtp_recalibration_is_a_plain_mean():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
@@ -3542,7 +3595,7 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
             assert re.search(rf"^{name} .*miou.*top1", out, re.M), f"{name} is missing in:\n{out}"
         assert re.search("^fpgm_25 .*params", out, re.M)
         assert re.search("^slimming_50_unified .*params", out, re.M)
-        assert (whole / "slimming_50_unified/result_val_without_cls.json").exists()
+        assert (whole / "slimming_50_unified/result_val_without_cls_2scales.json").exists()
         arch = json.loads((whole / "uniform_50/arch.json").read_text())
         assert arch["widths"]["backbone.layer1.0.conv1"] == 32
 
@@ -3561,6 +3614,8 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
         inside("--search", "--alpha1", "0.2")
         assert not torch.equal(state_of(whole / "mtp_50/pruned.pt")[".model.backbone.conv1.weight"],
                                before[".model.backbone.conv1.weight"])
+        _refused(lambda: inside("--eval"), "fine-tuned from another network")
+        assert not re.search("^mtp_50 .*miou", inside("--bench"), re.M), "a result of other weights"
         assert "trained already" not in inside("--train")
 
 
@@ -3577,10 +3632,16 @@ def test_mtp_wrong_input_ends_in_one_sentence():
                 (["--search", "--batch-size", "1"], ("--batch-size", "BN")),
                 (["--search", "--network", "pspnet_resnet50", "--backbone", "imagenet"],
                  ("deep stem",)),
-                (["--search", "--cls-dataset", "imagefolder"], ("imagefolder",)),
+                (["--search", "--cls-dataset", "imagefolder"], ("imagefolder", "--cls-root")),
+                (["--search", "--cls-dataset", "imagefolder", "--cls-root", missing],
+                 (missing, "--cls-root")),
+                (["--search", "--lr", "0"], ("--lr",)), (["--search", "--rho", "nan"], ("--rho",)),
+                (["--search", "--weight-decay", "-1"], ("--weight-decay",)),
+                (["--eval", "--eval-scales", "nan"], ("--eval-scales",)),
+                (["--search", "--round-to", "1000"], ("--round-to 1000", "64 channels")),
                 (["--search", "--backbone", missing], (missing,)),
                 (["--train"], ("arch.json", "no")),
-                (["--train", "--method", "dense"], ("dense",)),
+                (["--search", "--train", "--method", "dense"], ("dense", "--train")),
                 (["--eval", "--method", "dense"], ("no checkpoint", "best.pt")),
                 (["--bench", "--arch", missing], (missing,))):
             _refused(lambda: mtp.main([*flags, *tail]), *words)
