@@ -57,14 +57,15 @@ from common import (BaseConfig, InputError, Progress, autocast, average_gradient
 # Settings. Defaults are the paper's; the tag says where it says so.
 # ---------------------------------------------------------------------------------------------
 
-NETWORKS = ("tiny", "small", "base", "super", "deeplab")
+NETWORKS = ("tiny", "small", "base", "base_cityscapes", "super", "deeplab")
 METHODS = ("bilevel", "uniform", "magnitude", "slimming", "dense", "retrained")
 
 
 @dataclass
 class Config(BaseConfig):
-    network: str = opt("super", "TopFormer tiny, small, base, or super: wider than base (PAPER "
-                       "5.2); deeplab: DeepLabV3+ on MobileNet-V2 (PAPER App. H)", NETWORKS)
+    network: str = opt("super", "TopFormer tiny, small, base, base_cityscapes: a narrower head, or "
+                       "super: wider than base (PAPER 5.2); deeplab: DeepLabV3+ on MobileNet-V2 "
+                       "(PAPER App. H)", NETWORKS)
     init: str = opt("none", "weights the dense network starts from: a published TopFormer "
                     "checkpoint; for deeplab MobileNet-V2's (a file, or imagenet)")
     method: str = opt("bilevel", "how --search chooses channels, and whose network --eval and "
@@ -80,7 +81,8 @@ class Config(BaseConfig):
     tau: float = opt(0.5, "threshold of Eq. (2) (PAPER 3.2)")
     beta: float = opt(0.01, "weight of the MACs term, Eq. (4) (PAPER 5.2)")
     lam: float = opt(0.1, "lambda of Eq. (15) (PAPER 5.2)")
-    weight_steps: int = opt(3, "weight steps between two mask steps (PAPER 4.2: a few)")
+    weight_steps: int = opt(3, "weight steps between two mask steps (PAPER 4.2: a few; the number "
+                            "is OURS)")
     mask_lr: float = opt(0.0, "step size of the masks; 0 = from the length of the search (OURS)")
     search_epochs: int = opt(430, "epochs of the search, its end included (OURS: as long as the "
                              "dense training)")
@@ -91,12 +93,15 @@ class Config(BaseConfig):
                     "small it suits adamw")
     power: float = opt(0.9, "of the poly policy (PAPER 5.2)")
     momentum: float = opt(0.9, "of sgd (PAPER 5.2)")
-    weight_decay: float = opt(1e-4, "of w, not of norms, biases and masks (OURS; OFFICIAL-CODE of "
-                              "TopFormer: 0.01 with adamw)")
+    weight_decay: float = opt(1e-4, "of w, not of norms, biases and masks (OURS, not 1 / lambda: "
+                              "approximation 6; OFFICIAL-CODE of TopFormer: 0.01 with adamw)")
     clip: float = opt(0.0, "gradient norm clip, 0 = off")
     drop_path: float = opt(0.1, "largest stochastic depth of the blocks (OFFICIAL-CODE)")
     size: tuple[int, int] = opt((512, 1024), "training crop, H W (PAPER 5.2; ADE20K 512 512)")
-    scales: tuple[float, float] = opt((0.5, 2.0), "random scale, drawn uniformly (PAPER 5.2)")
+    scales: tuple[float, float] = opt((0.5, 2.0), "random scale, drawn uniformly (PAPER 5.2 for "
+                                      "ADE20K; on Cityscapes the paper draws 0.5, 0.75, 1 or 2)")
+    image_scale: float = opt(1.0, "pictures are resized by this first, to train and to evaluate; "
+                             "0.5 evaluates Cityscapes at the paper's 512x1024 (PAPER 5.2)")
     batch_size: int = opt(64, "images a step over all processes (PAPER 5.2: 8 on each of 8 GPUs)")
     epochs: int = opt(430, "epochs of the dense training (OFFICIAL-CODE of TopFormer: 80k steps "
                       "of 16 images)")
@@ -221,7 +226,7 @@ class Attention(nn.Module):
         self.to_k = Layer(widths, tokens, keys)
         self.to_v = Layer(widths, tokens, values)
         self.project = Layer(widths, values, tokens)
-        nn.init.zeros_(self.project.norm.weight)        # OFFICIAL-CODE: a block starts as identity
+        nn.init.zeros_(self.project.norm.weight)        # OFFICIAL-CODE: attention starts at zero
 
     def forward(self, x, gates=None):
         b, _, h, w = x.shape
@@ -286,6 +291,8 @@ VARIANTS = {
     "tiny": (KTS[:9], (16, 16, 32, 64, 96), 4, 128, True),
     "small": (KTS, (16, 24, 48, 96, 128), 6, 192, False),
     "base": (KTS, (16, 32, 64, 128, 160), 8, 256, False),
+    # OFFICIAL-CODE: TopFormer's own base for Cityscapes, 4,839,667 parameters with 19 classes
+    "base_cityscapes": (KTS, (16, 32, 64, 128, 160), 8, 128, False),
     # PAPER: 10.34 M parameters, 4.1 GMACs at 512x512, "a larger per-layer width". OURS: the widths;
     # 10,345,958 parameters and 4.101 GMACs.
     "super": (tuple((k, max(t, 4) if i else t, s) for i, (k, t, s) in enumerate(KTS)),
@@ -499,8 +506,7 @@ def load_published(net, path):
     for wrapper in ("state_dict", "state_dict_ema", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no state_dict; --init takes a published TopFormer file")
+    common.require_state(state, path)
     found = {our_name(key, net): value for key, value in state.items()}
     own, left = net.state_dict(), []
     for key, value in own.items():
@@ -698,17 +704,21 @@ def task_loss(forward, gates, images, labels, cfg):
 #   Eq. (24)   grad2_bw L =  F' a'(w) + b F'' a(w) a'(w)
 #   Eq. (12)   grad2_bw L =  F' a'(w) =: grad_wb L
 #
-# Approximation 2: F'' = 0, the loss is linear in the channel's output too. A mask meets the weights
-# of its own channel alone: hence diag in Eq. (12). (Eq. (25) should read diag(w*) times the second
-# derivative; it vanishes either way.)
-# Approximation 3, Eq. (3): grad_s = grad_b.
+# Approximation 2: F'' = 0, the loss is linear in the channel's output too. (Eq. (25) should read
+# diag(w*) times the second derivative; it vanishes either way.)
+# Approximation 3, the diag of Eq. (12): a mask meets the weights of its own channel alone. In a
+# network it also meets those that make the channel's inputs and those that read the channel; their
+# terms can be as large as the one that is kept (test_what_the_diagonal_leaves_out).
+# Approximation 4, Eq. (3): grad_s = grad_b.
 #
 #   Eq. (13)   dL_m/ds = grad_s L_m - lambda (F' a') (b F' a')     the second factor is grad_w L_m
 #   Eq. (14)   F' a' = grad_w L_m where b = 1: no second copy of the gradients is needed. It is not
 #              zero where b = 0, as printed, but meets grad_w L_m = 0 there in Eq. (13).
 #   Eq. (15)   dL_m/ds = grad_s L_m - lambda b [grad_w L_m]^2      summed over a channel's weights
 #
-# Approximation 4: w is what a few steps of training have reached, not w*.
+# Approximation 5: w is what a few steps of training have reached, not w*.
+# Approximation 6 (OURS): those steps decay w by --weight-decay, not by the 1 / lambda of Eq. (7): a
+# decay of 10 would leave no network to prune. lambda weighs the second term of Eq. (15) alone.
 #
 # What it does. By Eq. (15) a channel's mask rises by lambda times the summed squares of its
 # weights' gradients: channels that the loss still works on are kept. At w* itself
@@ -758,7 +768,10 @@ def mask_rates(masks, macs, target, steps, cfg):
 
 
 def mask_step(forward, net, masks, macs, target, images, labels, rates, beta, cfg):
-    """Second step of Section 4.2: move the masks, leave the weights. Returns the loss terms."""
+    """Second step of Section 4.2: move the masks, leave the weights. Returns the loss terms.
+
+    OURS: on the next batch of the training set; the paper sets no pictures aside for the masks.
+    """
     gates = masks()
     terms = {"loss": task_loss(forward, gates, images, labels, cfg),
              "reg": beta * regularizer(macs, gates, target).float()}
@@ -824,10 +837,11 @@ def optimizer_for(net, cfg, steps):
 def settings_of(cfg):
     """What must not change between a search and its resumption."""
     return {name: str(getattr(cfg, name)) for name in (
-        "network", "dataset", "data_root", "method", "implicit", "scope", "target", "target_gmacs",
-        "round_to", "frame", "tau", "beta", "lam", "weight_steps", "mask_lr", "search_epochs",
-        "settle", "slim_l1", "optimizer", "lr", "batch_size", "size", "scales", "image_scale",
-        "seed")}
+        "network", "init", "dense", "dataset", "data_root", "num_classes", "method", "implicit",
+        "scope", "target", "target_gmacs", "round_to", "frame", "tau", "beta", "lam",
+        "weight_steps", "mask_lr", "search_epochs", "settle", "slim_l1", "optimizer", "lr", "power",
+        "momentum", "weight_decay", "clip", "drop_path", "epochs", "batch_size", "size", "scales",
+        "image_scale", "amp", "seed")}
 
 
 def free_epochs(cfg):
@@ -855,7 +869,7 @@ class Search:
         self.free = free_epochs(cfg)
         self.mask_steps = self.free * steps // (cfg.weight_steps + 1)
         self.rates = mask_rates(self.masks, self.macs, self.target, max(self.mask_steps, 1), cfg)
-        self.forward = torch.compile(net) if cfg.compile else net
+        self.forward = common.wrapped(net, cfg, device)
         self.refresh()
 
     def refresh(self):
@@ -883,7 +897,7 @@ class Search:
         return weight_step(self.forward, self.net, self.gates, self.stays, images, labels,
                            self.optimizer, self.cfg, penalty)
 
-    def settle(self):
+    def fix_masks(self):
         """Fix the masks: the channels with the best scores that the target has room for.
 
         For the paper's method the score is s, so this moves the threshold from tau to where the
@@ -927,56 +941,52 @@ def search(cfg, device, folder):
     steps = len(loader)
     check_mask_steps(cfg, steps)
     net = start(cfg, net, device, loader, val_loader)
-    s = Search(cfg, net.train(), device, steps)
+    run = Search(cfg, net.train(), device, steps)
     torch.manual_seed(cfg.seed)         # as if the dense network had been there before
     if cfg.resume and (folder / "last.pt").exists():
-        s.load(folder / "last.pt")
+        run.load(folder / "last.pt")
     else:
         common.forget_log(folder, "search")
-        if s.free == 0:
-            s.settle()
-    progress = Progress(f"search {cfg.method}", cfg.search_epochs, steps, device, s.epoch)
-    while s.epoch < cfg.search_epochs:
-        begun, trace, terms = time.perf_counter(), [], {}
-        moving = cfg.method == "bilevel" and s.epoch < s.free
-        loader.sampler.set_epoch(cfg.epochs + s.epoch)          # not the crops of dense training
+        if run.free == 0:
+            run.fix_masks()
+    progress = Progress(f"search {cfg.method}", cfg.search_epochs, steps, device, run.epoch)
+    while run.epoch < cfg.search_epochs:
+        begun, trace, losses, terms = time.perf_counter(), [], [], {}
+        moving = cfg.method == "bilevel" and run.epoch < run.free
+        loader.sampler.set_epoch(cfg.epochs + run.epoch)        # not the crops of dense training
         for i, (pictures, labels) in enumerate(loader):
-            pictures, labels = on_device(pictures, labels, device, cfg)
-            done = s.epoch * steps + i
+            pictures, labels = common.to_device(pictures, labels, cfg, device)
+            done = run.epoch * steps + i
             turn, rest = divmod(done, cfg.weight_steps + 1)
-            with common.training_step("search", s.epoch, i):                # Section 4.2
+            with common.training_step("search", run.epoch, i):              # Section 4.2
                 if moving and rest == cfg.weight_steps:                     # its second step
-                    terms |= s.move_masks(pictures, labels, turn / s.mask_steps)
-                    flips = s.refresh()
-                    trace.append([done, float(s.macs(s.gates)) / s.macs.dense, flips])
+                    terms |= run.move_masks(pictures, labels, turn / run.mask_steps)
+                    flips = run.refresh()
+                    trace.append([done, float(run.macs(run.gates)) / run.macs.dense, flips])
                 else:                                                       # its first step
-                    terms |= s.train_weights(pictures, labels)
-            s.schedule.step()
-            progress.step(s.epoch, i, terms, len(pictures) * world_size())
-        s.seconds += time.perf_counter() - begun
-        common.average_buffers(s.net)
-        s.epoch += 1
-        if s.epoch == s.free:
-            s.settle()
-        extra = record_epoch(s, terms, trace, val_loader, device, folder)
-        s.save(folder / "last.pt")
-        progress.close(s.epoch - 1, terms, extra)
-    return finish(s, images, val_loader, device, folder)
+                    terms |= run.train_weights(pictures, labels)
+            run.schedule.step()
+            losses.append(terms["loss"])
+            progress.step(run.epoch, i, terms, len(pictures) * world_size())
+        run.seconds += time.perf_counter() - begun
+        common.average_buffers(run.net)
+        run.epoch += 1
+        if run.epoch == run.free:
+            run.fix_masks()
+        mean = {"loss": torch.stack(losses).mean()}
+        extra = record_epoch(run, terms | mean, trace, val_loader, device, folder)
+        run.save(folder / "last.pt")
+        progress.close(run.epoch - 1, terms, extra)
+    return finish(run, images, val_loader, device, folder)
 
 
-def on_device(images, labels, device, cfg):
-    if cfg.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return images.to(device), labels.to(device)
-
-
-def record_epoch(s, terms, trace, val_loader, device, folder):
+def record_epoch(run, terms, trace, val_loader, device, folder):
     """Log losses, MACs, flips, what is left of every site and the masked mIoU; returns a remark."""
-    share = float(s.macs(s.gates)) / s.macs.dense
-    miou = evaluate(Masked(s.net, s.masks), val_loader, s.net.num_classes, device,
-                    s.cfg.amp).miou()
-    log_record(folder, stage="search", epoch=s.epoch - 1, masked_miou=miou, macs=share, trace=trace,
-               widths={site: int(b.sum()) for site, b in s.gates.items()},
+    share = float(run.macs(run.gates)) / run.macs.dense
+    miou = evaluate(Masked(run.net, run.masks), val_loader, run.net.num_classes, device,
+                    run.cfg.amp).miou()
+    log_record(folder, stage="search", epoch=run.epoch - 1, masked_miou=miou, macs=share,
+               trace=trace, widths={site: int(b.sum()) for site, b in run.gates.items()},
                **{name: float(value) for name, value in terms.items()})
     return (f" | {100 * share:.1f}% of the MACs, {sum(flips for *_, flips in trace)} flips, masked "
             f"mIoU {100 * miou:.2f}")
@@ -1069,18 +1079,17 @@ def load_arch(path):
     return name, classes, widths
 
 
-def restore(cfg, classes, method, device, weights=""):
+def restore(cfg, classes, device):
     """A trained network of --method in eval mode, rebuilt from its arch.json and a state_dict."""
-    folder = folder_of(cfg, method)
-    path = Path(cfg.arch or folder / "arch.json")
+    path = Path(cfg.arch or folder_of(cfg) / "arch.json")
     name, found, widths = load_arch(path)
     if found != classes:
         raise InputError(f"{path} is for {found} classes, the data set has {classes}")
     net = build(name, classes, widths)
-    path = weights or path.parent / ("best.pt" if method in ("dense", "retrained") else "pruned.pt")
+    plain = cfg.method in ("dense", "retrained")
+    path = cfg.weights or path.parent / ("best.pt" if plain else "pruned.pt")
     load_weights(net, load_checkpoint(path)["model"], path)
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    return net.eval().to(device, memory_format=layout)
+    return common.place(net.eval(), cfg, device)
 
 
 def write_arch(net, folder, **about):
@@ -1089,35 +1098,42 @@ def write_arch(net, folder, **about):
          "widths": {site: n for site, n in net.widths.items() if site}}, indent=1))
 
 
-def finish(s, images, val_loader, device, folder):
-    """Cut, check the small network against the masked one, measure both, write it all."""
-    cfg, small = s.cfg, prune(s.net, s.gates).eval()
-    s.net.eval()
+def finish(run, images, val_loader, device, folder):
+    """Cut, check the small network against the masked one, measure both, write it all.
+
+    Returns a dict of what was found, on rank 0.
+    """
+    cfg, small = run.cfg, prune(run.net, run.gates).eval()
+    run.net.eval()
     picture = val_loader.dataset[0, 0][0][None].to(device)
     with torch.no_grad():
-        apart = float((small(picture) - s.net(picture, s.gates)).abs().max())
+        apart = float((small(picture) - run.net(picture, run.gates)).abs().max())
     scores = {name: evaluate(net, val_loader, images.num_classes, device, cfg.amp).miou()
-              for name, net in (("masked", Masked(s.net, s.masks)), ("pruned", small))}
-    macs, target = count_macs(small, cfg.frame), s.target
+              for name, net in (("masked", Masked(run.net, run.masks)), ("pruned", small))}
+    macs, target = count_macs(small, cfg.frame), run.target
     met, row = abs(macs / target - 1) <= 0.01, None
     if rank() == 0:
         save_checkpoint(folder / "pruned.pt", model=small.state_dict())
-        about, rows = latency.compare({"dense": s.net, cfg.method: small}, cfg.frame, device, cfg)
+        about, rows = latency.compare({"dense": run.net, cfg.method: small}, cfg.frame, device, cfg)
         row = {"method": cfg.method, "implicit": cfg.implicit, "masked_miou": scores["masked"],
                "pruned_miou": scores["pruned"], "parameters": count_params(small), "macs": macs,
-               "target": target, "met": met, "search_seconds": round(s.seconds, 1),
+               "target": target, "met": met, "search_seconds": round(run.seconds, 1),
                "latency_ms": rows[cfg.method]["median_ms"],
                "dense_latency_ms": rows["dense"]["median_ms"]}
+        if cfg.method == "bilevel":     # what Eq. (5) has reached before the ranking
+            row["masks_macs"] = run.reached
         write_arch(small, folder, frame=list(cfg.frame), result=row, measured_on=about)
-        draw_widths(folder / "widths.png", s.net.widths, small.widths, cfg)
-        draw_search(folder, target / s.macs.dense)
-        print(f"target {target / 1e9:.4f} GMACs: the masks came to {s.reached / 1e9:.4f}, the "
+        draw_widths(folder / "widths.png", run.net.widths, small.widths, cfg)
+        draw_search(folder, target / run.macs.dense)
+        masks = (f"the masks came to {run.reached / 1e9:.4f}, " if cfg.method == "bilevel" else "")
+        again = cfg if folder == folder_of(cfg) else replace(cfg, arch=str(folder / "arch.json"))
+        print(f"target {target / 1e9:.4f} GMACs: {masks}the "
               f"ranking to {macs / 1e9:.4f} ({100 * (macs / target - 1):+.2f}%): "
               f"{'met within 1%' if met else 'NOT met within 1%'}\n"
               f"masked mIoU {100 * scores['masked']:.2f}, pruned mIoU, no fine-tuning, "
               f"{100 * scores['pruned']:.2f}; largest difference of a logit {apart:.1e}\n"
               f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, widths.png, search_*.png\n"
-              f"next: python bilevel_prune.py --eval --bench{common.flags_of(cfg, QUICK)}")
+              f"next: python bilevel_prune.py --eval --bench{common.flags_of(again, QUICK)}")
     common.barrier()
     return row
 
@@ -1182,13 +1198,11 @@ def folder_of(cfg, method=None):
 
 def train_network(cfg, net, device, folder, loader, val_loader):
     """Plain training of a network; best.pt and last.pt in `folder`. Returns the best mIoU."""
-    if cfg.channels_last:
-        net = net.to(memory_format=torch.channels_last)
+    net = common.place(net, cfg, device)
     optimizer, schedule = optimizer_for(net, cfg, cfg.epochs * len(loader))
 
     def loss_terms(forward, images, labels):
-        logits = forward(images).float()
-        return {"loss": cross_entropy(resize(logits, labels.shape[-2:]), labels)}
+        return {"loss": task_loss(forward, None, images, labels, cfg)}
 
     torch.manual_seed(cfg.seed)
     best = common.fit(folder.name, net, loss_terms, optimizer, schedule, loader, val_loader,
@@ -1202,21 +1216,30 @@ def train_network(cfg, net, device, folder, loader, val_loader):
 
 def identity_of(cfg, net):
     """What a checkpoint says about itself, so that it is not taken for another network's."""
+    root = Path(cfg.data_root).resolve() if cfg.data_root else ""
     return {"network": f"{net.name} {net.num_classes} {net.widths}",
-            "dataset": f"{cfg.dataset} {cfg.data_root}"}
+            "dataset": f"{cfg.dataset} {root} x{cfg.image_scale:g}", "init": cfg.init,
+            "seed": str(cfg.seed)}
 
 
 def start(cfg, net, device, loader, val_loader):
-    """The dense network the search starts from: --dense, or what --train made, or made now."""
+    """The dense network the search starts from: --dense, or what --train made, or made now.
+
+    A finished one is never replaced: InputError if it is of another network, data set or seed.
+    """
     folder, path = Path(cfg.out) / "dense", cfg.dense
     if not path:
         path, last = folder / "best.pt", folder / "last.pt"
-        state = load_checkpoint(last, ("epoch",)) if last.exists() else {"epoch": 0}
-        if state["epoch"] < cfg.epochs or not identity_of(cfg, net).items() <= state.items():
-            train_network(cfg, net.to(device), device, folder, loader, val_loader)
+        wanted = identity_of(cfg, net)
+        state = load_checkpoint(last, ("epoch",)) if last.exists() else {"epoch": 0, **wanted}
+        other = [key for key, value in wanted.items() if state.get(key) != value]
+        if other:
+            raise InputError(f"{last} is of another {other[0]} than this run; give another --out, "
+                             "or --train to train the dense network anew")
+        if state["epoch"] < cfg.epochs:
+            train_network(cfg, net, device, folder, loader, val_loader)
     load_weights(net, load_checkpoint(path)["model"], path)
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    return net.to(device, memory_format=layout)
+    return common.place(net, cfg, device)
 
 
 def train(cfg, device):
@@ -1231,9 +1254,11 @@ def train(cfg, device):
         net, folder = build(name, classes, widths, cfg.drop_path), folder_of(cfg)
     else:
         net, folder = dense_network(cfg, images.num_classes), Path(cfg.out) / "dense"
-    train_network(cfg, net.to(device), device, folder, loader, val_loader)
+    train_network(cfg, net, device, folder, loader, val_loader)
     if rank() == 0:
-        print(f"next: python bilevel_prune.py --search{common.flags_of(cfg, QUICK)}")
+        stage = "--eval" if cfg.method == "retrained" else "--search"
+        again = replace(cfg, method="bilevel") if cfg.method == "dense" else cfg
+        print(f"next: python bilevel_prune.py {stage}{common.flags_of(again, QUICK)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1244,7 +1269,7 @@ def train(cfg, device):
 def evaluate_network(cfg, device):
     """--eval: mIoU of the small network as it left the search, one scale (5.2), and pictures."""
     images, loader = open_loader(cfg, cfg.split)
-    net, folder = restore(cfg, images.num_classes, cfg.method, device, cfg.weights), folder_of(cfg)
+    net, folder = restore(cfg, images.num_classes, device), folder_of(cfg)
     forward = torch.compile(net) if cfg.compile else net
     matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp)
     if rank() == 0:
@@ -1254,17 +1279,19 @@ def evaluate_network(cfg, device):
 
 
 PRINTED = {"tiny": "1.4 M / 0.6 G", "small": "3.1 M / 1.2 G", "base": "5.1 M / 1.8 G",
-           "super": "10.34 M / 4.1 G", "deeplab": "2.26 M / 9.5 G"}
+           "base_cityscapes": "5.1 M / 2.7 G", "super": "10.34 M / 4.1 G",
+           "deeplab": "2.26 M / 9.5 G"}
 
 
 def bench(cfg, device):
     """--bench: counts beside the paper's; dense and found networks; the backends of App. F."""
-    print("parameters and MACs, ours | printed in the paper (150 classes, 512x512; deeplab 19, "
-          "512x1024)")
+    print("parameters and MACs, ours | printed in the paper (150 classes, 512x512; deeplab and "
+          "base_cityscapes 19, 512x1024)")
     for name in NETWORKS:
-        classes, size = (19, (512, 1024)) if name == "deeplab" else (150, (512, 512))
+        wide = name in ("deeplab", "base_cityscapes")
+        classes, size = (19, (512, 1024)) if wide else (150, (512, 512))
         net = build(name, classes)
-        print(f"  {name:8s} {count_params(net):11,d} {count_macs(net, size):15,d} | "
+        print(f"  {name:15s} {count_params(net):11,d} {count_macs(net, size):15,d} | "
               f"{PRINTED[name]}")
     nets, classes, network = {}, 19, cfg.network
     paths = {"bilevel": Path(cfg.out) / "arch.json", **{
@@ -1307,22 +1334,22 @@ def bench_backends(name, net, frame, device):
 
 def bench_search(cfg, device):
     """--bench-search: time of the two steps of the search; what the implicit term costs."""
-    net = dense_network(cfg, 19).to(device).train()
-    s = Search(replace(cfg, method="bilevel"), net, device, 100)
+    net = common.place(dense_network(cfg, 19), cfg, device).train()
+    run = Search(replace(cfg, method="bilevel"), net, device, 100)
     shape = (cfg.batch_size, *cfg.size)
-    images = torch.randn(shape[0], 3, *shape[1:], device=device)
-    labels = torch.randint(0, 19, shape, device=device)
-    gates = s.masks.binary()
+    images, labels = common.to_device(torch.randn(shape[0], 3, *shape[1:]),
+                                      torch.randint(0, 19, shape), cfg, device)
+    gates = run.masks.binary()
 
     def masks(implicit, weights=True):
         net.requires_grad_(weights)
-        s.cfg = replace(s.cfg, implicit=implicit)
-        mask_step(s.forward, net, s.masks, s.macs, s.target, images, labels,
-                  dict.fromkeys(s.rates, 0.0), cfg.beta, s.cfg)
+        run.cfg = replace(run.cfg, implicit=implicit)
+        mask_step(run.forward, net, run.masks, run.macs, run.target, images, labels,
+                  dict.fromkeys(run.rates, 0.0), cfg.beta, run.cfg)
         net.requires_grad_(True)
 
-    steps = {"weight step": lambda: weight_step(s.forward, net, gates, s.stays, images, labels,
-                                                s.optimizer, s.cfg),
+    steps = {"weight step": lambda: weight_step(run.forward, net, gates, run.stays, images, labels,
+                                                run.optimizer, run.cfg),
              "mask step, Eq. (15)": lambda: masks(True),
              "mask step, --no-implicit": lambda: masks(False),
              "the same without weight gradients": lambda: masks(False, False)}
@@ -1354,33 +1381,41 @@ def measure_steps(steps, device, rounds=9):
 
 
 def sweep(cfg, device):
-    """--sweep, Apps. I and J: one search for each beta, lambda and target; sweep.md and .json."""
+    """--sweep, Apps. I and J: one search for each beta, lambda and target; sweep.md and .json.
+
+    The table says what the masks came to by Eq. (5) alone, and after the ranking that meets the
+    target whatever beta is. It is written anew after every search.
+    """
     settings = [("beta", {"beta": v}) for v in cfg.sweep_betas]
     settings += [("lambda", {"lam": v}) for v in cfg.sweep_lams]
     settings += [("target", {"target": v, "target_gmacs": 0.0}) for v in cfg.sweep_targets]
-    done, lines = {}, ["| swept | value | pruned mIoU | parameters | GMACs | met | ms | search s |",
-                       "|---|---|---|---|---|---|---|---|"]
-    for name, change in settings:
+    net = build(cfg.network, open_split(cfg, "train", cfg.size).num_classes)
+    macs = Macs(net, cfg.frame)
+    goals = [target_of(replace(cfg, **change), net, macs) for _, change in settings]
+    done, lines = {}, [
+        "| swept | value | pruned mIoU | parameters | target GMACs | by the masks alone | after "
+        "the ranking | ms | search s |", "|---|---|---|---|---|---|---|---|---|"]
+    for (name, change), goal in zip(settings, goals):
         changed = replace(cfg, **change)
-        key = f"beta{changed.beta:g}_lambda{changed.lam:g}_target{changed.target:g}"
+        key = f"beta{changed.beta:g}_lambda{changed.lam:g}_mmacs{goal / 1e6:.6g}"
         if key not in done:
             done[key] = search(changed, device, Path(cfg.out) / "sweep" / key)
         row, value = done[key], next(iter(change.values()))
         if rank() == 0:
             lines.append(f"| {name} | {value:g} | {100 * row['pruned_miou']:.2f} | "
-                         f"{row['parameters']:,} | {row['macs'] / 1e9:.4f} | "
-                         f"{'yes' if row['met'] else 'no'} | {row['latency_ms']:.1f} | "
-                         f"{row['search_seconds']:.0f} |")
+                         f"{row['parameters']:,} | {goal / 1e9:.4f} | "
+                         f"{row['masks_macs'] / 1e9:.4f} | {row['macs'] / 1e9:.4f} | "
+                         f"{row['latency_ms']:.1f} | {row['search_seconds']:.0f} |")
+            common.write_text(Path(cfg.out) / "sweep.json", json.dumps(done, indent=1))
+            common.write_text(Path(cfg.out) / "sweep.md", "\n".join(lines) + "\n")
     if rank() == 0:
-        common.write_text(Path(cfg.out) / "sweep.json", json.dumps(done, indent=1))
-        common.write_text(Path(cfg.out) / "sweep.md", "\n".join(lines) + "\n")
         print("\n".join(lines) + f"\nin {cfg.out}: sweep.md, sweep.json")
 
 
 def export_network(cfg):
     """--export FILE: the folded network as a torch.export program for pictures of --frame."""
     classes = open_loader(cfg, cfg.split)[0].num_classes
-    net = restore(cfg, classes, cfg.method, torch.device("cpu"), cfg.weights)
+    net = restore(cfg, classes, torch.device("cpu"))
     error = common.export(net, cfg.frame, cfg.export)
     print(f"{cfg.export}: torch.export program for 1x3x{cfg.frame[0]}x{cfg.frame[1]}, largest "
           f"difference to the network {error:.1e}\nrun it anywhere: "
@@ -1407,9 +1442,8 @@ def draw_widths(path, before, after, cfg):
             draw.rectangle((x0, y, x0 + scale * 460 * n / longest, y + 26), color)
         draw.text((x0 + scale * 460 * before[site] / longest + 12, y + 14),
                   f"{after[site]} of {before[site]}", "black", font, "lm")
-    with common.replacing(path) as temporary:
-        image.resize((image.width // scale, image.height // scale),
-                     Image.Resampling.LANCZOS).save(temporary, format="PNG")
+    common.save_png(image.resize((image.width // scale, image.height // scale),
+                                  Image.Resampling.LANCZOS), path)
 
 
 def draw_search(folder, target):
@@ -1424,8 +1458,8 @@ def draw_search(folder, target):
                               "target": [(first, target), (last, target)]})
         common.line_chart(folder / "search_flips.png", "Mask flips", "batch", "masks that changed "
                           "in a mask step", {"flips": [(at, flips) for at, _, flips in steps]})
-    common.line_chart(folder / "search_loss.png", "Training loss", "epoch", "cross-entropy of the "
-                      "last batch", {"loss": [(r["epoch"] + 1, r["loss"]) for r in records]})
+    common.line_chart(folder / "search_loss.png", "Training loss", "epoch", "cross-entropy, "
+                      "mean of the epoch", {"loss": [(r["epoch"] + 1, r["loss"]) for r in records]})
     common.line_chart(folder / "search_miou.png", "Masked network on val", "epoch", "mIoU (%)", {
         "masked mIoU": [(r["epoch"] + 1, 100 * r["masked_miou"]) for r in records]})
 
@@ -1450,6 +1484,10 @@ def check(cfg):
     if cfg.target_gmacs < 0 or cfg.round_to < 1 or cfg.weight_steps < 1:
         raise InputError("--target-gmacs must not be negative, --round-to and --weight-steps need "
                          "1 or more")
+    if not 0 <= cfg.momentum < 1 or cfg.power < 0 or not cfg.lr > 0:
+        raise InputError("--lr must be positive, --momentum from 0 to below 1, --power 0 or more")
+    if min(*cfg.sweep_betas, *cfg.sweep_lams) < 0:
+        raise InputError("--sweep-betas and --sweep-lams are not negative")
     if not 0 < cfg.tau < 1 or min(cfg.beta, cfg.lam, cfg.mask_lr, cfg.slim_l1) < 0:
         raise InputError("--tau lies between 0 and 1; --beta, --lam, --mask-lr, --slim-l1 are not "
                          "negative")
@@ -1462,32 +1500,39 @@ def check(cfg):
         raise InputError("--sweep-targets are shares of the dense MACs, above 0 and at most 1")
 
 
-def check_batches(cfg, stages):
-    """BN needs two values a channel: on the tokens, or in the image pooling of deeplab."""
-    if not stages & {"train", "search", "sweep", "bench-search"}:
-        return
+def check_batches(cfg, pictures):
+    """BN needs two values a channel: on the tokens, or in the image pooling of deeplab.
+
+    pictures: of the training set, which may have fewer than a batch.
+    """
     share, rest = divmod(cfg.batch_size, world_size())
+    share = min(share, -(-pictures // world_size()))
     if rest:
         raise InputError(f"--batch-size {cfg.batch_size} does not divide over {world_size()} "
                          "processes")
     if share * (cfg.network == "deeplab" or math.prod(math.ceil(d / 64) for d in cfg.size)) < 2:
-        raise InputError(f"--size {cfg.size[0]} {cfg.size[1]} and --batch-size {cfg.batch_size} "
-                         "leave BN a single value; take a larger crop or batch")
+        raise InputError(f"--size {cfg.size[0]} {cfg.size[1]} and batches of {share} pictures "
+                         "leave BN a single value; take a larger crop or batch, or more pictures")
 
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "bilevel_prune", STAGES, QUICK, __doc__, argv)
     check(cfg)
     device = common.setup(cfg)
-    check_batches(cfg, stages)
     if "search" in stages and cfg.method in ("dense", "retrained"):
         raise InputError(f"--search --method {cfg.method} prunes nothing; use --train, or choose "
                          f"from {', '.join(METHODS[:4])}")
-    common.write_config(cfg, stages)
+    if "search" in stages and cfg.arch:
+        raise InputError("--search finds an architecture, --arch names one; leave one of them out")
+    if "sweep" in stages and cfg.method != "bilevel":
+        raise InputError(f"--sweep is of the paper's method; leave out --method {cfg.method}")
     if stages & {"train", "search", "sweep", "eval"}:
         open_split(cfg, "val", cfg.size)                    # missing? say so before hours of work
     if stages & {"train", "search", "sweep"}:
-        data.check_segmentation(open_split(cfg, "train", cfg.size))
+        pictures = open_split(cfg, "train", cfg.size)
+        data.check_segmentation(pictures)
+        check_batches(cfg, len(pictures))
+    common.write_config(cfg, stages, folder_of(cfg))
     if "train" in stages:
         train(cfg, device)
     if "search" in stages:
@@ -1501,6 +1546,7 @@ def main(argv=None):
     if "bench-search" in stages:
         if world_size() > 1:
             raise InputError("--bench-search measures a single process; run it without torchrun")
+        check_batches(cfg, cfg.batch_size)
         bench_search(cfg, device)
     if rank() == 0 and cfg.export:
         export_network(cfg)

@@ -6,7 +6,7 @@ order in which a run meets it:
 
     settings     opt, BaseConfig, parse_args, flags_of, run_main
     processes    setup, rank, world_size, average_gradients, average_buffers, barrier, synchronised,
-                 distribute
+                 wrapped, distribute, place, to_device
     run folder   write_text, write_config, log_record, read_log, save_checkpoint, load_checkpoint,
                  Progress, training_step, check_finite, clip_gradients
     networks     classifier, load_backbone, narrowed
@@ -258,6 +258,19 @@ def distribute(model, device):
     return nn.parallel.DistributedDataParallel(model)
 
 
+def place(net, cfg, device):
+    """The network on the device, in NHWC memory with --channels-last."""
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    return net.to(device, memory_format=layout)
+
+
+def to_device(images, labels, cfg, device):
+    """A batch on the device, its images laid out as place() has laid out the network."""
+    if cfg.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images.to(device), labels.to(device)
+
+
 def autocast(device, enabled):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -315,7 +328,8 @@ def read_json(path, what):
 def write_config(cfg, stages, folder=None):
     """config.json: every setting, the stages, package versions, device, git revision if any.
 
-    folder: where to put it, if not in --out.
+    folder: where to put it, if not in --out. Stages that make no network leave the settings of the
+    one that is there.
     """
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
@@ -326,8 +340,9 @@ def write_config(cfg, stages, folder=None):
              "torch": torch.__version__, "torchvision": data.torchvision.__version__,
              "numpy": np.__version__, "device": device_name(cfg.device), "git": git or None,
              "threads": torch.get_num_threads(), "processes": world_size()}
-    write_text(Path(folder or cfg.out) / "config.json",
-               json.dumps({**asdict(cfg), **about}, indent=1))
+    path = Path(folder or cfg.out) / "config.json"
+    if not path.exists() or stages & {"search", "train", "sweep"}:
+        write_text(path, json.dumps({**asdict(cfg), **about}, indent=1))
 
 
 def device_name(device):
@@ -735,9 +750,7 @@ def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader
     for epoch in range(start, cfg.epochs):
         train_loader.sampler.set_epoch(epoch)
         for step, (images, labels) in enumerate(train_loader):
-            images, labels = images.to(device), labels.to(device)
-            if cfg.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images, labels = to_device(images, labels, cfg, device)
             with training_step(stage, epoch, step):
                 with autocast(device, cfg.amp):
                     terms = loss_terms(forward, images, labels)

@@ -51,7 +51,7 @@ import latency
 from common import (BaseConfig, ConfusionMatrix, InputError, Progress, autocast, average_gradients,
                     check_finite, clip_gradients, count_macs, count_params, evaluate, fit,
                     load_checkpoint, load_weights, log_record, ohem, open_loader, open_split, opt,
-                    rank, save_checkpoint, world_size)
+                    place, rank, save_checkpoint, world_size)
 
 # ---------------------------------------------------------------------------------------------
 # Settings. Defaults are the paper's; the tag says where it says so.
@@ -1499,9 +1499,7 @@ def train_network(cfg, which, device, train_loader, val_loader, classes, teacher
     """Train one derived network from scratch; returns it with its best weights."""
     arch = find_architecture(cfg, which, classes, device)
     torch.manual_seed(cfg.seed)
-    net = FasterSeg(arch, classes, auxiliary=True).to(device)
-    if cfg.channels_last:
-        net = net.to(memory_format=torch.channels_last)
+    net = place(FasterSeg(arch, classes, auxiliary=True), cfg, device)
     folder = folder_of(cfg, which)
 
     def loss_terms(forward, images, labels):
@@ -1540,8 +1538,7 @@ def restore(cfg, which, classes, device, path):
                          "again or name its own arch.json")
     net = FasterSeg(arch, classes)
     load_weights(net, {k: v for k, v in state["model"].items() if "auxiliary" not in k}, path)
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    return net.eval().to(device, memory_format=layout)
+    return place(net.eval(), cfg, device)
 
 
 def finished(cfg, which, classes, device):

@@ -54,8 +54,8 @@ import data
 import latency
 from common import (BaseConfig, InputError, Progress, autocast, average_gradients, check_finite,
                     clip_gradients, count_macs, count_params, cross_entropy, evaluate,
-                    load_checkpoint, load_weights, narrowed, open_loader, open_split, opt, rank,
-                    save_checkpoint, world_size)
+                    load_checkpoint, load_weights, narrowed, open_loader, open_split, opt, place,
+                    rank, save_checkpoint, world_size)
 
 # ---------------------------------------------------------------------------------------------
 # Settings. Defaults are the paper's for DeepLabV3 on VOC (7.1); the tag says where it says so.
@@ -717,11 +717,6 @@ def settings(cfg, names):
     return {name: json.dumps(getattr(cfg, name)) for name in names}
 
 
-def place(net, cfg, device):
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    return net.to(device, memory_format=layout)
-
-
 @torch.no_grad()
 def accuracy(net, loader, device, amp=False):
     """(top-1, top-5) shares of a classification split; top-5 is 1 for five classes or fewer."""
@@ -888,10 +883,7 @@ class SparseTraining:
         steps, done = self.cfg.inner_steps, self.done[task]
         start = self.round * steps
         for batch in self.sets.batches(task, start + done, start + steps):
-            images, labels = (t.to(self.device) for t in batch)
-            if self.cfg.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            yield images, labels
+            yield common.to_device(*batch, self.cfg, self.device)
             self.done[task] += 1
             if self.done[task] % self.cfg.save_steps == 0:
                 self.save()
@@ -1406,7 +1398,7 @@ def results(cfg):
     """The rows of everything evaluated on --split in this --out, unless pruned anew since."""
     paths = sorted(Path(cfg.out).glob(f"*/result_{cfg.split}*.json"))
     rows = [(path.parent / "pruned.pt", common.read_json(path, "result")) for path in paths]
-    return [row for pruned, row in rows if row["from"] == fingerprint(pruned)]
+    return [row for pruned, row in rows if row.get("from") == fingerprint(pruned)]
 
 
 def draw_results(cfg):

@@ -47,8 +47,8 @@ import common
 import data
 import latency
 from common import (BaseConfig, InputError, autocast, count_macs, count_params, cross_entropy,
-                    evaluate, fit, load_checkpoint, load_weights, log_record, opt, rank,
-                    world_size)
+                    evaluate, fit, load_checkpoint, load_weights, log_record, opt, place,
+                    rank, world_size)
 from data import IGNORE, torchvision
 
 # ---------------------------------------------------------------------------------------------
@@ -728,11 +728,6 @@ def supernet(cfg, classes, device, weights="none"):
                         cfg.k if cfg.loss == "maskconnect" else 0)
     net.freeze_affine()
     return place(net, cfg, device)
-
-
-def place(net, cfg, device):
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    return net.to(device, memory_format=layout)
 
 
 # A search, or a training, goes on from a checkpoint only if these are what they were.

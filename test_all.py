@@ -3,6 +3,7 @@
 No network, no data set, no GPU; minutes on two CPU cores. Each test compares with something that
 does not share code with what it tests: loops, brute force, torchvision, counts from the papers.
 """
+import argparse
 import contextlib
 import copy
 import io
@@ -2489,6 +2490,8 @@ def test_counts_of_topformer_and_deeplab():
         net, city = build(name, 150), build(name, 19)
         assert (params(net), macs(net, (512, 512))) == (p150, m150), name
         assert (params(city), macs(city, (512, 1024))) == (p19, m19), name
+    city = build("base_cityscapes", 19)
+    assert (params(city), macs(city, (512, 1024))) == (4839667, 2697003008)
     net = bilevel_prune.DeepLabV3Plus(19)
     assert (params(net), macs(net, (512, 1024))) == (2263139, 9490180608)
     assert params(net.stem) + params(net.rows) == 1811712
@@ -2655,6 +2658,30 @@ def test_implicit_gradient_is_exact_where_the_paper_says_so():
     first = torch.autograd.grad(linear(star, gate), gate)[0]
     term = -lam * b * (b[:, None] * slope).square().sum(1)
     assert torch.allclose(first * b, term) and torch.allclose(term, -star.square().sum(1) / lam)
+
+
+def test_what_the_diagonal_leaves_out():
+    """Approximation 3: -lambda grad2_sw L grad_w L of a network of three layers, by autograd, split
+    by layers. Eq. (15) has the masked layer's own part; a ReLU network is linear in each layer."""
+    model, b = PiecewiseLinear(), torch.tensor([1.0, 0, 1, 1, 0, 1]).double()
+    torch.manual_seed(0)
+    before = (0.3 * torch.randn(4, 4, 3, 3).double()).requires_grad_()
+    own = [p.detach().clone().requires_grad_() for p in model.layer.parameters()]
+    after, gate = model.head.clone().requires_grad_(), b.clone().requires_grad_()
+    h = F.conv2d(F.relu(F.conv2d(model.x, before, padding=1)), *own, padding=1)
+    y = F.conv2d(F.relu(h * gate.view(-1, 1, 1)), after, padding=1)
+    slopes = torch.autograd.grad((y - model.y).abs().mean(), [before, *own, after],
+                                 create_graph=True)
+    groups = {"before": slopes[:1], "own": slopes[1:-1], "after": slopes[-1:]}
+    parts = {name: -torch.autograd.grad(sum((g * g.detach()).sum() for g in mine), gate,
+                                        retain_graph=True)[0] for name, mine in groups.items()}
+    squares = sum(g.detach().square().flatten(1).sum(1) if g.ndim > 1 else g.detach().square()
+                  for g in groups["own"])
+    assert torch.allclose(parts["own"][b == 1], -squares[b == 1])
+    share = {name: float(part[b == 1].abs().sum()) for name, part in parts.items()}
+    print("        second term of Eq. (11), sum over the channels: " + ", ".join(
+        f"{name} {value:.4f}" for name, value in share.items()))
+    assert share["before"] > 0.1 * share["own"] and share["after"] > 0.01 * share["own"]
 
 
 def test_gap_to_the_exact_hypergradient_is_known():
@@ -2890,7 +2917,8 @@ def test_published_checkpoints_load():
             names = published_names(source, old)
             assert set(names.values()) == set(source.state_dict())
             state = {theirs: source.state_dict()[ours] for theirs, ours in names.items()}
-            torch.save({wrapper: state, "meta": {}} if wrapper else state, path)
+            torch.save({wrapper: state, "args": argparse.Namespace(lr=1)} if wrapper else state,
+                       path)
             said = bilevel_prune.load_published(net, path)
             assert f"{len(names)} of {len(names)} tensors loaded" in said and "random" not in said
             assert all(torch.equal(v, net.state_dict()[k]) for k, v in source.state_dict().items())
@@ -2989,6 +3017,11 @@ def test_pruning_stages_resume_after_kill_bit_for_bit():
         assert all(torch.equal(v, before[k]) for k, v in state_of(whole / "last.pt").items())
         _refused(lambda: here("--search", *base, "--out", whole, "--dense", whole / "pruned.pt"),
                  "does not fit")
+        before = (whole / "dense/best.pt").read_bytes()     # hours of training are not replaced
+        for flags, word in ((("--seed", "5"), "another seed"),
+                            (("--image-scale", "0.5"), "another dataset")):
+            _refused(lambda: here("--search", *base, "--out", whole, *flags), word, "--train")
+        assert (whole / "dense/best.pt").read_bytes() == before
         best = whole / "pruned.pt"
         best.write_bytes(best.read_bytes()[:5000])
         refused("--eval", *base, "--out", whole, script=script, words=(best, "truncated"))
@@ -3002,7 +3035,10 @@ def test_pruning_bench_and_sweep_from_the_command_line():
                    "--sweep-targets", "0.5", "0.3")
         table = Path(tmp, "r", "sweep.md").read_text()
         assert table.count("\n| ") == 5 and table.count("| beta |") == 2 and table in out
-        assert len(json.loads(Path(tmp, "r", "sweep.json").read_text())) == 3
+        found = json.loads(Path(tmp, "r", "sweep.json").read_text())
+        assert len(found) == 3 and all(row["masks_macs"] > row["macs"] for row in found.values())
+        _refused(lambda: here("--sweep", *base, "--sweep-targets", "0.5", "0.001"), "fewest")
+        assert Path(tmp, "r", "sweep.md").read_text() == table, "refused before it begins"
         folder = next(Path(tmp, "r", "sweep").iterdir())
         os.environ["TORCHDYNAMO_DISABLE"] = "1"             # compiling takes a minute
         try:
@@ -3027,10 +3063,10 @@ def test_pruning_in_two_processes_keeps_masks_equal():
              "    sys.stdout.write(f'\\nHASH {{common.rank()}} {{h.hexdigest()}}\\n')\n"
              "    sys.stdout.flush()\n"
              "    return finish(s, *a)\n"
-             "settle = b.Search.settle\n"
+             "settle = b.Search.fix_masks\n"
              "def remember(s):\n"
              "    s.moved = [p.detach().clone() for p in s.masks.parameters()]; settle(s)\n"
-             "b.finish, b.Search.settle = tell, remember\n"
+             "b.finish, b.Search.fix_masks = tell, remember\n"
              "common.run_main(b.main)\n")
     with tempfile.TemporaryDirectory() as tmp:
         script = Path(tmp, "probe.py")
@@ -3067,7 +3103,9 @@ def test_pruning_refuses_wrong_input_in_one_sentence():
                 ("--target 1.5", ("--target-gmacs",)), ("--method dense", ("prunes nothing",)),
                 ("--search-epochs 1 --settle 0.9", ("no mask step",)),
                 ("--batch-size 1", ("single value",)), ("--dense none.pt", ("no checkpoint",)),
-                ("--target-gmacs 5", ("above the dense",)),
+                ("--target-gmacs 5", ("above the dense",)), ("--lr -1", ("--lr",)),
+                ("--power -1", ("--power",)), ("--clip -1", ("--clip",)),
+                ("--beta nan", ("--beta",)), ("--arch x.json", ("--arch",)),
                 ("--target 0.001", ("fewest channels",))):
             _refused(lambda: here("--search", *base, *flags.split()), *words)
         for flags, word in (([], "choose a stage"), (["--search", "--beat", "1"], "--beat")):
