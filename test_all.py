@@ -3657,6 +3657,33 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
         assert "trained already" not in inside("--train")
 
 
+def test_mtp_two_processes_cut_the_same_channels():
+    """torchrun with gloo: W1, W2, W3, what is kept and the pruned networks agree on both ranks."""
+    probe = ("import sys, hashlib; sys.path.insert(0, {here!r})\n"
+             "import common, mtp\n"
+             "choose = mtp.choose_and_prune\n"
+             "def tell(cls, seg, *rest):\n"
+             "    wide = [*cls.parameters(), *seg.parameters()]\n"
+             "    found = [p.detach().clone() for p in wide]\n"
+             "    *small, kept = choose(cls, seg, *rest)\n"
+             "    found += [p.detach() for net in small for p in net.parameters()]\n"
+             "    h = hashlib.sha256(b''.join(p.numpy().tobytes() for p in [*found, "
+             "*kept.values()]))\n"
+             "    sys.stdout.write(f'\\nHASH {{common.rank()}} {{h.hexdigest()}}\\n')\n"
+             "    sys.stdout.flush()\n"
+             "    return *small, kept\n"
+             "mtp.choose_and_prune = tell\n"
+             "common.run_main(mtp.main)\n")
+    with tempfile.TemporaryDirectory() as tmp:
+        script = Path(tmp, "probe.py")
+        script.write_text(probe.format(here=str(HERE)))
+        out, _ = run("--search", *MTP_TINY, *mtp_sets(tmp), "--out", Path(tmp, "two"),
+                     script=script, before=("-m", "torch.distributed.run", "--nproc_per_node=2",
+                                            "--master_port=29618"))
+        found = dict(re.findall(r"HASH ([01]) ([0-9a-f]{64})", out))
+        assert set(found) == {"0", "1"} and found["0"] == found["1"], out
+
+
 def test_mtp_wrong_input_ends_in_one_sentence():
     with tempfile.TemporaryDirectory() as tmp:
         tail = ["--out", str(Path(tmp, "r"))]
