@@ -3053,30 +3053,33 @@ def test_pruning_bench_and_sweep_from_the_command_line():
         assert rows["found"]["conv_macs"] < 0.51 * rows["dense"]["conv_macs"]
 
 
+def equal_on_two_ranks(module, patch, port, tmp, *flags):
+    """Run a paper file under torchrun with gloo. patch: code that replaces a function of `m`, the
+    module, by one that calls tell(tensors) once; they must be the same bytes on both ranks."""
+    probe = Path(tmp, "probe.py")
+    probe.write_text(f"import sys, hashlib; sys.path.insert(0, {str(HERE)!r})\n"
+                     f"import common, {module} as m\n"
+                     "def tell(tensors):\n"
+                     "    h = hashlib.sha256(b''.join(t.detach().numpy().tobytes() "
+                     "for t in tensors))\n"
+                     "    sys.stdout.write(f'\\nHASH {common.rank()} {h.hexdigest()}\\n')\n"
+                     "    sys.stdout.flush()\n" + patch + "\ncommon.run_main(m.main)\n")
+    out, _ = run(*flags, "--out", Path(tmp, "two"), script=probe, before=(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"))
+    found = dict(re.findall(r"HASH ([01]) ([0-9a-f]{64})", out))
+    assert set(found) == {"0", "1"} and found["0"] == found["1"], out
+
+
 def test_pruning_in_two_processes_keeps_masks_equal():
-    probe = ("import sys, hashlib, torch; sys.path.insert(0, {here!r})\n"
-             "import common, bilevel_prune as b\n"
-             "finish = b.finish\n"
-             "def tell(s, *a):\n"
-             "    h = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in "
-             "[*s.net.parameters(), *s.moved]))\n"
-             "    sys.stdout.write(f'\\nHASH {{common.rank()}} {{h.hexdigest()}}\\n')\n"
-             "    sys.stdout.flush()\n"
-             "    return finish(s, *a)\n"
-             "settle = b.Search.fix_masks\n"
-             "def remember(s):\n"
-             "    s.moved = [p.detach().clone() for p in s.masks.parameters()]; settle(s)\n"
-             "b.finish, b.Search.fix_masks = tell, remember\n"
-             "common.run_main(b.main)\n")
+    patch = ("finish, fix = m.finish, m.Search.fix_masks\n"
+             "def remember(run):\n"
+             "    run.moved = [p.detach().clone() for p in run.masks.parameters()]; fix(run)\n"
+             "def finish_and_tell(run, *rest):\n"
+             "    tell([*run.net.parameters(), *run.moved]); return finish(run, *rest)\n"
+             "m.finish, m.Search.fix_masks = finish_and_tell, remember")
     with tempfile.TemporaryDirectory() as tmp:
-        script = Path(tmp, "probe.py")
-        script.write_text(probe.format(here=str(HERE)))
-        out, _ = run("--search", *PRUNE, "--data-root", tiny_set(Path(tmp, "set")), "--out",
-                     Path(tmp, "two"), script=script, before=(
-                         "-m", "torch.distributed.run", "--nproc_per_node=2",
-                         "--master_port=29617"))
-        found = dict(re.findall(r"HASH ([01]) ([0-9a-f]{64})", out))
-        assert set(found) == {"0", "1"} and found["0"] == found["1"], out
+        equal_on_two_ranks("bilevel_prune", patch, 29617, tmp, "--search", *PRUNE, "--data-root",
+                           tiny_set(Path(tmp, "set")))
 
 
 def test_pruning_refuses_wrong_input_in_one_sentence():
@@ -3658,30 +3661,16 @@ def test_mtp_stages_resume_after_kill_bit_for_bit():
 
 
 def test_mtp_two_processes_cut_the_same_channels():
-    """torchrun with gloo: W1, W2, W3, what is kept and the pruned networks agree on both ranks."""
-    probe = ("import sys, hashlib; sys.path.insert(0, {here!r})\n"
-             "import common, mtp\n"
-             "choose = mtp.choose_and_prune\n"
-             "def tell(cls, seg, *rest):\n"
-             "    wide = [*cls.parameters(), *seg.parameters()]\n"
-             "    found = [p.detach().clone() for p in wide]\n"
+    """W1, W2, W3, what is kept and the pruned networks."""
+    patch = ("choose = m.choose_and_prune\n"
+             "def choose_and_tell(cls, seg, *rest):\n"
+             "    wide = [p.clone() for net in (cls, seg) for p in net.parameters()]\n"
              "    *small, kept = choose(cls, seg, *rest)\n"
-             "    found += [p.detach() for net in small for p in net.parameters()]\n"
-             "    h = hashlib.sha256(b''.join(p.numpy().tobytes() for p in [*found, "
-             "*kept.values()]))\n"
-             "    sys.stdout.write(f'\\nHASH {{common.rank()}} {{h.hexdigest()}}\\n')\n"
-             "    sys.stdout.flush()\n"
+             "    tell([*wide, *kept.values(), *(p for net in small for p in net.parameters())])\n"
              "    return *small, kept\n"
-             "mtp.choose_and_prune = tell\n"
-             "common.run_main(mtp.main)\n")
+             "m.choose_and_prune = choose_and_tell")
     with tempfile.TemporaryDirectory() as tmp:
-        script = Path(tmp, "probe.py")
-        script.write_text(probe.format(here=str(HERE)))
-        out, _ = run("--search", *MTP_TINY, *mtp_sets(tmp), "--out", Path(tmp, "two"),
-                     script=script, before=("-m", "torch.distributed.run", "--nproc_per_node=2",
-                                            "--master_port=29618"))
-        found = dict(re.findall(r"HASH ([01]) ([0-9a-f]{64})", out))
-        assert set(found) == {"0", "1"} and found["0"] == found["1"], out
+        equal_on_two_ranks("mtp", patch, 29618, tmp, "--search", *MTP_TINY, *mtp_sets(tmp))
 
 
 def test_mtp_wrong_input_ends_in_one_sentence():
