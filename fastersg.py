@@ -1613,11 +1613,41 @@ def bench(cfg, device):
     print(f"in {cfg.out}: bench.json")
 
 
+def plain_ops(ops, x, alpha, j):
+    """SuperOps as Eq. (2) is written: each operator by itself, alpha times its output, kernels
+    sliced under autograd. The same numbers; --bench-search measures what the difference is worth.
+    """
+    c, size = ops.c_outs[j], x.shape[-2:] if ops.stride == 1 else halve(x).shape[-2:]
+
+    def conv(layer, k, y):
+        norm, own = layer.norms[j], slice(k * c, (k + 1) * c)
+        y = F.conv2d(y, layer.weight[k, :c, :y.shape[1]], stride=layer.stride, padding=1)
+        return F.batch_norm(y, norm.running_mean[own], norm.running_var[own], norm.weight[own],
+                            norm.bias[own], norm.training, norm.momentum, norm.eps)
+
+    if ops.stride == 1:
+        skip = match(x, c)
+    else:
+        norm = ops.skip_norms[j]
+        y = [F.conv2d(p, w[0, :c // 2, :x.shape[1]], stride=2)
+             for p, w in zip((x, shifted(x)), ops.skip)]
+        skip = F.relu(F.batch_norm(torch.cat(y, 1), norm.running_mean, norm.running_var,
+                                   norm.weight, norm.bias, norm.training, norm.momentum, norm.eps))
+    found = [skip, F.relu(conv(ops.first, 0, x)),
+             F.relu(conv(ops.second, 0, F.relu(conv(ops.first, 1, x)))),
+             F.relu(resize(conv(ops.zoom_first, 0, halve(x)), size)),
+             F.relu(resize(conv(ops.zoom_second, 0, F.relu(conv(ops.zoom_first, 1, halve(x)))),
+                           size))]
+    return sum(a * y for a, y in zip(alpha, found))
+
+
 def bench_search(cfg, device):
-    """--bench-search: time and memory of the two steps of the search on random pictures."""
+    """--bench-search: time and memory of the two steps of the search on random pictures, in turn
+    with the same steps of the plain formulation."""
     classes, generator = 19, torch.Generator().manual_seed(0)
     s = Searcher(cfg, classes, device)
     s.net.train()
+    cells = [m for m in s.net.modules() if isinstance(m, SuperOps)]
 
     def batch():
         shape = (cfg.search_batch, *cfg.search_size)
@@ -1640,17 +1670,33 @@ def bench_search(cfg, device):
              "search step": lambda: search_step(
                  s.net, s.archs, batch(), batch(), (s.w, *s.a), generator, cfg,
                  lambda weights: s.lam * relaxed_latency(model, weights, w123))}
-    for name, step in steps.items():
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        times = sorted(times[1:])
-        print(f"{name:17s} median {times[2]:.2f} s of 5 ({times[0]:.2f} to {times[-1]:.2f}), peak "
-              f"memory so far {common.peak_memory(device):.2f} GiB", flush=True)
+
+    def timed(step, plain):
+        for ops in cells:
+            if plain:       # an attribute of the object goes before the method of its class
+                ops.forward = lambda x, half, alpha, j, ops=ops: plain_ops(ops, x, alpha, j)
+            else:
+                vars(ops).pop("forward", None)
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    peak = {}
+    for plain in (False, True):                             # the smaller first: peaks only grow
+        for step in steps.values():
+            timed(step, plain)
+        peak[plain] = common.peak_memory(device)
+    times = {(name, plain): [] for name in steps for plain in peak}
+    for _ in range(5):
+        for (name, plain), seen in times.items():
+            seen.append(timed(steps[name], plain))
+    for (name, plain), seen in times.items():
+        seen.sort()
+        print(f"{name:17s} {'plain' if plain else 'as here':8s} median {seen[2]:.2f} s of 5 in "
+              f"turn ({seen[0]:.2f} to {seen[-1]:.2f}), peak memory {peak[plain]:.2f} GiB",
+              flush=True)
 
 
 def export_network(cfg):
@@ -1672,7 +1718,8 @@ STAGES = {"search": "pretrain the supernet, search, derive; writes arch.json",
           "train": "train --network from scratch (and its teacher)",
           "eval": "mIoU and pictures of a trained network",
           "bench": "parameters, MACs and measured latency",
-          "bench-search": "time and memory of a pretraining and a search step"}
+          "bench-search": "time and memory of a pretraining and a search step, against the plain "
+                          "formulation"}
 
 
 def check(cfg):

@@ -1221,6 +1221,27 @@ def test_derivation_against_brute_force():
             assert tuple(sorted(turns)) == fastersg.downsampling_places(w.beta, cfg.layers)[rate]
 
 
+def test_merged_operators_equal_the_plain_ones():
+    """What is run as one, folded and sliced by hand is Eq. (2): outputs, gradients, statistics."""
+    torch.manual_seed(0)
+    for stride, size, j in itertools.product((1, 2), ((6, 10), (5, 7)), (0, 1)):
+        ops = fastersg.SuperOps(6, [4, 8], stride).double()
+        twin, alpha = copy.deepcopy(ops), torch.rand(5).double()
+        x = torch.randn(2, 6, *size).double()
+        results = []
+        for net, plain in ((ops, False), (twin, True)):
+            a, y = alpha.clone().requires_grad_(), x.clone().requires_grad_()
+            out = (fastersg.plain_ops(net, y, a, j) if plain else
+                   net(y, fastersg.halve(y), a, j))
+            out.square().sum().backward()
+            found = {"out": out, "x": y.grad, "alpha": a.grad, **dict(net.named_buffers())}
+            results.append(found | {k: p.grad for k, p in net.named_parameters()
+                                    if p.grad is not None})
+        assert results[0].keys() == results[1].keys() and len(results[0]) > 20
+        for key, value in results[0].items():
+            assert torch.allclose(value.double(), results[1][key].double(), atol=1e-9), key
+
+
 def test_a_width_is_a_small_convolution():
     """A slice of the superkernel equals a separate small convolution, values and gradients."""
     torch.manual_seed(0)
