@@ -1504,7 +1504,8 @@ def evaluate_network(cfg, device):
         row["top1"], row["top5"] = accuracy(cls, cls_loader, device, cfg.amp)
     if rank() > 0:
         return
-    common.report_segmentation(name, matrix, images, cfg, folder)
+    common.report_segmentation(name, matrix, images, cfg, folder,
+                               "dense" if method == "dense" else "retrained")
     if "top1" in row:
         print(f"{name}: classification accuracy on val, top-1 {100 * row['top1']:.2f}, top-5 "
               f"{100 * row['top5']:.2f} (Table 7)")
