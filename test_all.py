@@ -271,7 +271,7 @@ def test_imagefolder_tree():
         (root / "val/dog").mkdir()
         _refused(lambda: data.open_classification("imagefolder", tmp, "val"), "dog")
         _refused(lambda: data.open_classification("imagefolder", tmp, "dev"), "dev")
-        _refused(lambda: data.open_classification("imagefolder"), "--data-root")
+        _refused(lambda: data.open_classification("imagefolder"), "--cls-root")
         (root / "train/cat/1.png").write_bytes(b"broken")
         _refused(lambda: found[0], root / "train/cat/1.png")
 
