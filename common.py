@@ -266,9 +266,8 @@ def place(net, cfg, device):
 
 def to_device(images, labels, cfg, device):
     """A batch on the device, its images laid out as place() has laid out the network."""
-    if cfg.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return images.to(device), labels.to(device)
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    return images.to(device).contiguous(memory_format=layout), labels.to(device)
 
 
 def autocast(device, enabled):
