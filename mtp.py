@@ -29,7 +29,7 @@ The idea in five lines:
     tau1, tau2              keep_ranked                         thresholds: a rank, so exact
 
     python mtp.py --search                       1.6 minutes, 0.8 GiB on two CPU cores
-    python mtp.py --train --eval                 about a minute: class, then mask; 36 mIoU
+    python mtp.py --train --eval                 about a minute: class, then mask; 34 mIoU
     python mtp.py --bench                        half a minute: dense beside all pruned networks
 """
 import copy
