@@ -545,7 +545,8 @@ def dense_network(cfg, num_classes):
             load_mobilenet(net, cfg.init)
         else:
             said = load_published(net, cfg.init)
-            print(said if rank() == 0 else "", end="\n" * (rank() == 0))
+            if rank() == 0:
+                print(said)
     return net
 
 
@@ -844,6 +845,19 @@ def settings_of(cfg):
         "image_scale", "amp", "seed")}
 
 
+def to_resume(cfg, path):
+    """What --resume goes on from, or None; InputError if it is of a search with other settings."""
+    if not cfg.resume or not path.exists():
+        return None
+    state = load_checkpoint(path, ("model", "masks", "optimizer", "schedule", "settings"))
+    for name, value in settings_of(cfg).items():
+        if state["settings"].get(name) != value:
+            raise InputError(f"{path} is of a search with another --{name.replace('_', '-')} ("
+                             f"{state['settings'].get(name)}, not {value}); leave out --resume or "
+                             "give another --out")
+    return state
+
+
 def free_epochs(cfg):
     """Epochs before channels are chosen: masks move, or BN scales shrink; others choose at once."""
     return round(cfg.search_epochs * (1 - cfg.settle)) * (cfg.method in ("bilevel", "slimming"))
@@ -916,13 +930,7 @@ class Search:
                         epoch=self.epoch, seconds=self.seconds, reached=self.reached,
                         settings=settings_of(self.cfg))
 
-    def load(self, path):
-        state = load_checkpoint(path, ("model", "masks", "optimizer", "schedule", "settings"))
-        for name, value in settings_of(self.cfg).items():
-            if state["settings"].get(name) != value:
-                raise InputError(f"{path} is of a search with another --{name.replace('_', '-')} ("
-                                 f"{state['settings'].get(name)}, not {value}); leave out --resume "
-                                 "or give another --out")
+    def load(self, state, path):
         load_weights(self.net, state["model"], path)
         load_weights(self.masks, state["masks"], path)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -940,11 +948,12 @@ def search(cfg, device, folder):
     target_of(cfg, net, Macs(net, cfg.frame))           # refused now, not after hours
     steps = len(loader)
     check_mask_steps(cfg, steps)
+    stored = to_resume(cfg, folder / "last.pt")         # before the dense network is touched
     net = start(cfg, net, device, loader, val_loader)
     run = Search(cfg, net.train(), device, steps)
     torch.manual_seed(cfg.seed)         # as if the dense network had been there before
-    if cfg.resume and (folder / "last.pt").exists():
-        run.load(folder / "last.pt")
+    if stored:
+        run.load(stored, folder / "last.pt")
     else:
         common.forget_log(folder, "search")
         if run.free == 0:
@@ -1225,7 +1234,8 @@ def identity_of(cfg, net):
 def start(cfg, net, device, loader, val_loader):
     """The dense network the search starts from: --dense, or what --train made, or made now.
 
-    A finished one is never replaced: InputError if it is of another network, data set or seed.
+    InputError if what is stored there is of another network, data set or seed, or not finished:
+    only --train replaces it.
     """
     folder, path = Path(cfg.out) / "dense", cfg.dense
     if not path:
@@ -1236,6 +1246,9 @@ def start(cfg, net, device, loader, val_loader):
         if other:
             raise InputError(f"{last} is of another {other[0]} than this run; give another --out, "
                              "or --train to train the dense network anew")
+        if 0 < state["epoch"] < cfg.epochs and not cfg.resume:
+            raise InputError(f"{last} has {state['epoch']} of {cfg.epochs} epochs: --resume goes "
+                             "on, --train starts anew")
         if state["epoch"] < cfg.epochs:
             train_network(cfg, net, device, folder, loader, val_loader)
     load_weights(net, load_checkpoint(path)["model"], path)

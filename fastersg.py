@@ -1617,7 +1617,10 @@ def plain_ops(ops, x, alpha, j):
     """SuperOps as Eq. (2) is written: each operator by itself, alpha times its output, kernels
     sliced under autograd. The same numbers; --bench-search measures what the difference is worth.
     """
-    c, size = ops.c_outs[j], x.shape[-2:] if ops.stride == 1 else halve(x).shape[-2:]
+    c = ops.c_outs[j]
+
+    def enlarged(y):
+        return resize(y, x.shape[-2:]) if ops.stride == 1 else y
 
     def conv(layer, k, y):
         norm, own = layer.norms[j], slice(k * c, (k + 1) * c)
@@ -1635,9 +1638,9 @@ def plain_ops(ops, x, alpha, j):
                                    norm.weight, norm.bias, norm.training, norm.momentum, norm.eps))
     found = [skip, F.relu(conv(ops.first, 0, x)),
              F.relu(conv(ops.second, 0, F.relu(conv(ops.first, 1, x)))),
-             F.relu(resize(conv(ops.zoom_first, 0, halve(x)), size)),
-             F.relu(resize(conv(ops.zoom_second, 0, F.relu(conv(ops.zoom_first, 1, halve(x)))),
-                           size))]
+             F.relu(enlarged(conv(ops.zoom_first, 0, halve(x)))),
+             F.relu(enlarged(conv(ops.zoom_second, 0, F.relu(conv(ops.zoom_first, 1,
+                                                                  halve(x))))))]
     return sum(a * y for a, y in zip(alpha, found))
 
 

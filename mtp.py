@@ -774,7 +774,8 @@ def earlier(path, need, resume):
     except InputError as error:
         if resume:
             raise
-        print(f"{error}; starting anew" if rank() == 0 else "", end="\n" * (rank() == 0))
+        if rank() == 0:
+            print(f"{error}; starting anew")
         return {}
 
 
