@@ -20,245 +20,259 @@ The idea in five lines:
                                              b = (s > tau),  dL/ds := dL/db
 
     paper                here                              meaning
-    w, s, b              net, masks.s, masks()             weights, soft masks, binary masks
-    tau                  cfg.tau                           threshold of Eq. (2)
-    L, L_reg, L_m        task_loss, regularizer, loss      Eqs. (4), (5)
-    C                    target                            MACs that may remain
-    beta, lambda         cfg.beta, cfg.lam                 Eqs. (4), (7)
-    dL_m / ds            mask_gradient                     Eq. (15)
-    o', i', t, t', k     Macs                              Eq. (5)
+    w                    weights_of(net)                   all weights, BN's scales and shifts too
+    s, b, tau            mask.s, mask.binary(), mask.tau   soft mask, binary mask, threshold
+    L, L_reg, C          task_loss, regularizer, target    Eqs. (4), (5); MACs that may remain
+    beta, lambda         cfg.beta, cfg.lam                 Eqs. (4), (15)
+    o', i', k, t t'      count(out), count(into), area     Eq. (5)
+    dL_m / ds            first - second + pull             Eq. (15): mask_gradient
+    Section 4.2          learn                             the algorithm on one page
 
-    python bilevel_prune.py --search                          1.6 minutes on two CPU cores
-    python bilevel_prune.py --search --method uniform --eval  1.1 minutes more: a baseline
-    python bilevel_prune.py --bench                           half a minute: counts, latency, App. F
+    python bilevel_prune.py --search                          @SEARCH@
+    python bilevel_prune.py --search --method uniform --eval  @UNIFORM@
+    python bilevel_prune.py --bench                           @BENCH@
 """
+import contextlib
 import copy
 import json
 import math
 import re
-import time
+from collections import OrderedDict
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 import common
-import data
 import latency
-from common import (BaseConfig, InputError, Progress, autocast, average_gradients, check_finite,
-                    clip_gradients, count_macs, count_params, cross_entropy, evaluate,
-                    load_checkpoint, load_weights, log_record, narrowed, open_loader, open_split,
-                    opt, rank, save_checkpoint, world_size)
+from common import (BaseConfig, InputError, Run, average_gradients, count_macs, count_params,
+                    enlarged, evaluate, load_checkpoint, load_weights, narrowed, next_command,
+                    open_loader, open_split, opt, poly, rank, world_size)
 
 # ---------------------------------------------------------------------------------------------
-# Settings. Defaults are the paper's; the tag says where it says so.
+# 2. Settings. Defaults are the paper's; the tag says where it says so.
 # ---------------------------------------------------------------------------------------------
 
 NETWORKS = ("tiny", "small", "base", "base_cityscapes", "super", "deeplab")
-METHODS = ("bilevel", "uniform", "magnitude", "slimming", "dense", "retrained")
+METHODS = ("bilevel", "uniform", "magnitude", "slimming", "random", "dense")
 
 
 @dataclass
 class Config(BaseConfig):
     network: str = opt("super", "TopFormer tiny, small, base, base_cityscapes: a narrower head, or "
                        "super: wider than base (PAPER 5.2); deeplab: DeepLabV3+ on MobileNet-V2 "
-                       "(PAPER App. H)", NETWORKS)
+                       "(PAPER App. H)", "dense", NETWORKS)
     init: str = opt("none", "weights the dense network starts from: a published TopFormer "
-                    "checkpoint; for deeplab MobileNet-V2's (a file, or imagenet)")
-    method: str = opt("bilevel", "how --search chooses channels, and whose network --eval and "
-                      "--export take: the paper's, a baseline, the dense one, or the found widths "
-                      "retrained from random weights", METHODS)
-    implicit: bool = opt(True, "second term of Eq. (15); --no-implicit is the ablation of Table 3")
-    scope: str = opt("all", "all: each conv layer of the network (PAPER 5.2); pyramid: the token "
-                     "pyramid, or encoder, alone (PAPER 1)", ("all", "pyramid"))
-    target: float = opt(0.29, "share of the dense MACs that may remain (PAPER: 2.4 of 8.2 GMACs)")
-    target_gmacs: float = opt(0.0, "the same in GMACs for one picture of --frame; wins if not 0")
-    round_to: int = opt(1, "widths are multiples of this, or full: 8 suits most hardware (OURS)")
-    frame: tuple[int, int] = opt((512, 1024), "picture size H W for MACs and latency (PAPER 5.2)")
-    tau: float = opt(0.5, "threshold of Eq. (2) (PAPER 3.2)")
-    beta: float = opt(0.01, "weight of the MACs term, Eq. (4) (PAPER 5.2)")
-    lam: float = opt(0.1, "lambda of Eq. (15) (PAPER 5.2)")
-    weight_steps: int = opt(3, "weight steps between two mask steps (PAPER 4.2: a few; the number "
-                            "is OURS)")
-    mask_lr: float = opt(0.0, "step size of the masks; 0 = from the length of the search (OURS)")
-    search_epochs: int = opt(430, "epochs of the search, its end included (OURS: as long as the "
-                             "dense training)")
-    settle: float = opt(0.34, "share of the search, at its end, under the final mask (OURS)")
-    slim_l1: float = opt(1e-4, "L1 weight on BN scales of the slimming baseline (its paper)")
-    optimizer: str = opt("sgd", "for the weights (PAPER: sgd)", ("sgd", "adamw"))
-    lr: float = opt(3e-4, "learning rate, poly (PAPER 5.2; 1.2e-4 on ADE20K, 0.01 on VOC); that "
-                    "small it suits adamw")
-    power: float = opt(0.9, "of the poly policy (PAPER 5.2)")
-    momentum: float = opt(0.9, "of sgd (PAPER 5.2)")
-    weight_decay: float = opt(1e-4, "of w, not of norms, biases and masks (OURS, not 1 / lambda: "
-                              "approximation 6; OFFICIAL-CODE of TopFormer: 0.01 with adamw)")
-    clip: float = opt(0.0, "gradient norm clip, 0 = off")
-    drop_path: float = opt(0.1, "largest stochastic depth of the blocks (OFFICIAL-CODE)")
-    size: tuple[int, int] = opt((512, 1024), "training crop, H W (PAPER 5.2; ADE20K 512 512)")
+                    "checkpoint; for deeplab MobileNet-V2's (a file, or imagenet)", "dense")
+    size: tuple[int, int] = opt((512, 1024), "training crop, H W (PAPER 5.2; ADE20K 512 512)",
+                                "dense", low=32)
     scales: tuple[float, float] = opt((0.5, 2.0), "random scale, drawn uniformly (PAPER 5.2 for "
-                                      "ADE20K; on Cityscapes the paper draws 0.5, 0.75, 1 or 2)")
-    image_scale: float = opt(1.0, "pictures are resized by this first, to train and to evaluate; "
-                             "0.5 evaluates Cityscapes at the paper's 512x1024 (PAPER 5.2)")
-    batch_size: int = opt(64, "images a step over all processes (PAPER 5.2: 8 on each of 8 GPUs)")
-    epochs: int = opt(430, "epochs of the dense training (OFFICIAL-CODE of TopFormer: 80k steps "
-                      "of 16 images)")
-    dense: str = opt("", "checkpoint the search starts from [<out>/dense/best.pt, trained first "
-                     "if need be]")
-    arch: str = opt("", "arch.json for --train, --eval, --bench, --export [of --method]")
-    weights: str = opt("", "checkpoint for --eval and --export [beside its arch.json]")
-    split: str = opt("val", "split for --eval")
-    sweep_betas: tuple[float, ...] = opt((0.001, 0.01, 0.1, 1.0), "for --sweep (PAPER App. I)")
-    sweep_lams: tuple[float, ...] = opt((0.01, 0.1, 1.0), "for --sweep (PAPER App. I)")
-    sweep_targets: tuple[float, ...] = opt((0.76, 0.44, 0.29, 0.17, 0.12), "for --sweep (PAPER "
-                                           "App. J, its GMACs over 8.2)")
-    export: str = opt("", "after the other stages, write the network as a torch.export program")
+                                      "ADE20K; on Cityscapes the paper draws 0.5, 0.75, 1 or 2)",
+                                      "dense", low=0.01, high=16)
+    batch_size: int = opt(64, "images a step over all processes (PAPER 5.2: 8 on each of 8 GPUs)",
+                          "dense", low=1)
+    epochs: int = opt(430, "epochs of the dense training, and of --train (OFFICIAL-CODE of "
+                      "TopFormer: 80k steps of 16 images)", "dense", low=1)
+    # TopFormer's own recipe is AdamW with a warm-up of 1,500 steps and ten times the rate for the
+    # head. The paper states SGD with the same rates, so small that from random weights SGD hardly
+    # moves: give --init, --optimizer adamw or a larger --lr.
+    optimizer: str = opt("sgd", "for the weights (PAPER: sgd)", "dense", ("sgd", "adamw"))
+    lr: float = opt(3e-4, "learning rate, poly (PAPER 5.2; 1.2e-4 on ADE20K, 0.01 on VOC); from "
+                    "random weights too small for sgd", "dense", low=1e-12)
+    power: float = opt(0.9, "of the poly policy (PAPER 5.2)", "dense", low=0)
+    momentum: float = opt(0.9, "of sgd, for weights and masks (PAPER 5.2)", "dense", low=0,
+                          high=0.9999)
+    weight_decay: float = opt(1e-4, "of w (OURS, not 1 / lambda: approximation 6; OFFICIAL-CODE of "
+                              "TopFormer: 0.01 with adamw)", "dense", low=0)
+    decay_norms: bool = opt(True, "BN's scales and shifts and biases decay too (PAPER Eq. (7); "
+                            "OFFICIAL-CODE of TopFormer spares them)", "dense")
+    clip: float = opt(0.0, "gradient norm clip, 0 = off", "dense", low=0)
+    drop_path: float = opt(0.1, "largest stochastic depth of the blocks (OFFICIAL-CODE)", "dense",
+                           low=0, high=0.9)
+    method: str = opt("bilevel", "how --search chooses channels, and whose network the other "
+                      "stages take: the paper's, a baseline, or the dense one", "search", METHODS)
+    widths: str = opt("", "arch.json whose widths --search takes over instead of --target, a "
+                      "control: --method chooses which channels", "search")
+    implicit: bool = opt(True, "second term of Eq. (15); --no-implicit is the ablation of Table 3",
+                         "search")
+    dense: str = opt("", "checkpoint the search starts from [<out>/dense, trained first if need "
+                     "be]", "search")
+    scope: str = opt("all", "all: each conv layer of the network (PAPER 5.2); pyramid: the token "
+                     "pyramid, or encoder, alone (PAPER 1)", "search", ("all", "pyramid"))
+    target: float = opt(0.29, "share of the dense MACs that may remain (PAPER: 2.4 of 8.2 GMACs)",
+                        "search", low=1e-6, high=1)
+    target_gmacs: float = opt(0.0, "the same in GMACs for one picture of --frame; wins if not 0",
+                              "search", low=0)
+    round_to: int = opt(1, "widths are multiples of this, or full: 8 suits most hardware (OURS)",
+                        "search", low=1)
+    frame: tuple[int, int] = opt((512, 1024), "picture size H W for MACs and latency (PAPER 5.2)",
+                                 "search", low=32)
+    tau: float = opt(0.5, "threshold of Eq. (2) (PAPER 3.2)", "search", low=1e-3, high=0.999)
+    beta: float = opt(0.01, "weight of the MACs term, Eq. (4) (PAPER 5.2)", "search", low=0)
+    lam: float = opt(0.1, "lambda of Eq. (15) (PAPER 5.2); see QUICK", "search", low=0)
+    weight_steps: int = opt(3, "weight steps between two mask steps (PAPER 4.2: a few; the number "
+                            "is OURS)", "search", low=1)
+    mask_lr: float = opt(0.0, "step size of a mask of mean cost; 0: from the length of the search "
+                         "(OURS: mask_rates)", "search", low=0)
+    cost_power: float = opt(0.5, "step sizes go with 1 / cost^this, 0: one for all masks as in the "
+                            "paper (OURS: mask_rates)", "search", low=0, high=1)
+    mask_range: tuple[float, float] = opt((0.0, 1e9), "soft masks are kept in it", "search")
+    search_epochs: int = opt(430, "epochs of the search, its end included (OURS: as long as the "
+                             "dense training)", "search", low=1)
+    settle: float = opt(0.34, "share of the search, at its end, under the channels that have been "
+                        "chosen (OURS), by any method", "search", low=0, high=0.99)
+    slim_l1: float = opt(1e-4, "L1 weight on BN scales of the slimming baseline (its paper)",
+                         "search", low=0)
+    finetune: bool = opt(True, "--train starts from the pruned weights; --no-finetune: from random "
+                         "ones, a control (PAPER 4.2: needs no fine-tuning)", "train")
+    against: str = opt("", "run folder of another search from the same dense network: --bench "
+                       "tells how far the kept channels agree")
 
 
 # Under two minutes on two cores: the smallest network, learning rates for a few hundred steps. On a
-# CPU both NHWC and widths in eights are needed to turn half the MACs into half the time.
+# CPU both NHWC and widths in eights are needed to turn fewer MACs into less time.
+# @QUICKNOTE@
 QUICK = dict(network="tiny", size=(96, 192), frame=(256, 512), scales=(0.75, 1.5), batch_size=8,
-             epochs=4, search_epochs=4, lr=0.05, target=0.5, drop_path=0.0, round_to=8,
-             channels_last=True)
+             epochs=4, search_epochs=4, lr=0.05, drop_path=0.0, lam=2.0, weight_steps=1,
+             round_to=8, channels_last=True)
 
 # ---------------------------------------------------------------------------------------------
-# 1. Networks. Every layer says to which sites its channels belong: masks, MACs and surgery read it
+# 3. Networks. Every layer says whose channels it reads and writes: masks, MACs, cutting read it
 # ---------------------------------------------------------------------------------------------
 
-# A site is a set of channels that one mask s_l decides about. A channel space is what a layer
-# reads or writes: a tuple of (site, channels for each element of its mask). The site "" is one
-# constant channel, so (("", 3),) are three channels that no mask touches.
+# What a layer reads or writes is a tuple of (Mask, channels for each element of the mask). Which
+# layers share a mask, and where it stands (OURS: the paper says "each CONV layer", and Eq. (1) puts
+# the mask right behind the convolution; but BN would turn its zero into BN's shift, and a ReLU
+# behind it passes no gradient at zero, so that a pruned channel could not come back). So the mask
+# stands where channels are mixed next: behind BN and activation, not before a depth-wise layer.
 #
-# Which layers share a site (OURS; the paper says "each CONV layer"):
-# - An expansion channel passes its depth-wise filter alone, so its rows of expand and depth-wise
-#   and its column of project go together: one site.
-# - What is added must have the same channels: all outputs of a pyramid level share one site. So do
-#   the tokens cut from them, and with those the residual stream of the transformer, whose channels
-#   are the four levels side by side.
-# - An attention head is one element: its q, k and v have to stay rectangular.
-RGB = (("", 3),)
+#   inverted residual    x --> expand --> depth --> [row3] --> project --> [c8] --> + --> y
+#                        `----------------- masked by [c8] already -------------------^
+#       An expansion channel passes its depth-wise filter alone: its rows of expand and depth and
+#       its column of project go together, one mask. What is added must have the same channels: all
+#       rows of a pyramid level share one.
+#
+#   t = 1, first row     x --------------> depth --> [c2] ---> project --> [c2] --> + --> y
+#                        `--> [c2] -------------------------------------------------^
+#       The stem's output comes unmasked, to pass `depth` first. Each term of the sum has the mask
+#       for itself: one on the sum would block the gradient of those before it.
+#
+#   residual stream      tokens [c4|c8|c16|c32] --> q, k, v --> heads --> [heads0] --> project
+#   of a block                  |                                     [c4|c8|c16|c32] <---'
+#                               + <-------------------------------------'
+#       The tokens are the four levels side by side, and so is their mask; mlp: [mlp0] likewise. A
+#       head is one element: its q, k and v have to stay rectangular.
+#
+#   heads                local * scale + shift --> [inject] --> sum --> fuse --> [head] --> classify
+#                        tiny: fuse is depth-wise, [inject] stands behind it alone
 
 
-def space(*sites):
-    """A channel space of whole sites, side by side."""
-    return tuple((site, 1) for site in sites)
+def fixed(n):
+    """A space of n channels that stay: colours, classes."""
+    return ((Mask(n), 1),)
 
 
-def size_of(where, widths):
-    """Channels of a space; widths: {site: elements, "": 1}."""
-    return sum(widths[site] * each for site, each in where)
+def size_of(space):
+    """Channels of a space."""
+    return sum(mask.n * each for mask, each in space)
 
 
-def channels(gates, where, widths, device=None):
-    """The 0/1 vector of a space (channels,); sites without a gate keep everything."""
-    return torch.cat([gates[site].repeat_interleave(each) if site in gates else
-                      torch.ones(widths[site] * each, device=device) for site, each in where])
+def gate(space, device):
+    """The binary mask of each channel of a space, (channels,)."""
+    return torch.cat([mask.binary().to(device).repeat_interleave(each) for mask, each in space])
 
 
-def masked(x, layer, gates):
-    """Eq. (1): b_l as a depth-wise 1x1 convolution on what `layer` wrote; gates None: no masks.
+def masked(x, space):
+    """Eq. (1) with b: a_l = b_l (.) x, a depth-wise 1x1 convolution is one factor a channel.
 
-    Where it stands matters. Not right behind the convolution: BN would turn a zero into its bias.
-    Not before ReLU, which passes no gradient at zero: a pruned channel could not come back. Not
-    before a depth-wise layer, for the first reason again. So: where channels are mixed next.
-    x (B, C, H, W), gates {site: (n,)}.
+    x (B, C, H, W) -> the same. Dense and pruned networks have no masks: x itself.
     """
-    if gates is None or not any(site in gates for site, _ in layer.out):
+    if all(mask.s is None for mask, _ in space):
         return x
-    return x * channels(gates, layer.out, layer.widths, x.device).view(-1, 1, 1).to(x.dtype)
+    return x * gate(space, x.device).to(x.dtype).view(-1, 1, 1)
 
 
 class Layer(nn.Module):
-    """A convolution with BN, or with a bias, from one channel space to another."""
+    """Convolution, BN or a bias, activation, mask. into, out: spaces; act: a function or None."""
 
-    def __init__(self, widths, into, out, k=1, stride=1, dilation=1, depthwise=False, norm=True):
+    def __init__(self, into, out, k=1, stride=1, dilation=1, depthwise=False, norm=True, act=None,
+                 mask=False):
         super().__init__()
-        self.widths, self.into, self.out, self.depthwise = widths, into, out, depthwise
-        c_in, c_out = size_of(into, widths), size_of(out, widths)
-        self.conv = nn.Conv2d(c_in, c_out, k, stride, k // 2 * dilation, dilation,
-                              c_out if depthwise else 1, bias=not norm)
-        self.norm = nn.BatchNorm2d(c_out) if norm else None
+        self.into, self.out, self.depthwise, self.act, self.mask = into, out, depthwise, act, mask
+        self.conv = nn.Conv2d(size_of(into), size_of(out), k, stride, k // 2 * dilation, dilation,
+                              size_of(out) if depthwise else 1, bias=not norm)
+        self.norm = nn.BatchNorm2d(size_of(out)) if norm else None
 
     def forward(self, x):
-        return self.conv(x) if self.norm is None else self.norm(self.conv(x))
+        """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
+        x = self.conv(x)
+        x = x if self.norm is None else self.norm(x)
+        x = x if self.act is None else self.act(x)
+        return masked(x, self.out) if self.mask else x
 
 
-def depthwise(widths, where, k=3, stride=1, dilation=1, norm=True):
-    return Layer(widths, where, where, k, stride, dilation, True, norm)
-
-
-def resize(x, size):
-    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size, mode="bilinear",
-                                                               align_corners=False)
+def depthwise(space, k=3, stride=1, dilation=1, norm=True, act=None):
+    """A depth-wise layer, masked."""
+    return Layer(space, space, k, stride, dilation, True, norm, act, mask=True)
 
 
 class InvertedResidual(nn.Module):
     """1x1 expand, k x k depth-wise, 1x1 project; (B, C, H, W) -> (B, C', H/stride, W/stride)."""
 
-    def __init__(self, widths, into, hidden, out, k=3, stride=1, dilation=1, act=F.relu):
+    def __init__(self, into, hidden, out, k=3, stride=1, dilation=1, act=F.relu):
         super().__init__()
-        self.expand = Layer(widths, into, hidden) if hidden != into else None   # t = 1 has none
-        self.depth = depthwise(widths, hidden, k, stride, dilation)
-        self.project = Layer(widths, hidden, out)
-        self.residual, self.act = stride == 1 and into == out, act
+        self.expand = Layer(into, hidden, act=act) if hidden != into else None      # t = 1: none
+        self.depth = depthwise(hidden, k, stride, dilation, act=act)
+        self.project = Layer(hidden, out, mask=True)
+        self.residual = stride == 1 and into == out
 
-    def forward(self, x, gates=None):
-        h = x if self.expand is None else self.act(self.expand(x))
-        h = masked(self.act(self.depth(h)), self.depth, gates)
-        y = masked(self.project(h), self.project, gates)
-        # The terms of the sum are masked one by one: a mask on the sum would block the gradient
-        # of the masks before it. The stem's output comes unmasked, to go through `depth` first.
-        if self.residual and self.expand is None:
-            x = masked(x, self.project, gates)
+    def forward(self, x):
+        if self.expand is None:
+            h = self.depth(x)                           # (B, C, H/stride, W/stride)
+            x = masked(x, self.project.out) if self.residual else x
+        else:
+            h = self.depth(self.expand(x))              # (B, t C, H/stride, W/stride)
+        y = self.project(h)                             # (B, C', H/stride, W/stride)
         return x + y if self.residual else y
 
 
 class Attention(nn.Module):
     """Multi-head attention of 1x1 convolutions over all positions; (B, C, H, W) -> the same."""
 
-    def __init__(self, widths, tokens, heads, key_dim=16, ratio=2):
+    def __init__(self, tokens, heads, key_dim=16, ratio=2):
         super().__init__()
         self.heads, self.key_dim, self.value_dim = heads, key_dim, ratio * key_dim
         keys, values = ((heads, key_dim),), ((heads, self.value_dim),)
-        self.to_q = Layer(widths, tokens, keys)
-        self.to_k = Layer(widths, tokens, keys)
-        self.to_v = Layer(widths, tokens, values)
-        self.project = Layer(widths, values, tokens)
+        self.to_q, self.to_k = Layer(tokens, keys), Layer(tokens, keys)
+        self.to_v = Layer(tokens, values)
+        self.project = Layer(values, tokens, mask=True)
         nn.init.zeros_(self.project.norm.weight)        # OFFICIAL-CODE: attention starts at zero
 
-    def forward(self, x, gates=None):
+    def forward(self, x):
         b, _, h, w = x.shape
-        q, k, v = (layer(x).view(b, -1, dim, h * w) for layer, dim in (
-            (self.to_q, self.key_dim), (self.to_k, self.key_dim), (self.to_v, self.value_dim)))
-        a = torch.matmul(q.transpose(2, 3), k).softmax(-1)      # (B, heads, N, N), N = H * W
+        q, k = (to(x).view(b, -1, self.key_dim, h * w) for to in (self.to_q, self.to_k))
+        v = self.to_v(x).view(b, -1, self.value_dim, h * w)     # (B, heads, 32, N), N = H * W
+        a = torch.matmul(q.transpose(2, 3), k).softmax(-1)      # (B, heads, N, N)
         # OFFICIAL-CODE: the products are not divided by sqrt(key_dim)
-        y = torch.matmul(v, a.transpose(2, 3)).reshape(b, -1, h, w)
-        return masked(self.project(masked(F.relu6(y), self.to_v, gates)), self.project, gates)
-
-
-class Mlp(nn.Module):
-    """1x1, 3x3 depth-wise with a bias, 1x1; (B, C, H, W) -> the same."""
-
-    def __init__(self, widths, tokens, hidden):
-        super().__init__()
-        self.fc1 = Layer(widths, tokens, hidden)
-        self.depth = depthwise(widths, hidden, norm=False)
-        self.fc2 = Layer(widths, hidden, tokens)
-
-    def forward(self, x, gates=None):
-        h = masked(F.relu6(self.depth(self.fc1(x))), self.depth, gates)
-        return masked(self.fc2(h), self.fc2, gates)
+        y = torch.matmul(v, a.transpose(2, 3)).reshape(b, -1, h, w)     # (B, 32 heads, H, W)
+        return self.project(masked(F.relu6(y), self.to_v.out))
 
 
 class Block(nn.Module):
-    """A transformer block; drop_path: probability that a sample skips a branch in training."""
+    """A transformer block; (B, C, H, W) -> the same. MLP: 1x1, 3x3 depth-wise with a bias, 1x1.
 
-    def __init__(self, widths, tokens, heads, hidden, drop_path):
+    drop_path: probability that a sample skips a branch in training.
+    """
+
+    def __init__(self, tokens, heads, hidden, drop_path):
         super().__init__()
-        self.attention, self.mlp = Attention(widths, tokens, heads), Mlp(widths, tokens, hidden)
-        self.drop_path = drop_path
+        self.attention, self.drop_path = Attention(tokens, heads), drop_path
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=Layer(tokens, hidden), depth=depthwise(hidden, norm=False, act=F.relu6),
+            fc2=Layer(hidden, tokens, mask=True)))
 
     def dropped(self, y):
         if not self.training or self.drop_path == 0:
@@ -266,21 +280,42 @@ class Block(nn.Module):
         stays = torch.rand(len(y), 1, 1, 1, device=y.device) >= self.drop_path
         return y * stays / (1 - self.drop_path)
 
-    def forward(self, x, gates=None):
-        x = x + self.dropped(self.attention(x, gates))
-        return x + self.dropped(self.mlp(x, gates))
+    def forward(self, x):
+        x = x + self.dropped(self.attention(x))
+        return x + self.dropped(self.mlp(x))
 
 
 class Injection(nn.Module):
     """Semantics scale and shift local tokens: (B, C, H, W), (B, C, h, w) -> (B, D, H, W)."""
 
-    def __init__(self, widths, into, out):
+    def __init__(self, into, out, mask):
         super().__init__()
-        self.local, self.scale, self.shift = (Layer(widths, into, out) for _ in range(3))
+        self.local, self.scale, self.shift = (Layer(into, out) for _ in range(3))
+        self.mask = mask
 
     def forward(self, x, semantics):
-        scale = resize(F.hardsigmoid(self.scale(semantics)), x.shape[-2:])
-        return self.local(x) * scale + resize(self.shift(semantics), x.shape[-2:])
+        scale = enlarged(F.hardsigmoid(self.scale(semantics)), x.shape[-2:])
+        y = self.local(x) * scale + enlarged(self.shift(semantics), x.shape[-2:])
+        return masked(y, self.local.out) if self.mask else y
+
+
+class Network(nn.Module):
+    """A network whose channels have names. masks: {name: Mask}; widths: {name: elements} of a
+    pruned network, None = dense."""
+
+    def __init__(self, name, num_classes, widths):
+        super().__init__()
+        self.name, self.num_classes, self.given = name, num_classes, widths or {}
+        self.masks = nn.ModuleDict()
+
+    def space(self, name, n=0):
+        """The channels of this name; n of them in the dense network, to be told the first time."""
+        if name not in self.masks:
+            self.masks[name] = Mask(self.given.get(name, n))
+        return ((self.masks[name], 1),)
+
+    def widths(self):
+        return {name: mask.n for name, mask in self.masks.items()}
 
 
 # name: (kernel k, expansion t, stride s) of each row, channels of the stem and the four levels,
@@ -299,79 +334,59 @@ VARIANTS = {
               (16, 64, 120, 200, 208), 8, 256, False)}
 
 
-class TopFormer(nn.Module):
-    """(B, 3, H, W) -> logits (B, num_classes, H/8, W/8).
-
-    variant: key of VARIANTS; widths: {site: elements} of a pruned network, None = dense.
-    forward(x, gates): gates {site: (n,) of 0 and 1} mask channels, None = none.
-    """
+class TopFormer(Network):
+    """(B, 3, H, W) -> logits (B, num_classes, H/8, W/8). variant: key of VARIANTS."""
 
     def __init__(self, variant, num_classes, widths=None, drop_path=0.1):
-        super().__init__()
-        rows, _, _, _, light = VARIANTS[variant]
-        w = self.widths = {"": 1, **(widths or self.dense_widths(variant))}
-        self.name, self.num_classes, self.drop_path = variant, num_classes, drop_path
-        strides = [2 * math.prod(s for _, _, s in rows[:i]) for i in range(len(rows) + 1)]
-        at = [space(f"c{s}") for s in strides]
-        self.stem = Layer(w, RGB, at[0], 3, 2)
-        self.rows = nn.ModuleList(
-            InvertedResidual(w, at[i], space(f"row{i}") if t > 1 else at[i], at[i + 1], k, s)
-            for i, (k, t, s) in enumerate(rows))
-        self.taps = [i for i in range(1, len(rows)) if at[i + 1:i + 2] != at[i + 2:i + 3]]
-        levels = [at[i + 1] for i in self.taps]
-        tokens = sum(levels, ())
-        self.blocks = nn.ModuleList(
-            Block(w, tokens, f"heads{i}", space(f"mlp{i}"), drop_path * i / 3) for i in range(4))
-        self.injections = nn.ModuleList(Injection(w, c, space("inject")) for c in levels[1:])
-        self.fuse = (depthwise(w, space("inject"), 1) if light else
-                     Layer(w, space("inject"), space("head")))
-        self.dropout = nn.Dropout2d(0.1)
-        self.classify = Layer(w, self.fuse.out, (("", num_classes),), norm=False)
-
-    @staticmethod
-    def dense_widths(variant):
+        super().__init__(variant, num_classes, widths)
         rows, channels, heads, inject, light = VARIANTS[variant]
-        level, widths = 0, {"c2": channels[0]}
-        for i, (_, t, s) in enumerate(rows):
-            widths |= {f"row{i}": t * channels[level]} if t > 1 else {}
-            level += s == 2
-            widths[f"c{2 ** (level + 1)}"] = channels[level]
-        for i in range(4):
-            widths |= {f"heads{i}": heads, f"mlp{i}": 2 * sum(channels[1:])}
-        return widths | {"inject": inject} | ({} if light else {"head": inject})
+        channels = dict(zip((2, 4, 8, 16, 32), channels))               # by stride
+        stride, x = 2, self.space("c2", channels[2])
+        self.stem, self.rows = Layer(fixed(3), x, 3, 2, act=F.relu), nn.ModuleList()
+        for i, (k, t, s) in enumerate(rows):
+            hidden = self.space(f"row{i}", t * channels[stride]) if t > 1 else x
+            stride *= s
+            out = self.space(f"c{stride}", channels[stride])
+            self.rows.append(InvertedResidual(x, hidden, out, k, s))
+            x = out
+        self.taps = (2, 4, 6, len(rows) - 1)                            # the last row of each level
+        levels = [self.space(f"c{s}") for s in (4, 8, 16, 32)]
+        wide = sum(channels[s] for s in (4, 8, 16, 32))
+        self.blocks = nn.ModuleList(
+            Block(sum(levels, ()), self.space(f"heads{i}", heads)[0][0],
+                  self.space(f"mlp{i}", 2 * wide), drop_path * i / 3) for i in range(4))
+        x = self.space("inject", inject)
+        self.injections = nn.ModuleList(Injection(level, x, not light) for level in levels[1:])
+        self.fuse = (depthwise(x, 1, act=F.relu) if light else
+                     Layer(x, self.space("head", inject), act=F.relu, mask=True))
+        self.dropout = nn.Dropout2d(0.1)
+        self.classify = Layer(self.fuse.out, fixed(num_classes), norm=False)
 
-    def forward(self, x, gates=None):
-        x, taps = F.relu(self.stem(x)), []                                    # (B, 16, H/2, W/2)
+    def forward(self, x):
+        x, taps = self.stem(x), []                                            # (B, 16, H/2, W/2)
         for i, row in enumerate(self.rows):
-            x = row(x, gates)
+            x = row(x)
             if i in self.taps:
                 taps.append(x)                              # at H/4, H/8, H/16, H/32
         size = [math.ceil(d / 2) for d in x.shape[-2:]]
         tokens = torch.cat([F.adaptive_avg_pool2d(t, size) for t in taps], 1)   # (B, D, H/64, W/64)
         for block in self.blocks:
-            tokens = block(tokens, gates)
+            tokens = block(tokens)
         semantics = tokens.split([t.shape[1] for t in taps], 1)
         maps = [f(a, b) for f, a, b in zip(self.injections, taps[1:], semantics[1:])]
-        x = sum(resize(y, maps[0].shape[-2:]) for y in maps)                    # (B, E, H/8, W/8)
-        if not self.fuse.depthwise:
-            x = masked(x, self.injections[0].local, gates)
-        x = masked(F.relu(self.fuse(x)), self.fuse, gates)
+        x = self.fuse(sum(enlarged(y, maps[0].shape[-2:]) for y in maps))         # (B, E, H/8, W/8)
         return self.classify(self.dropout(x))
 
 
-class Separable(nn.Module):
-    """3x3 depth-wise and 1x1, BN and ReLU after both."""
+class Separable(nn.Sequential):
+    """3x3 depth-wise and 1x1, BN and ReLU after both; (B, C, H, W) -> (B, C', H, W)."""
 
-    def __init__(self, widths, into, out, dilation=1):
-        super().__init__()
-        self.depth, self.point = depthwise(widths, into, 3, 1, dilation), Layer(widths, into, out)
-
-    def forward(self, x, gates=None):
-        x = masked(F.relu(self.depth(x)), self.depth, gates)
-        return masked(F.relu(self.point(x)), self.point, gates)
+    def __init__(self, into, out, dilation=1):
+        super().__init__(depthwise(into, 3, 1, dilation, act=F.relu),
+                         Layer(into, out, act=F.relu, mask=True))
 
 
-class DeepLabV3Plus(nn.Module):
+class DeepLabV3Plus(Network):
     """App. H, MobileNet-V2 at output stride 16: (B, 3, H, W) -> logits (B, num_classes, H/4, W/4).
 
     The paper prints 2.26 M parameters and 9.5 GMACs and no structure. OURS: the ASPP and decoder
@@ -381,57 +396,42 @@ class DeepLabV3Plus(nn.Module):
               (6, 160, 3, 2), (6, 320, 1, 1))        # t, c, n, s of MobileNet-V2, Table 2
 
     def __init__(self, num_classes, widths=None):
-        super().__init__()
-        w = self.widths = {"": 1, **(widths or self.dense_widths())}
-        self.name, self.num_classes, self.drop_path = "deeplab", num_classes, 0.0
-        x, rows, stride, rate = space("stem"), [], 2, 1
-        self.stem = Layer(w, RGB, x, 3, 2)
-        for j, (t, _, n, s) in enumerate(self.STAGES):
+        super().__init__("deeplab", num_classes, widths)
+        x, wide, stride, rate = self.space("stem", 32), 32, 2, 1
+        self.stem, self.rows = Layer(fixed(3), x, 3, 2, act=F.relu6), nn.ModuleList()
+        for j, (t, c, n, s) in enumerate(self.STAGES):
+            out = self.space(f"stage{j + 1}", c)
             for i in range(n):
-                out, hidden = space(f"stage{j + 1}"), space(f"row{len(rows)}") if t > 1 else x
+                hidden = self.space(f"row{len(self.rows)}", t * wide) if t > 1 else x
                 step = s if i == 0 and stride * s <= 16 else 1      # beyond 1/16: dilation instead
-                rows.append(InvertedResidual(w, x, hidden, out, 3, step, rate, F.relu6))
+                self.rows.append(InvertedResidual(x, hidden, out, 3, step, rate, F.relu6))
                 rate = 2 if i == 0 and s > step else rate           # from the next row on
-                stride, x = stride * step, out
-        self.rows = nn.ModuleList(rows)
-        branches = [space(f"aspp{i}") for i in range(5)]
-        self.point, self.pool = Layer(w, x, branches[0]), Layer(w, x, branches[4])
-        self.atrous = nn.ModuleList(Separable(w, x, branches[i], 6 * i) for i in (1, 2, 3))
-        self.project = Layer(w, sum(branches, ()), space("high"))
-        self.low = Layer(w, space("stage2"), space("low"))
-        self.fuse = nn.ModuleList((Separable(w, space("high", "low"), space("fuse1")),
-                                   Separable(w, space("fuse1"), space("fuse2"))))
-        self.classify = Layer(w, space("fuse2"), (("", num_classes),), norm=False)
+                stride, x, wide = stride * step, out, c
+        branches = [self.space(f"aspp{i}", 136) for i in range(5)]
 
-    @classmethod
-    def dense_widths(cls):
-        widths, c_in, row = {"stem": 32}, 32, 0
-        for j, (t, c, n, _) in enumerate(cls.STAGES):
-            for _ in range(n):
-                widths |= {f"row{row}": t * c_in} if t > 1 else {}
-                c_in, row = c, row + 1
-            widths[f"stage{j + 1}"] = c
-        return widths | {f"aspp{i}": 136 for i in range(5)} | {
-            "high": 136, "low": 24, "fuse1": 272, "fuse2": 272}
+        def point(into, out):
+            return Layer(into, out, act=F.relu, mask=True)
 
-    def forward(self, x, gates=None):
-        def block(layer, y):
-            return masked(F.relu(layer(y)), layer, gates)
+        self.point, self.pool = point(x, branches[0]), point(x, branches[4])
+        self.atrous = nn.ModuleList(Separable(x, branches[i], 6 * i) for i in (1, 2, 3))
+        self.project = point(sum(branches, ()), self.space("high", 136))
+        self.low = point(self.space("stage2"), self.space("low", 24))
+        both = self.space("high") + self.space("low")
+        self.fuse = nn.Sequential(Separable(both, self.space("fuse1", 272)),
+                                  Separable(self.space("fuse1"), self.space("fuse2", 272)))
+        self.classify = Layer(self.space("fuse2"), fixed(num_classes), norm=False)
 
-        x = F.relu6(self.stem(x))                                           # (B, 32, H/2, W/2)
+    def forward(self, x):
+        x = self.stem(x)                                                    # (B, 32, H/2, W/2)
         for row in self.rows[:3]:
-            x = row(x, gates)
+            x = row(x)
         fine = x                                                            # (B, 24, H/4, W/4)
         for row in self.rows[3:]:
-            x = row(x, gates)
-        pooled = block(self.pool, F.adaptive_avg_pool2d(x, 1))
-        x = torch.cat([block(self.point, x), *(f(x, gates) for f in self.atrous),
-                       pooled.expand(-1, -1, *x.shape[-2:])], 1)            # (B, 680, H/16, W/16)
-        x = resize(block(self.project, x), fine.shape[-2:])
-        x = torch.cat([x, block(self.low, fine)], 1)                        # (B, 160, H/4, W/4)
-        for separable in self.fuse:
-            x = separable(x, gates)
-        return self.classify(x)
+            x = row(x)
+        pooled = self.pool(F.adaptive_avg_pool2d(x, 1)).expand(-1, -1, *x.shape[-2:])
+        x = torch.cat([self.point(x), *(f(x) for f in self.atrous), pooled], 1)
+        x = enlarged(self.project(x), fine.shape[-2:])                      # (B, 136, H/4, W/4)
+        return self.classify(self.fuse(torch.cat([x, self.low(fine)], 1)))
 
 
 def build(name, num_classes, widths=None, drop_path=0.0):
@@ -440,36 +440,648 @@ def build(name, num_classes, widths=None, drop_path=0.0):
             TopFormer(name, num_classes, widths, drop_path))
 
 
-def dense_widths(name):
-    """{site: elements} of a dense network."""
-    return DeepLabV3Plus.dense_widths() if name == "deeplab" else TopFormer.dense_widths(name)
-
-
 def layers_of(net):
     return [m for m in net.modules() if isinstance(m, Layer)]
 
 
-def sites_of(net, scope="all"):
-    """Sites that get a mask; "pyramid" leaves out transformer, injection and head."""
-    return [site for site in net.widths if site and (
-        scope == "all" or re.fullmatch(r"(c|row|stage)\d+|stem", site))]
+def weights_of(net):
+    """w: all parameters but the masks."""
+    return [p for name, p in net.named_parameters() if not name.startswith("masks.")]
 
 
-def by_site(net, value):
-    """Sum over all layers of value(layer), a number for each channel that the layer writes,
-    gathered by the elements of the masks: {site: (n,)}."""
+def by_mask(net, value):
+    """Sum over all layers of value(layer), a number for each channel that the layer writes, taken
+    together by the elements of the masks: {Mask: (n,)}."""
     total = {}
     for layer in layers_of(net):
-        parts = value(layer).split([net.widths[site] * each for site, each in layer.out])
-        for (site, each), part in zip(layer.out, parts):
-            if site:
-                total[site] = total.get(site, 0) + part.view(-1, each).sum(1)
+        parts = value(layer).split([mask.n * each for mask, each in layer.out])
+        for (mask, each), part in zip(layer.out, parts):
+            total[mask] = total.get(mask, 0) + part.view(-1, each).sum(1)
     return total
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. Weights to start from
+# 4. Masks, Sections 3.1 and 3.2
 # ---------------------------------------------------------------------------------------------
+
+
+class Threshold(torch.autograd.Function):
+    """Eqs. (2) and (3): s (n,), tau (n,) -> b (n,).
+
+    least: so many largest stay even below tau (OURS: a layer without channels ends the network).
+    """
+
+    @staticmethod
+    def forward(ctx, s, tau, least):
+        b = s > tau                                         # Eq. (2): b = 1 if s > tau else 0
+        b[(s - tau).topk(least).indices] = True
+        return b.to(s.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None                             # Eq. (3): dL/ds = dL/db
+
+
+class Mask(nn.Module):
+    """Decides about n elements, channels or attention heads, one by one. Layers that write the
+    same elements share it.
+
+    s (n,): the soft mask, None in a network without masks. tau (n,): the threshold; it is the same
+    number everywhere until channels are chosen for good, then -inf where they stay, +inf where
+    they go, so that s remains what was learnt.
+    """
+
+    def __init__(self, n):
+        super().__init__()
+        self.n, self.least = n, 1
+        self.register_parameter("s", None)
+        self.register_buffer("tau", None)
+
+    def start(self, tau, least):
+        """OURS: s starts at 1 everywhere, so the search starts from the dense network."""
+        self.s, self.tau = nn.Parameter(torch.ones(self.n)), torch.full((self.n,), tau)
+        self.least = least
+
+    def binary(self):
+        """b (n,)."""
+        return torch.ones(self.n) if self.s is None else Threshold.apply(self.s, self.tau,
+                                                                         self.least)
+
+    def choose(self, elements):
+        """Keep these for good; elements: indices."""
+        self.tau.fill_(math.inf)[elements] = -math.inf
+
+
+def unit_of(name, n, round_to):
+    """Elements that stay or go together: --round-to channels, but single attention heads."""
+    return 1 if name.startswith("heads") else min(round_to, n)
+
+
+def prunable(net, cfg):
+    """{Mask: elements that have to stay} of all channels, or of the pyramid's alone."""
+    return {mask: unit_of(name, mask.n, cfg.round_to) for name, mask in net.masks.items()
+            if cfg.scope == "all" or re.fullmatch(r"(c|row|stage)\d+|stem", name)}
+
+
+def masks_of(net):
+    """{name: Mask} of the masks that have been started."""
+    return {name: mask for name, mask in net.masks.items() if mask.s is not None}
+
+
+@contextlib.contextmanager
+def pruned_weights_kept(net):
+    """Around an optimizer step: weights of pruned channels stay (PAPER 3.2: "the information in
+    pruned channels is preserved").
+
+    They get no gradient, but weight decay and momentum would move them.
+    """
+    old = []
+    for layer in layers_of(net):
+        device = layer.conv.weight.device
+        out, into = gate(layer.out, device).bool(), gate(layer.into, device).bool()   # (C',), (C,)
+        for p in layer.parameters():
+            stays = out.view(-1, 1, 1, 1) if p.ndim > 1 else out
+            if p.ndim > 1 and not layer.depthwise:
+                stays = stays & into.view(1, -1, 1, 1)
+            old.append((p, stays, p.detach().clone()))
+    yield
+    with torch.no_grad():
+        for p, stays, value in old:
+            p.copy_(torch.where(stays, p, value))
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Losses, Section 3.3, and the gradient of the masks, Section 4.1
+# ---------------------------------------------------------------------------------------------
+
+# OURS: the unit of Eq. (5). The paper does not say in what it counts MACs; they are squared, so
+# beta = 0.01 means nothing without it. beta was tuned (App. I) on a network of 8.2 GMACs, so the
+# dense network counts as 8.2 here, whatever network and picture measure. How its pull compares with
+# the loss's own gradient is logged at every mask step.
+DENSE_UNITS = 8.2
+
+
+def areas(net, frame):
+    """{layer: H W of its output} for a picture of `frame`; nothing is computed."""
+    probe, area = copy.deepcopy(net).to("meta").float().eval(), {}
+    for ours, m in zip(net.modules(), probe.modules(), strict=True):
+        if isinstance(m, (Layer, Attention)):
+            m.register_forward_hook(lambda m, _, y, ours=ours: area.update(
+                {ours: y.shape[-2] * y.shape[-1]}))
+    with torch.no_grad():
+        probe(torch.zeros(1, 3, *frame, device="meta"))
+    return area
+
+
+def macs_of(area, count):
+    """MACs with count(mask) elements of each mask left: a number, or a tensor with a gradient."""
+    def left(space):
+        return sum(each * count(mask) for mask, each in space)
+
+    total = 0
+    for layer, positions in area.items():                       # sum_l o'_l i'_l k_l^2 t_l t'_l
+        if isinstance(layer, Attention):                        # q k^T, and its product with v
+            total += count(layer.heads) * (layer.key_dim + layer.value_dim) * positions ** 2
+        else:
+            # OURS: i' for the paper's i: a layer reads no more than what the one before has left.
+            inputs = 1 if layer.depthwise else left(layer.into)
+            total += left(layer.out) * inputs * layer.conv.kernel_size[0] ** 2 * positions
+    return total
+
+
+def whole(mask):
+    """Elements of the dense network."""
+    return mask.n
+
+
+def left(mask):
+    """Elements that b leaves, a float64 scalar with the gradient of Eq. (3)."""
+    return mask.binary().double().sum()
+
+
+def regularizer(area, target):
+    """Eq. (5): L_reg = | sum_l o'_l i'_l t_l t'_l k_l^2 - C |^2, in units of the dense / 8.2."""
+    unit = macs_of(area, whole) / DENSE_UNITS
+    return ((macs_of(area, left) - target) / unit).square().float()
+
+
+def task_loss(forward, images, labels, cfg):
+    """L of Eq. (4): cross-entropy at the label's resolution."""
+    with common.autocast(images.device, cfg.amp):
+        logits = forward(images)                                    # (B, K, h, w)
+    return common.cross_entropy(enlarged(logits.float(), labels.shape[-2:]), labels)
+
+
+# The gradient of the masks. g(w, s) = L(w, s) + |w|^2 / (2 lambda) is what the weights minimise,
+# Eq. (7); w* is where it is least; L_m = L + beta L_reg is what the masks minimise there, Eqs. (4)
+# and (6). For one layer: w (C, i, k, k) and BN's gamma, beta (C,); a(w) (B, C, H, W) is what the
+# mask meets, b (C,) the mask, F the rest of the network and the loss, so that L = F(b a(w)), a
+# scalar; F' (B, C, H, W) its gradient.
+#
+#   equation                                               code                    shape
+#   (2)   b = 1 if s > tau else 0                          mask.binary()           (C,)
+#   (1)   b a(w)                                           masked(x, out)          (B, C, H, W)
+#   (8)   dL_m/ds = grad_s L_m + (dw*/ds) grad_w L_m       mask.s.grad             (C,)
+#                                                          w* moves with s
+#   (17)  grad_w g(w*, s) = 0                              w* is a minimum for every s, so
+#   (19)  grad2_sw g + (dw*/ds) grad2_w g = 0              its derivative by s is 0 too
+#   (9)   dw*/ds = - grad2_sw g (grad2_w g)^-1             never formed            (C, C i k k)
+#   (10)  grad2_w g = grad2_w L + I / lambda               approximation 1: ~ I / lambda
+#   (11)  dL_m/ds = grad_s L_m - lambda grad2_sw L grad_w L_m              grad2_sw g = grad2_sw L
+#   (22)  grad_b L = sum_BHW F' a(w)                       first (by Eq. (3))      (C,)
+#   (21)  grad_w L = b F' a'(w)                            p.grad                  (C, i, k, k)
+#   (24)  grad2_bw L = F' a'(w) + b F'' a(w) a'(w)         approximation 2: ~ F' a'(w)
+#   (12)  grad2_sw L = diag(F' a'(w))                      approximation 3: diagonal
+#   (13)  dL_m/ds = grad_s L_m - lambda (F' a') (b F' a')  the second factor is grad_w L_m
+#   (14)  F' a' = grad_w L_m where b = 1                   no copy of the gradients is needed
+#   (15)  dL_m/ds = grad_s L_m - lambda b [grad_w L_m]^2   first + pull - second   (C,)
+#         [grad_w L_m]^2 summed over i, k, k               squared_gradients       (C,)
+#         grad_s (beta L_reg)                              pull                    (C,)
+#
+# Approximations. 1: L is piecewise linear in w. 2: in the channel's output too. (Eq. (25) should
+# read diag(w*) times the second derivative; it vanishes either way.) 3: a mask meets the weights of
+# its own channel alone. In a network it also meets those that make the channel's inputs and those
+# that read it; their terms can be as large (test_bilevel_what_the_diagonal_leaves_out). 4, Eq. (3):
+# grad_s = grad_b. 5: w is what a few steps have reached, not w*. 6 (OURS): those steps decay w by
+# --weight-decay, not by the 1 / lambda of Eq. (7): a decay of 10 would leave no network to prune.
+# lambda weighs the second term alone. 7: what is squared is the gradient of a minibatch. Its mean
+# square is (grad_w L)^2 plus the variance of the batches, which near w* is nearly all of it; the
+# term shrinks as batches grow, and over several processes the mean gradient is squared.
+#
+# Eq. (14) is not zero where b = 0, as printed, but meets grad_w L_m = 0 there in Eq. (13).
+#
+# What the first term says (Euler's identity). A mask behind BN and ReLU meets an a that is
+# homogeneous of degree 1 in (gamma, beta): a(c gamma, c beta) = c a. So a = gamma da/dgamma + beta
+# da/dbeta, and for a kept channel
+#
+#         grad_s L = gamma dL/dgamma + beta dL/dbeta         (ReLU and none exactly, relu6 nearly).
+#
+# At w* without decay of gamma and beta both factors vanish: the first term is noise around zero for
+# every kept channel, and a mask learns only by falling below tau and being called back. With the
+# decay mu of Eq. (7) it is -mu (gamma^2 + beta^2): an importance. Hence --decay-norms (PAPER).
+#
+# What the second term says: a mask rises by lambda times the squared gradients of its weights.
+# Channels that the loss still works on are kept. At w* grad_w L = -w / lambda, and for a(w) linear
+# both terms are -|w|^2 / lambda. Where BN makes the scale of w meaningless the term is misled: the
+# gradient goes with 1 / |w| (test_bilevel_planted_scaled_filters).
+
+
+def squared_gradients(net):
+    """{Mask: (n,)}: [grad_w L]^2 summed over the weights of each channel, BN's included."""
+    return by_mask(net, lambda layer: sum(p.grad.square().reshape(len(p), -1).sum(1)
+                                          for p in layer.parameters()))
+
+
+def mask_gradient(net, loss, reg, lam):
+    """The parts of Eq. (15), each a list of (n,), one for each mask: dL_m/ds = first + pull -
+    second. One backward pass of L gives both of its terms."""
+    masks = list(masks_of(net).values())
+    pull = torch.autograd.grad(reg, [mask.s for mask in masks])         # grad_s (beta L_reg)
+    net.zero_grad()
+    loss.backward()                                                     # grad_s L and grad_w L
+    average_gradients(list(net.parameters()))                           # before they are squared
+    squares = squared_gradients(net)
+    second = [lam * mask.binary().detach() * squares[mask] for mask in masks]
+    return [mask.s.grad for mask in masks], second, pull
+
+
+def mask_rates(net, area, target, steps, cfg):
+    """{name: step size of its masks}. OURS, twice; the paper gives no step size for s.
+
+    - Divided by a power of the MACs of an element: a 1x1 at full resolution costs 300 times a
+      channel of the transformer, and under one rate its masks would be gone before the loss can
+      speak. Divided by the cost itself, one noisy gradient would decide about the cheap ones.
+    - Unless --mask-lr gives it, so large that a mask of mean cost that the loss ignores falls from
+      1 to tau in a third of the mask steps, however many, under the first pull of Eq. (5). So beta
+      weighs the MACs against the loss, and does not set the pace.
+    """
+    masks, dense = masks_of(net), macs_of(area, whole)
+    counts = {mask: torch.tensor(float(mask.n), dtype=torch.float64, requires_grad=True)
+              for mask in masks.values()}
+    total = macs_of(area, lambda mask: counts.get(mask, mask.n))
+    costs = dict(zip(masks, torch.autograd.grad(total, list(counts.values()))))
+    mean = sum(float(costs[name]) * masks[name].n for name in masks) / sum(
+        mask.n for mask in masks.values())
+    gap = max(dense - target, 0.1 * dense)              # a target next to the dense needs no haste
+    pull = (cfg.beta or 0.01) * 2 * DENSE_UNITS ** 2 * gap * mean / dense ** 2
+    rate = cfg.mask_lr or (1 - cfg.tau) * (1 - cfg.momentum) / max(pull * steps / 3, 1e-12)
+    return {name: rate * (mean / float(costs[name])) ** cfg.cost_power for name in masks}
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Search, Section 4.2
+# ---------------------------------------------------------------------------------------------
+
+#   given      w of the dense network, s = 1
+#   repeat     an iteration
+#       repeat --weight-steps times
+#           w <- w - lr grad_w [ L(w, s) + |w|^2 / (2 lambda) ]                       Eq. (7)
+#       s <- s - rate { grad_s L + beta grad_s L_reg - lambda b [grad_w L]^2 }        Eqs. (4), (15)
+#   choose     the channels with the best s that the target has room for              OURS
+#   repeat     Eq. (7), for the last third of the epochs                              OURS
+#
+# Both optimizers are SGD with momentum under one poly schedule (PAPER 5.2). The mask step takes the
+# next batch of the training set (OURS; the paper sets no pictures aside for the masks). A baseline
+# learns no masks: it trains all its batches, and chooses by another score at the same epoch.
+
+
+def learn(run, net, forward, loader, area, target, score):
+    """Sections 3 and 4: ends with trained weights, learnt masks and chosen channels.
+
+    run.parts has the optimizers and schedules of w and s; forward: the training form of net;
+    score(net) -> mIoU, for the log.
+    """
+    cfg, parts = run.cfg, run.parts
+    for epoch in run.epochs():
+        choosing = chosen_after(cfg)
+        moving = cfg.method == "bilevel" and epoch < choosing
+        shrinking = cfg.method == "slimming" and epoch < choosing
+        batches, trace = run.batches(loader), Trace(net, area)
+        while run.step < len(loader):
+            # First step of an iteration: a few steps on w under a fixed mask.
+            net.masks.requires_grad_(False)
+            for images, labels in islice(batches, cfg.weight_steps):
+                # Eq. (7): L(w, s) here, its |w|^2 as the optimizer's weight decay
+                terms = {"loss": task_loss(forward, images, labels, cfg)}
+                if shrinking:
+                    terms["l1"] = cfg.slim_l1 * scale_norm(net)
+                with pruned_weights_kept(net):
+                    run.descend(parts["optimizer"], cfg.clip, **terms)
+                parts["schedule"].step()
+            # Second step: one step on s, w stays. No weight decay: Eq. (5) alone makes masks fall.
+            net.masks.requires_grad_(True)
+            for images, labels in islice(batches, int(moving)):
+                loss = task_loss(forward, images, labels, cfg)
+                reg = cfg.beta * regularizer(area, target)                 # Eqs. (4), (5)
+                first, second, pull = mask_gradient(net, loss, reg, cfg.lam * cfg.implicit)
+                run.check(loss=loss, reg=reg, mask_gradient=norm(first) + norm(second))
+                for mask, f, p, s in zip(masks_of(net).values(), first, pull, second):
+                    mask.s.grad = f + p - s                                     # Eq. (15)
+                for group in parts["mask_optimizer"].param_groups:
+                    group["lr"] = group["rate"] * parts["schedule"].get_last_lr()[0] / cfg.lr
+                parts["mask_optimizer"].step()
+                with torch.no_grad():
+                    for mask in masks_of(net).values():
+                        mask.s.clamp_(*cfg.mask_range)
+                trace.note(run, first, second, pull)
+                parts["schedule"].step()
+        if epoch + 1 == choosing:
+            run.values["by_masks"] = float(macs_of(area, left).detach())
+            choose(net, scores_of(cfg.method, net), area, target, cfg)
+        miou, share = score(net), float(macs_of(area, left).detach()) / macs_of(area, whole)
+        run.end_epoch(note=f" | {100 * share:.1f}% of the MACs{trace.summary()}, masked mIoU "
+                      f"{100 * miou:.2f}", masked_miou=miou, macs=share, trace=trace.rows,
+                      widths={name: int(left(mask)) for name, mask in net.masks.items()})
+
+
+def norm(parts):
+    """Length of the tensors of a list, taken as one vector."""
+    return torch.cat(list(parts)).norm()
+
+
+class Trace:
+    """What decided in each mask step of an epoch, for the log.
+
+    rows: [batch, share of the MACs left, flips, |second| / |first|, share of the pull in what moves
+    the masks, cosine between the loss's mask gradients of this batch and the one before, largest
+    move of a mask].
+    """
+    NAMES = ("step", "macs", "flips", "ratio", "pull", "cosine", "move")
+
+    def __init__(self, net, area):
+        self.net, self.area, self.rows, self.last = net, area, [], None
+        self.b, self.s = self.binary(), self.soft()
+
+    def binary(self):
+        return torch.cat([mask.binary().detach() for mask in self.net.masks.values()])
+
+    def soft(self):
+        soft = [mask.s.detach() for mask in masks_of(self.net).values()]
+        return torch.cat(soft) if soft else torch.zeros(0)
+
+    def note(self, run, first, second, pull):
+        rates = [group["lr"] for group in run.parts["mask_optimizer"].param_groups]
+        lengths = [float(norm([rate * x for rate, x in zip(rates, part)]))
+                   for part in (first, second, pull)]
+        now, b, s = torch.cat([f - s for f, s in zip(first, second)]), self.binary(), self.soft()
+        cosine = 0.0 if self.last is None else float(F.cosine_similarity(now, self.last, dim=0))
+        share = float(macs_of(self.area, left).detach()) / macs_of(self.area, whole)
+        self.rows.append([run.epoch * run.steps + run.step, share, int((b != self.b).sum()),
+                          float(norm(second) / norm(first).clamp(min=1e-30)),
+                          lengths[2] / max(sum(lengths), 1e-30), cosine,
+                          float((s - self.s).abs().max())])
+        self.last, self.b, self.s = now, b, s
+
+    def summary(self):
+        if not self.rows:
+            return ""
+        _, _, flips, ratio, pull, cosine, _ = (sum(column) for column in zip(*self.rows))
+        n = len(self.rows)
+        return (f", {flips} flips, second / first term {ratio / n:.2f}, pull {pull / n:.2f}, "
+                f"cosine {cosine / n:.2f}")
+
+
+def optimizer_for(net, cfg, steps):
+    """(optimizer of the weights, poly schedule over `steps`)."""
+    weights = weights_of(net)
+    groups = [{"params": [p for p in weights if p.ndim > 1], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in weights if p.ndim == 1],
+               "weight_decay": cfg.weight_decay * cfg.decay_norms}]
+    optimizer = (torch.optim.SGD(groups, cfg.lr, cfg.momentum) if cfg.optimizer == "sgd" else
+                 torch.optim.AdamW(groups, cfg.lr))
+    return optimizer, poly(optimizer, steps, cfg.power)
+
+
+def start_search(net, loader, area, target, cfg, device, folder):
+    """The Run of a search: masks, optimizers and schedules of a dense network."""
+    for mask, least in prunable(net, cfg).items():
+        mask.start(cfg.tau, least)
+    net.to(device)
+    steps, mask_steps = cfg.search_epochs * len(loader), mask_steps_of(cfg, len(loader))
+    optimizer, schedule = optimizer_for(net, cfg, steps)
+    rates = mask_rates(net, area, target, mask_steps, cfg)
+    mask_optimizer = torch.optim.SGD([{"params": [mask.s], "rate": rates[name]}
+                                      for name, mask in masks_of(net).items()],
+                                     lr=0.0, momentum=cfg.momentum)
+    return Run("search", "search", cfg, device, folder, cfg.search_epochs, stale=STALE, model=net,
+               optimizer=optimizer, schedule=schedule, mask_optimizer=mask_optimizer)
+
+
+def chosen_after(cfg):
+    """Epochs after which the channels are chosen, the same for every method."""
+    return max(1, round(cfg.search_epochs * (1 - cfg.settle)))
+
+
+def mask_steps_of(cfg, batches):
+    """Mask steps of a search with so many batches an epoch; InputError if there is none."""
+    steps = chosen_after(cfg) * (batches // (cfg.weight_steps + 1))
+    if cfg.method == "bilevel" and not steps:
+        raise InputError(f"{batches} batches an epoch are too few for --weight-steps "
+                         f"{cfg.weight_steps} and a mask step; lower it, or --batch-size")
+    return max(steps, 1)
+
+
+def search(cfg, device, folder):
+    """--search: learn masks and weights, choose, cut, write. Returns its numbers."""
+    images, loader = open_loader(cfg, "train", train=True)
+    _, val_loader = open_loader(cfg, "val")
+    mask_steps_of(cfg, len(loader))
+    net = dense_network(cfg, images.num_classes)
+    area = areas(net, cfg.frame)
+    target = target_of(cfg, net, area)                  # refused now, not after hours
+    start(cfg, net, device)
+
+    def score(net):
+        return evaluate(net, val_loader, images.num_classes, device, cfg.amp).miou()
+
+    torch.manual_seed(cfg.seed)
+    run = start_search(net, loader, area, target, cfg, device, folder)
+    learn(run, net, common.training_form(net.train(), cfg, device), loader, area, target, score)
+    return finish(run, net, area, target, score, val_loader)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Choose and cut: from masks to a small network
+# ---------------------------------------------------------------------------------------------
+
+
+def target_of(cfg, net, area):
+    """C of Eq. (5), MACs for one picture of --frame; InputError if no masks can meet it."""
+    dense, fewest = macs_of(area, whole), prunable(net, cfg)
+    target = cfg.target_gmacs * 1e9 or cfg.target * dense
+    if cfg.widths:
+        target = macs_of(area, counts_from(cfg.widths, net))
+    least = macs_of(area, lambda mask: fewest.get(mask, mask.n))
+    if target > dense:
+        raise InputError(f"the target of {target / 1e9:.4g} GMACs is above the dense network's "
+                         f"{dense / 1e9:.4g} at {cfg.frame[0]}x{cfg.frame[1]}; lower it")
+    if target < least:
+        raise InputError(f"the target of {target / 1e9:.4g} GMACs is below the {least / 1e9:.4g} "
+                         "that are left with the fewest channels in every layer; raise the target, "
+                         "or try --scope all or a smaller --round-to")
+    return target
+
+
+def counts_from(path, net):
+    """count(mask) -> elements in the arch.json at `path`; InputError if of another network."""
+    name, _, widths = load_arch(path)
+    if name != net.name:
+        raise InputError(f"{path} is of {name}, not of {net.name}; choose another --network")
+    counts = {mask: widths[key] for key, mask in net.masks.items()}
+    return lambda mask: counts.get(mask, mask.n)
+
+
+def best_counts(scores, area, target):
+    """count(mask) -> elements to keep: the best units of all masks that the target has room for.
+
+    A unit are --round-to channels, by their mean score. Where one does not fit, its mask is closed;
+    what is cheaper may still fit.
+    """
+    counts, units, closed = {}, [], set()
+    for mask in scores:
+        parts = scores[mask].double().sort(descending=True).values.split(mask.least)
+        counts[mask] = len(parts[0])                        # the first unit is not up for choice
+        units += [(float(part.mean()), mask, len(part)) for part in parts[1:]]
+    for _, mask, many in sorted(units, key=lambda unit: -unit[0]):
+        if mask not in closed:
+            counts[mask] += many
+            if macs_of(area, lambda mask: counts.get(mask, mask.n)) > target:
+                counts[mask] -= many
+                closed.add(mask)
+    return lambda mask: counts.get(mask, mask.n)
+
+
+def choose(net, scores, area, target, cfg):
+    """Choose the channels for good. scores {Mask: (n,)}: higher stays.
+
+    For the paper's method the score is s, so this moves the threshold from tau to where the target
+    is met (OURS: Eq. (5) comes close to it but weighs it against the loss).
+    """
+    count = (counts_from(cfg.widths, net) if cfg.widths else
+             best_counts(scores, area, target))
+    for mask, score in scores.items():
+        mask.choose(score.argsort(descending=True, stable=True)[:count(mask)])
+
+
+def prune(net):
+    """The network without the channels whose b is 0; same output, Eq. (16)."""
+    first = weights_of(net)[0]
+    small = build(net.name, net.num_classes,
+                  {name: int(left(mask)) for name, mask in net.masks.items()})
+
+    def kept(space):
+        return gate(space, first.device).nonzero()[:, 0]
+
+    for layer, cut in zip(layers_of(net), layers_of(small), strict=True):
+        into = None if layer.depthwise else kept(layer.into)
+        cut.conv.load_state_dict(narrowed(layer.conv, kept(layer.out), into).state_dict())
+        if layer.norm is not None:
+            cut.norm.load_state_dict(narrowed(layer.norm, kept(layer.out)).state_dict())
+    return small.to(first).train(net.training)
+
+
+def load_arch(path):
+    """(network, classes, widths) of an arch.json; InputError if it does not fit."""
+    value = common.read_json(path, "arch.json")
+    name, classes, widths = (value.get(key) for key in ("network", "classes", "widths"))
+    if name not in NETWORKS or type(classes) is not int or not isinstance(widths, dict) or not (
+            2 <= classes <= 254):
+        raise InputError(f"{path} is no arch.json of this program: it needs network (one of "
+                         f"{', '.join(NETWORKS)}), classes (2 to 254) and widths")
+    with torch.device("meta"):
+        dense = build(name, classes).widths()
+    for key in {**dense, **widths}:
+        n, full = widths.get(key), dense.get(key, 0)
+        if type(n) is not int or not 1 <= n <= full:
+            raise InputError(f"{path} does not fit {name}: " + (
+                f"'{key}' has {n} channels, not 1 to {full}" if full else f"it has no '{key}'"))
+    return name, classes, widths
+
+
+def write_arch(net, folder, **about):
+    common.write_text(Path(folder) / "arch.json", json.dumps(
+        {"network": net.name, "classes": net.num_classes, "parameters": count_params(net), **about,
+         "widths": net.widths()}, indent=1))
+
+
+def finish(run, net, area, target, score, val_loader):
+    """Cut, compare the small network with the masked one, write it, report. Returns its numbers."""
+    cfg, folder, small = run.cfg, run.folder, prune(net).eval()
+    picture = val_loader.dataset[0, 0][0][None].to(run.device)
+    with torch.no_grad():
+        apart = float((small(picture) - net.eval()(picture)).abs().max())
+    masked_miou, pruned_miou, dense = score(net), score(small), macs_of(area, whole)
+    macs, by_masks = count_macs(small, cfg.frame), run.values["by_masks"]
+    run.save("pruned.pt", model=small.state_dict())
+    write_arch(small, folder, method=cfg.method, frame=list(cfg.frame), macs=macs)
+    if rank() == 0:
+        rows = [row for r in common.read_log(folder, "search") for row in r["trace"]]
+        draw_search(net, small, rows, target / dense, folder)
+        report_masks(net, rows, by_masks / dense, macs / dense)
+        print(f"target {target / 1e9:.4f} GMACs, {macs / 1e9:.4f} are left "
+              f"({100 * (macs / target - 1):+.2f}%): "
+              f"{'' if abs(macs / target - 1) <= 0.01 else 'NOT '}met within 1%\n"
+              f"masked mIoU {100 * masked_miou:.2f}, pruned mIoU, no fine-tuning, "
+              f"{100 * pruned_miou:.2f}; largest difference of a logit {apart:.1e}\n"
+              f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, *.png\n"
+              + next_command(cfg, "bilevel_prune", "--eval --bench"))
+    common.barrier()
+    return {"pruned_miou": pruned_miou, "parameters": count_params(small), "macs": macs,
+            "target": target, "by_masks": by_masks}
+
+
+def report_masks(net, rows, by_masks, share):
+    """How decided the masks were, and what the ranking had to do."""
+    masks = masks_of(net)
+    if rows:
+        soft = torch.cat([mask.s.detach() for mask in masks.values()])
+        ratio, pull, cosine = (sum(column) / len(rows) for column in list(zip(*rows))[3:6])
+        print(f"by themselves the masks left {100 * by_masks:.1f}% of the MACs, the ranking cut "
+              f"to {100 * share:.1f}%\n{len(soft)} masks from {float(soft.min()):.2f} to "
+              f"{float(soft.max()):.2f}, all began at 1; mean over the mask steps: second / first "
+              f"term {ratio:.2f}, pull of the MACs {pull:.2f} of what moves them, cosine of two "
+              f"batches {cosine:.2f}")
+        if ratio < 0.5:
+            print("undecided: the second term is the smaller one, and the first is mostly noise of "
+                  "the batch; another seed will choose other channels (raise --lam)")
+    floor = [name for name, mask in masks.items() if left(mask) <= mask.least < mask.n]
+    if floor:
+        print(f"at their floor, --round-to or one head: {', '.join(floor)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Baselines; the weights before and after the search
+# ---------------------------------------------------------------------------------------------
+
+# A baseline is a score for every channel. Network, target, data, optimizer, number of batches and
+# the epoch of choosing are the paper's method's, whose mask steps use up some batches: the
+# baselines get more weight steps.
+
+
+def uniform(net):
+    """The same share of every mask: a channel's rank by L1 norm within its mask."""
+    return {mask: -s.argsort(descending=True, stable=True).argsort() / len(s)
+            for mask, s in magnitude(net).items()}
+
+
+def magnitude(net):
+    """L1 norm of the filter (Li et al., ICLR 2017); the mean of its layer is 1, for one ranking."""
+    def norms(layer):
+        norm = layer.conv.weight.detach().abs().flatten(1).mean(1)
+        return norm / norm.mean()
+    return layer_means(net, norms, lambda layer: True)
+
+
+def slimming(net):
+    """|BN scale| after training under an L1 penalty (Liu et al., ICCV 2017)."""
+    return layer_means(net, lambda layer: layer.norm.weight.detach().abs(),
+                       lambda layer: layer.norm is not None)
+
+
+def layer_means(net, value, counts):
+    """{Mask: (n,)}: mean of value(layer) over the layers that write it and have counts(layer)."""
+    def zero(layer):
+        return torch.zeros_like(layer.conv.weight[:, 0, 0, 0])
+    total = by_mask(net, lambda layer: value(layer) if counts(layer) else zero(layer))
+    number = by_mask(net, lambda layer: zero(layer) + bool(counts(layer)))
+    return {mask: total[mask] / number[mask] for mask in total}
+
+
+def scale_norm(net):
+    """L1 norm of all BN scales."""
+    return sum(layer.norm.weight.abs().sum() for layer in layers_of(net) if layer.norm is not None)
+
+
+def scores_of(method, net):
+    """{Mask: (n,)}, higher stays. A random score is drawn on the CPU: the same on all ranks."""
+    masks = masks_of(net).values()
+    if method == "bilevel":
+        return {mask: mask.s.detach() for mask in masks}
+    if method == "random":
+        return {mask: torch.rand(mask.n).to(mask.s) for mask in masks}
+    found = {"uniform": uniform, "magnitude": magnitude, "slimming": slimming}[method](net)
+    return {mask: found[mask] for mask in masks}
+
 
 # Published TopFormer files -> names here. Older files use the second name of each pair.
 PUBLISHED = (
@@ -502,27 +1114,21 @@ def load_published(net, path):
     Pyramid and transformer must be there and fit, else InputError; injection and head may be
     missing (classification files), the classifier may have other classes.
     """
-    state = load_checkpoint(path, ())
-    for wrapper in ("state_dict", "state_dict_ema", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    common.require_state(state, path)
-    found = {our_name(key, net): value for key, value in state.items()}
-    own, left = net.state_dict(), []
+    theirs = {our_name(key, net): value for key, value in common.load_state_dict(path).items()}
+    own, random = net.state_dict(), []
     for key, value in own.items():
-        fits = key in found and found[key].shape == value.shape
-        if fits:
-            own[key] = found[key]
+        if key in theirs and theirs[key].shape == value.shape:
+            own[key] = theirs[key]
         elif not key.endswith("num_batches_tracked"):
-            if not key.startswith("classify") and (key in found or key.startswith(
-                    ("stem", "rows", "blocks"))):
+            encoder = key.startswith(("stem", "rows", "blocks"))
+            if encoder or (key in theirs and not key.startswith("classify")):
                 raise InputError(f"{path} is not of TopFormer-{net.name}: '{key}' is missing or "
                                  "has another shape; choose another --network")
-            left.append(key)
+            random.append(key)
     net.load_state_dict(own)
-    said = f"{path}: {len(own) - len(left)} of {len(own)} tensors loaded"
-    for what, names in (("random", left), ("not used", sorted(set(found) - set(own)))):
-        said += f"; {what}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" if names else ""
+    said = f"{path}: {len(own) - len(random)} of {len(own)} tensors loaded"
+    for what, names in (("random", random), ("not used", sorted(set(theirs) - set(own)))):
+        said += f"; {what}: {', '.join(names[:3])}" if names else ""
     return said
 
 
@@ -540,738 +1146,97 @@ def dense_network(cfg, num_classes):
     """The dense network with its first weights: random, or from --init."""
     torch.manual_seed(cfg.seed)
     net = build(cfg.network, num_classes, drop_path=cfg.drop_path)
-    if cfg.init != "none":
-        if cfg.network == "deeplab":
-            load_mobilenet(net, cfg.init)
-        else:
-            said = load_published(net, cfg.init)
-            if rank() == 0:
-                print(said)
+    if cfg.init != "none" and cfg.network == "deeplab":
+        load_mobilenet(net, cfg.init)
+    elif cfg.init != "none":
+        said = load_published(net, cfg.init)
+        if rank() == 0:
+            print(said)
     return net
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Masks, Sections 3.1 and 3.2
-# ---------------------------------------------------------------------------------------------
+# What a new search makes meaningless in its folder.
+STALE = ("arch.json", "pruned.pt", "retrained/best.pt", "retrained/last.pt")
 
 
-class Threshold(torch.autograd.Function):
-    """Eqs. (2) and (3): s (n,) -> b (n,).
+def folder_of(cfg):
+    """Run folder of a method: the paper's in --out itself, the others beside it."""
+    ablation = cfg.method == "bilevel" and not cfg.implicit
+    return Path(cfg.out) / ("no_implicit" if ablation else cfg.method.replace("bilevel", ""))
 
-    least: so many largest stay even below tau (OURS: a layer without channels ends the network).
-    """
 
-    @staticmethod
-    def forward(ctx, s, tau, least):
-        b = s > tau                                         # Eq. (2): b = 1 if s > tau else 0
-        if b.sum() < least:
-            b[s.topk(least).indices] = True
-        return b.to(s.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None, None                             # Eq. (3): dL/ds = dL/db
-
-
-class SoftMasks(nn.Module):
-    """The soft masks s of some sites; calling it gives the gates {site: b} that a network takes.
-
-    OURS: s starts at 1 everywhere, so the search starts from the dense network.
-    """
-
-    def __init__(self, net, sites, tau=0.5, least=1):
-        super().__init__()
-        self.tau, self.least = tau, least
-        self.s = nn.ParameterDict({site: torch.ones(net.widths[site]) for site in sites})
-
-    def forward(self):
-        return {site: Threshold.apply(s, self.tau, unit_of(site, len(s), self.least))
-                for site, s in self.s.items()}
-
-    def binary(self):
-        """The gates as constants."""
-        return {site: b.detach() for site, b in self().items()}
-
-
-class Masked(nn.Module):
-    """The search network as a function of the picture alone, e.g. for common.evaluate."""
-
-    def __init__(self, net, masks):
-        super().__init__()
-        self.net, self.masks = net, masks
-
-    def forward(self, x):
-        return self.net(x, self.masks.binary())
-
-
-# ---------------------------------------------------------------------------------------------
-# 4. Losses, Section 3.3
-# ---------------------------------------------------------------------------------------------
-
-# OURS: the unit of Eq. (5). The paper does not say in what it counts MACs; they are squared, so
-# beta = 0.01 means nothing without it. It was tuned (App. I) on a network of 8.2 GMACs, and with
-# GMACs the pull on a mask is of the size of the loss's own gradient. So the dense network counts as
-# 8.2 here, whatever network and picture measure.
-DENSE_UNITS = 8.2
-
-
-class Macs:
-    """MACs of the masked network as a function of its gates: n^T Q n, n the elements that stay.
-
-    Eq. (5) counts o' i t t' k^2 for a layer with o' of its outputs left. i is left over as well: a
-    layer reads no more than the layer before wrote, so both counts come from masks.
-    """
-
-    def __init__(self, net, frame, device="cpu"):
-        self.widths, self.sites = net.widths, list(net.widths)
-        index = {site: i for i, site in enumerate(self.sites)}
-        q, area = torch.zeros(len(index), len(index), dtype=torch.float64), areas(net, frame)
-        for name, m in net.named_modules():
-            if isinstance(m, Layer):
-                taps = m.conv.kernel_size[0] ** 2 * area[name]                  # k^2 t t'
-                for o, many in m.out:
-                    for i, each in ((("", 1),) if m.depthwise else m.into):
-                        q[index[o], index[i]] += many * each * taps
-            elif isinstance(m, Attention):                  # q k^T and its product with v
-                q[index[m.heads], index[""]] += area[name] ** 2 * (m.key_dim + m.value_dim)
-        self.q = q.to(device)
-        self.dense = self.of(net.widths)
-
-    def counts(self, widths):
-        return self.q.new_tensor([widths[site] for site in self.sites])
-
-    def __call__(self, gates):
-        """Scalar with a gradient to the gates {site: (n,)}; a site without gate is whole."""
-        n = torch.stack([gates[site].sum().double() if site in gates else full
-                         for site, full in zip(self.sites, self.counts(self.widths))])
-        return n @ self.q @ n
-
-    def of(self, widths):
-        """The same number for {site: elements}."""
-        n = self.counts(widths)
-        return float(n @ self.q @ n)
-
-    def costs(self):
-        """{site: MACs that go with one element of its mask, in the dense network}."""
-        return dict(zip(self.sites, ((self.q + self.q.T) @ self.counts(self.widths)).tolist()))
-
-
-def areas(net, frame):
-    """{name of a layer: H * W of its output} for a picture of `frame`; nothing is computed."""
-    probe, area = copy.deepcopy(net).to("meta").float().eval(), {}
-    for name, m in probe.named_modules():
-        if isinstance(m, (Layer, Attention)):
-            m.register_forward_hook(lambda m, _, y, name=name: area.update(
-                {name: y.shape[-2] * y.shape[-1]}))
-    with torch.no_grad():
-        probe(torch.zeros(1, 3, *frame, device="meta"))
-    return area
-
-
-def regularizer(macs, gates, target):
-    """Eq. (5): L_reg = | sum_l o'_l i'_l t_l t'_l k_l^2 - C |^2, in units of the dense / 8.2."""
-    return (DENSE_UNITS * (macs(gates) - target) / macs.dense) ** 2
-
-
-def task_loss(forward, gates, images, labels, cfg):
-    """L of Eq. (4): cross-entropy at the label's resolution."""
-    with autocast(images.device, cfg.amp):
-        logits = forward(images, gates)
-    return cross_entropy(resize(logits.float(), labels.shape[-2:]), labels)
-
-
-# ---------------------------------------------------------------------------------------------
-# 5. The gradient of the masks, Section 4.1
-# ---------------------------------------------------------------------------------------------
-
-# g(w, s) = L(w, s) + |w|^2 / (2 lambda) is what the weights minimise, Eq. (7); w* is where it is
-# least; L_m = L + beta L_reg is what the masks minimise there, Eqs. (4) and (6).
-#
-#   Eq. (8)    dL_m/ds = grad_s L_m + (dw*/ds) grad_w L_m        w* moves with s
-#   Eq. (17)   grad_w g(w*, s) = 0                               w* is a minimum, for every s, so
-#   Eq. (19)   grad2_sw g + (dw*/ds) grad2_w g = 0               its derivative by s is 0 too
-#   Eq. (9)    dw*/ds = - grad2_sw g (grad2_w g)^-1
-#   Eq. (10)   grad2_w g = grad2_w L + I / lambda ~ I / lambda
-#
-# Approximation 1: grad2_w L = 0, as if L were piecewise linear in w.
-#
-#   Eq. (11)   dL_m/ds = grad_s L_m - lambda grad2_sw L grad_w L_m           grad2_sw g = grad2_sw L
-#
-# Let a(w) be the output of a channel where its mask meets it; the loss sees b a(w): L = F(b a(w)).
-# (App. C takes a(w) = w. With BN and ReLU inside a(w) the same lines hold.)
-#
-#   Eq. (21)   grad_w L  = b F' a'(w)
-#   Eq. (22)   grad_b L  =   F' a(w)
-#   Eq. (24)   grad2_bw L =  F' a'(w) + b F'' a(w) a'(w)
-#   Eq. (12)   grad2_bw L =  F' a'(w) =: grad_wb L
-#
-# Approximation 2: F'' = 0, the loss is linear in the channel's output too. (Eq. (25) should read
-# diag(w*) times the second derivative; it vanishes either way.)
-# Approximation 3, the diag of Eq. (12): a mask meets the weights of its own channel alone. In a
-# network it also meets those that make the channel's inputs and those that read the channel; their
-# terms can be as large as the one that is kept (test_what_the_diagonal_leaves_out).
-# Approximation 4, Eq. (3): grad_s = grad_b.
-#
-#   Eq. (13)   dL_m/ds = grad_s L_m - lambda (F' a') (b F' a')     the second factor is grad_w L_m
-#   Eq. (14)   F' a' = grad_w L_m where b = 1: no second copy of the gradients is needed. It is not
-#              zero where b = 0, as printed, but meets grad_w L_m = 0 there in Eq. (13).
-#   Eq. (15)   dL_m/ds = grad_s L_m - lambda b [grad_w L_m]^2      summed over a channel's weights
-#
-# Approximation 5: w is what a few steps of training have reached, not w*.
-# Approximation 6 (OURS): those steps decay w by --weight-decay, not by the 1 / lambda of Eq. (7): a
-# decay of 10 would leave no network to prune. lambda weighs the second term of Eq. (15) alone.
-#
-# What it does. By Eq. (15) a channel's mask rises by lambda times the summed squares of its
-# weights' gradients: channels that the loss still works on are kept. At w* itself
-# grad_w L = -w / lambda, and for a(w) linear both terms of Eq. (15) are -|w|^2 / lambda.
-
-
-def squared_gradients(net):
-    """{site: (n,)}: [grad_w L_m]^2 summed over the weights of each channel, BN's included."""
-    return by_site(net, lambda layer: sum(p.grad.square().flatten(1).sum(1) if p.ndim > 1 else
-                                          p.grad.square() for p in layer.parameters()))
-
-
-def mask_gradient(net, masks, loss, lam, implicit=True):
-    """Leave dL_m/ds of Eq. (15) in the masks' .grad; one backward pass gives both terms."""
-    parameters = [*net.parameters(), *masks.parameters()]
-    for p in parameters:
-        p.grad = None
-    loss.backward()                                     # grad_s L_m and grad_w L_m
-    average_gradients(parameters)                       # before they are squared
-    if implicit:
-        squares = squared_gradients(net)
-        for site, b in masks.binary().items():
-            masks.s[site].grad -= lam * b * squares[site].to(b.dtype)
-
-
-def mask_rates(masks, macs, target, steps, cfg):
-    """{site: step size of its masks}. OURS, twice; the paper gives no step size for s.
-
-    - Divided by the MACs of the site's elements: a 1x1 at full resolution costs 300 times a channel
-      of the transformer, and under one rate its masks would be gone before the loss can speak.
-      Then L_reg pulls at all masks alike, and L per MAC decides who goes first. A positive factor
-      does not move the point where the gradient is zero.
-    - Unless --mask-lr gives it, so large that a mask which the loss ignores falls from 1 to tau in
-      a third of the steps, however many, under the first pull of beta = 0.01.
-    """
-    costs, sizes = macs.costs(), {site: len(s) for site, s in masks.s.items()}
-    mean = sum(costs[site] * n for site, n in sizes.items()) / sum(sizes.values())
-    gap = max(macs.dense - target, 0.1 * macs.dense)    # a target next to the dense needs no haste
-    pull = 0.01 * 2 * DENSE_UNITS ** 2 * gap * mean / macs.dense ** 2
-    rate = cfg.mask_lr or (1 - cfg.tau) / max(pull * steps / 3, 1e-12)
-    return {site: rate * mean / costs[site] for site in sizes}
-
-
-# ---------------------------------------------------------------------------------------------
-# 6. Search, Section 4.2
-# ---------------------------------------------------------------------------------------------
-
-
-def mask_step(forward, net, masks, macs, target, images, labels, rates, beta, cfg):
-    """Second step of Section 4.2: move the masks, leave the weights. Returns the loss terms.
-
-    OURS: on the next batch of the training set; the paper sets no pictures aside for the masks.
-    """
-    gates = masks()
-    terms = {"loss": task_loss(forward, gates, images, labels, cfg),
-             "reg": beta * regularizer(macs, gates, target).float()}
-    check_finite(terms)
-    mask_gradient(net, masks, sum(terms.values()), cfg.lam, cfg.implicit)       # Eqs. (4), (15)
-    clip_gradients(masks.parameters(), 0.0)     # no clipping; a NaN stops here
-    with torch.no_grad():
-        for site, s in masks.s.items():         # no weight decay: Eq. (5) alone makes masks fall
-            s -= rates[site] * s.grad
-            s.clamp_(min=0)                     # OURS: what was pruned long ago can still come back
-    return {name: value.detach() for name, value in terms.items()}
-
-
-def protected(net, gates):
-    """[(parameter, bool tensor)]: its entries whose input and output channels both stay."""
-    found = []
-    for layer in layers_of(net):
-        device = layer.conv.weight.device
-        out = channels(gates, layer.out, net.widths, device).bool()
-        into = channels(gates, layer.into, net.widths, device).bool()
-        for p in layer.parameters():
-            stays = out
-            if p.ndim > 1:
-                stays = out.view(-1, 1, 1, 1)
-                stays = stays if layer.depthwise else stays & into.view(1, -1, 1, 1)
-            if not stays.all():
-                found.append((p, stays))
-    return found
-
-
-def weight_step(forward, net, gates, stays, images, labels, optimizer, cfg, penalty=None):
-    """First step of Section 4.2: train the weights under fixed masks. Returns the loss terms.
-
-    A pruned channel gets no gradient, but weight decay and momentum would move it: `stays`, from
-    protected(), puts it back, so it returns with the weights it left with.
-    """
-    terms = {"loss": task_loss(forward, gates, images, labels, cfg)}
-    if penalty:
-        terms |= penalty()
-    check_finite(terms)
-    optimizer.zero_grad()
-    sum(terms.values()).backward()
-    average_gradients(list(net.parameters()))
-    clip_gradients(net.parameters(), cfg.clip)
-    with torch.no_grad():
-        before = [p.clone() for p, _ in stays]
-        optimizer.step()
-        for (p, keep), old in zip(stays, before):
-            p.copy_(torch.where(keep, p, old))
-    return {name: value.detach() for name, value in terms.items()}
-
-
-def optimizer_for(net, cfg, steps):
-    """(optimizer of the weights, poly schedule over `steps`); norms and biases do not decay."""
-    groups = [{"params": [p for p in net.parameters() if (p.ndim > 1) == decays],
-               "weight_decay": cfg.weight_decay * decays} for decays in (True, False)]
-    optimizer = (torch.optim.SGD(groups, cfg.lr, cfg.momentum) if cfg.optimizer == "sgd" else
-                 torch.optim.AdamW(groups, cfg.lr))
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: max(0.0, 1 - i / steps) ** cfg.power)
-
-
-def settings_of(cfg):
-    """What must not change between a search and its resumption."""
-    return {name: str(getattr(cfg, name)) for name in (
-        "network", "init", "dense", "dataset", "data_root", "num_classes", "method", "implicit",
-        "scope", "target", "target_gmacs", "round_to", "frame", "tau", "beta", "lam",
-        "weight_steps", "mask_lr", "search_epochs", "settle", "slim_l1", "optimizer", "lr", "power",
-        "momentum", "weight_decay", "clip", "drop_path", "epochs", "batch_size", "size", "scales",
-        "image_scale", "amp", "seed")}
-
-
-def to_resume(cfg, path):
-    """What --resume goes on from, or None; InputError if it is of a search with other settings."""
-    if not cfg.resume or not path.exists():
-        return None
-    state = load_checkpoint(path, ("model", "masks", "optimizer", "schedule", "settings"))
-    for name, value in settings_of(cfg).items():
-        if state["settings"].get(name) != value:
-            raise InputError(f"{path} is of a search with another --{name.replace('_', '-')} ("
-                             f"{state['settings'].get(name)}, not {value}); leave out --resume or "
-                             "give another --out")
-    return state
-
-
-def free_epochs(cfg):
-    """Epochs before channels are chosen: masks move, or BN scales shrink; others choose at once."""
-    return round(cfg.search_epochs * (1 - cfg.settle)) * (cfg.method in ("bilevel", "slimming"))
-
-
-def check_mask_steps(cfg, steps):
-    if cfg.method == "bilevel" and free_epochs(cfg) * steps <= cfg.weight_steps:
-        raise InputError(f"{free_epochs(cfg)} search epochs of {steps} batches before the masks "
-                         "settle leave no mask step; raise --search-epochs, lower --weight-steps")
-
-
-class Search:
-    """State of a search: weights, masks, optimizer, and how to save it."""
-
-    def __init__(self, cfg, net, device, steps):
-        """steps: batches of an epoch."""
-        self.cfg, self.net, self.epoch, self.seconds, self.reached = cfg, net, 0, 0.0, None
-        self.macs = Macs(net, cfg.frame, device)
-        self.target = target_of(cfg, net, self.macs)
-        sites = sites_of(net, cfg.scope)
-        self.masks = SoftMasks(net, sites, cfg.tau, cfg.round_to).to(device)
-        self.optimizer, self.schedule = optimizer_for(net, cfg, cfg.search_epochs * steps)
-        self.free = free_epochs(cfg)
-        self.mask_steps = self.free * steps // (cfg.weight_steps + 1)
-        self.rates = mask_rates(self.masks, self.macs, self.target, max(self.mask_steps, 1), cfg)
-        self.forward = common.wrapped(net, cfg, device)
-        self.refresh()
-
-    def refresh(self):
-        """To be called when the masks have moved; returns how many of them flipped."""
-        old, self.gates = getattr(self, "gates", None), self.masks.binary()
-        self.stays = protected(self.net, self.gates)
-        return sum(int((old[k] != b).sum()) for k, b in self.gates.items()) if old else 0
-
-    def move_masks(self, images, labels, done):
-        """One mask step; done: share of the mask steps taken, below 1.
-
-        OURS: the rate of the masks is poly too, and beta grows as it falls: the noise of the loss
-        dies away, while the pull to the target keeps its pace. Under a constant beta the two
-        balance where the MACs are still above the target.
-        """
-        fall = (1 - done) ** self.cfg.power
-        rates = {site: rate * fall for site, rate in self.rates.items()}
-        return mask_step(self.forward, self.net, self.masks, self.macs, self.target, images, labels,
-                         rates, self.cfg.beta / fall, self.cfg)
-
-    def train_weights(self, images, labels):
-        penalty = None
-        if self.cfg.method == "slimming" and self.epoch < self.free:
-            penalty = lambda: {"l1": self.cfg.slim_l1 * scale_norm(self.net)}
-        return weight_step(self.forward, self.net, self.gates, self.stays, images, labels,
-                           self.optimizer, self.cfg, penalty)
-
-    def fix_masks(self):
-        """Fix the masks: the channels with the best scores that the target has room for.
-
-        For the paper's method the score is s, so this moves the threshold from tau to where the
-        target is met (OURS: Eq. (5) comes close to it but weighs it against the loss).
-        """
-        self.reached = float(self.macs(self.gates))
-        scores = scores_of(self.cfg.method, self.net, self.masks)
-        with torch.no_grad():
-            for site, b in select(scores, self.macs, self.target, self.cfg.round_to).items():
-                self.masks.s[site].copy_(b)
-        self.refresh()
-
-    def save(self, path):
-        save_checkpoint(path, model=self.net.state_dict(), masks=self.masks.state_dict(),
-                        optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
-                        epoch=self.epoch, seconds=self.seconds, reached=self.reached,
-                        settings=settings_of(self.cfg))
-
-    def load(self, state, path):
-        load_weights(self.net, state["model"], path)
-        load_weights(self.masks, state["masks"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.epoch, self.seconds, self.reached = (state[k] for k in ("epoch", "seconds", "reached"))
-        common.set_rng_state(state["rng"])
-        self.refresh()
-
-
-def search(cfg, device, folder):
-    """Learn masks and weights together, cut, evaluate without fine-tuning. Returns its numbers."""
+def training_of(cfg, net, name, stage, device, folder, about=None):
+    """(Run, loss_terms, loader, score, clip) of a network without masks, for common.fit."""
     images, loader = open_loader(cfg, "train", train=True)
-    _, val_loader = open_loader(cfg, "val")
-    net = dense_network(cfg, images.num_classes)
-    target_of(cfg, net, Macs(net, cfg.frame))           # refused now, not after hours
-    steps = len(loader)
-    check_mask_steps(cfg, steps)
-    stored = to_resume(cfg, folder / "last.pt")         # before the dense network is touched
-    net = start(cfg, net, device, loader, val_loader)
-    run = Search(cfg, net.train(), device, steps)
-    torch.manual_seed(cfg.seed)         # as if the dense network had been there before
-    if stored:
-        run.load(stored, folder / "last.pt")
-    else:
-        common.forget_log(folder, "search")
-        if run.free == 0:
-            run.fix_masks()
-    progress = Progress(f"search {cfg.method}", cfg.search_epochs, steps, device, run.epoch)
-    while run.epoch < cfg.search_epochs:
-        begun, trace, losses, terms = time.perf_counter(), [], [], {}
-        moving = cfg.method == "bilevel" and run.epoch < run.free
-        loader.sampler.set_epoch(cfg.epochs + run.epoch)        # not the crops of dense training
-        for i, (pictures, labels) in enumerate(loader):
-            pictures, labels = common.to_device(pictures, labels, cfg, device)
-            done = run.epoch * steps + i
-            turn, rest = divmod(done, cfg.weight_steps + 1)
-            with common.training_step("search", run.epoch, i):              # Section 4.2
-                if moving and rest == cfg.weight_steps:                     # its second step
-                    terms |= run.move_masks(pictures, labels, turn / run.mask_steps)
-                    flips = run.refresh()
-                    trace.append([done, float(run.macs(run.gates)) / run.macs.dense, flips])
-                else:                                                       # its first step
-                    terms |= run.train_weights(pictures, labels)
-            run.schedule.step()
-            losses.append(terms["loss"])
-            progress.step(run.epoch, i, terms, len(pictures) * world_size())
-        run.seconds += time.perf_counter() - begun
-        common.average_buffers(run.net)
-        run.epoch += 1
-        if run.epoch == run.free:
-            run.fix_masks()
-        mean = {"loss": torch.stack(losses).mean()}
-        extra = record_epoch(run, terms | mean, trace, val_loader, device, folder)
-        run.save(folder / "last.pt")
-        progress.close(run.epoch - 1, terms, extra)
-    return finish(run, images, val_loader, device, folder)
-
-
-def record_epoch(run, terms, trace, val_loader, device, folder):
-    """Log losses, MACs, flips, what is left of every site and the masked mIoU; returns a remark."""
-    share = float(run.macs(run.gates)) / run.macs.dense
-    miou = evaluate(Masked(run.net, run.masks), val_loader, run.net.num_classes, device,
-                    run.cfg.amp).miou()
-    log_record(folder, stage="search", epoch=run.epoch - 1, masked_miou=miou, macs=share,
-               trace=trace, widths={site: int(b.sum()) for site, b in run.gates.items()},
-               **{name: float(value) for name, value in terms.items()})
-    return (f" | {100 * share:.1f}% of the MACs, {sum(flips for *_, flips in trace)} flips, masked "
-            f"mIoU {100 * miou:.2f}")
-
-
-# ---------------------------------------------------------------------------------------------
-# 7. Cut: from masks to a small network
-# ---------------------------------------------------------------------------------------------
-
-
-def unit_of(site, n, round_to):
-    """Elements that stay or go together: --round-to channels, but single attention heads."""
-    return 1 if site.startswith("heads") else min(max(1, round_to), n)
-
-
-def target_of(cfg, net, macs):
-    """C of Eq. (5), MACs for one picture of --frame; InputError if no masks can meet it."""
-    target = cfg.target_gmacs * 1e9 or cfg.target * macs.dense
-    if target > macs.dense:
-        raise InputError(f"the target of {target / 1e9:.4g} GMACs is above the dense network's "
-                         f"{macs.dense / 1e9:.4g} at {cfg.frame[0]}x{cfg.frame[1]}; lower it")
-    sites = sites_of(net, cfg.scope)
-    least = macs.of(net.widths | {k: unit_of(k, net.widths[k], cfg.round_to) for k in sites})
-    if target < least:
-        raise InputError(f"the target of {target / 1e9:.4g} GMACs is below the {least / 1e9:.4g} "
-                         "that are left with the fewest channels in every layer; raise the target, "
-                         "or try --scope all or a smaller --round-to")
-    return target
-
-
-def select(scores, macs, target, round_to=1):
-    """The gates {site: b} that keep the best channels the target has room for.
-
-    scores {site: (n,)}: higher stays. Channels are taken in units of --round-to, the best of all
-    sites first. Where one does not fit its site is closed; what is cheaper may still fit.
-    """
-    order, units, widths = {}, [], dict(macs.widths)
-    for site, s in scores.items():
-        s = s.detach().double().cpu()
-        order[site] = s.argsort(descending=True, stable=True)
-        parts = s[order[site]].split(unit_of(site, len(s), round_to))
-        widths[site] = len(parts[0])                        # the first unit is not up for choice
-        units += [(float(part.mean()), site, len(part)) for part in parts[1:]]
-    closed = set()
-    for _, site, many in sorted(units, key=lambda unit: -unit[0]):
-        if site not in closed:
-            widths[site] += many
-            if macs.of(widths) > target:
-                widths[site] -= many
-                closed.add(site)
-    gates = {site: torch.zeros_like(s) for site, s in scores.items()}
-    for site, b in gates.items():
-        b[order[site][:widths[site]].to(b.device)] = 1
-    return gates
-
-
-def prune(net, gates):
-    """The network without the channels whose gate is 0; same output as net(x, gates), Eq. (16)."""
-    widths = {site: int(gates[site].sum()) if site in gates else n
-              for site, n in net.widths.items()}
-    small, like = build(net.name, net.num_classes, widths, net.drop_path), next(net.parameters())
-
-    def kept(where):
-        return channels(gates, where, net.widths, like.device).nonzero()[:, 0]
-
-    for layer, cut in zip(layers_of(net), layers_of(small), strict=True):
-        into = None if layer.depthwise else kept(layer.into)
-        cut.conv.load_state_dict(narrowed(layer.conv, kept(layer.out), into).state_dict())
-        if layer.norm is not None:
-            cut.norm.load_state_dict(narrowed(layer.norm, kept(layer.out)).state_dict())
-    return small.to(like).train(net.training)
-
-
-def load_arch(path):
-    """(network, classes, widths) of an arch.json; InputError if it does not fit."""
-    value = common.read_json(path, "arch.json")
-    name, classes, widths = ([value.get(key) for key in ("network", "classes", "widths")]
-                             if isinstance(value, dict) else (None, None, None))
-    if name not in NETWORKS or type(classes) is not int or not isinstance(widths, dict) or not (
-            2 <= classes <= 254):
-        raise InputError(f"{path} is no arch.json of this program: it needs network (one of "
-                         f"{', '.join(NETWORKS)}), classes (2 to 254) and widths")
-    dense = dense_widths(name)
-    for site in {**dense, **widths}:
-        n, full = widths.get(site), dense.get(site, 0)
-        if type(n) is not int or not 1 <= n <= full:
-            raise InputError(f"{path} does not fit {name}: " + (
-                f"site '{site}' has {n} channels, not 1 to {full}" if full else
-                f"it has no site '{site}'"))
-    return name, classes, widths
-
-
-def restore(cfg, classes, device):
-    """A trained network of --method in eval mode, rebuilt from its arch.json and a state_dict."""
-    path = Path(cfg.arch or folder_of(cfg) / "arch.json")
-    name, found, widths = load_arch(path)
-    if found != classes:
-        raise InputError(f"{path} is for {found} classes, the data set has {classes}")
-    net = build(name, classes, widths)
-    plain = cfg.method in ("dense", "retrained")
-    path = cfg.weights or path.parent / ("best.pt" if plain else "pruned.pt")
-    load_weights(net, load_checkpoint(path)["model"], path)
-    return common.place(net.eval(), cfg, device)
-
-
-def write_arch(net, folder, **about):
-    common.write_text(folder / "arch.json", json.dumps(
-        {"network": net.name, "classes": net.num_classes, "parameters": count_params(net), **about,
-         "widths": {site: n for site, n in net.widths.items() if site}}, indent=1))
-
-
-def finish(run, images, val_loader, device, folder):
-    """Cut, check the small network against the masked one, measure both, write it all.
-
-    Returns a dict of what was found, on rank 0.
-    """
-    cfg, small = run.cfg, prune(run.net, run.gates).eval()
-    run.net.eval()
-    picture = val_loader.dataset[0, 0][0][None].to(device)
-    with torch.no_grad():
-        apart = float((small(picture) - run.net(picture, run.gates)).abs().max())
-    scores = {name: evaluate(net, val_loader, images.num_classes, device, cfg.amp).miou()
-              for name, net in (("masked", Masked(run.net, run.masks)), ("pruned", small))}
-    macs, target = count_macs(small, cfg.frame), run.target
-    met, row = abs(macs / target - 1) <= 0.01, None
-    if rank() == 0:
-        save_checkpoint(folder / "pruned.pt", model=small.state_dict())
-        about, rows = latency.compare({"dense": run.net, cfg.method: small}, cfg.frame, device, cfg)
-        row = {"method": cfg.method, "implicit": cfg.implicit, "masked_miou": scores["masked"],
-               "pruned_miou": scores["pruned"], "parameters": count_params(small), "macs": macs,
-               "target": target, "met": met, "search_seconds": round(run.seconds, 1),
-               "latency_ms": rows[cfg.method]["median_ms"],
-               "dense_latency_ms": rows["dense"]["median_ms"]}
-        if cfg.method == "bilevel":     # what Eq. (5) has reached before the ranking
-            row["masks_macs"] = run.reached
-        write_arch(small, folder, frame=list(cfg.frame), result=row, measured_on=about)
-        draw_widths(folder / "widths.png", run.net.widths, small.widths, cfg)
-        draw_search(folder, target / run.macs.dense)
-        masks = (f"the masks came to {run.reached / 1e9:.4f}, " if cfg.method == "bilevel" else "")
-        again = cfg if folder == folder_of(cfg) else replace(cfg, arch=str(folder / "arch.json"))
-        print(f"target {target / 1e9:.4f} GMACs: {masks}the "
-              f"ranking to {macs / 1e9:.4f} ({100 * (macs / target - 1):+.2f}%): "
-              f"{'met within 1%' if met else 'NOT met within 1%'}\n"
-              f"masked mIoU {100 * scores['masked']:.2f}, pruned mIoU, no fine-tuning, "
-              f"{100 * scores['pruned']:.2f}; largest difference of a logit {apart:.1e}\n"
-              f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, widths.png, search_*.png\n"
-              f"next: python bilevel_prune.py --eval --bench{common.flags_of(again, QUICK)}")
-    common.barrier()
-    return row
-
-
-# ---------------------------------------------------------------------------------------------
-# 8. Baselines and dense training
-# ---------------------------------------------------------------------------------------------
-
-# A baseline is a score for every channel. Network, target, data, optimizer and number of batches
-# are the paper's method's, whose mask steps use up some: the baselines get more weight steps.
-
-
-def uniform(net):
-    """The same share of every site: a channel's rank by L1 norm within its site."""
-    return {site: -s.argsort(descending=True, stable=True).argsort() / len(s)
-            for site, s in magnitude(net).items()}
-
-
-def magnitude(net):
-    """L1 norm of the filter (Li et al., ICLR 2017); the mean of its layer is 1, for one ranking."""
-    def norms(layer):
-        norm = layer.conv.weight.detach().abs().flatten(1).mean(1)
-        return norm / norm.mean()
-    return site_means(net, norms, lambda layer: True)
-
-
-def slimming(net):
-    """|BN scale| after training under an L1 penalty (Liu et al., ICCV 2017)."""
-    return site_means(net, lambda layer: layer.norm.weight.detach().abs(),
-                      lambda layer: layer.norm is not None)
-
-
-def site_means(net, value, counts):
-    """Mean of value(layer) over the layers that write a site and for which counts(layer)."""
-    def zero(layer):
-        return torch.zeros_like(layer.conv.weight[:, 0, 0, 0])
-    total = by_site(net, lambda layer: value(layer) if counts(layer) else zero(layer))
-    number = by_site(net, lambda layer: zero(layer) + bool(counts(layer)))
-    return {site: total[site] / number[site] for site in total}
-
-
-def scale_norm(net):
-    """L1 norm of all BN scales."""
-    return sum(layer.norm.weight.abs().sum() for layer in layers_of(net) if layer.norm is not None)
-
-
-def scores_of(method, net, masks):
-    """{site: (n,)} for the sites that have a mask; higher stays."""
-    if method == "bilevel":
-        return {site: s.detach() for site, s in masks.s.items()}
-    found = {"uniform": uniform, "magnitude": magnitude, "slimming": slimming}[method](net)
-    return {site: found[site] for site in masks.s}
-
-
-def folder_of(cfg, method=None):
-    """Run folder of a network: the paper's method in --out itself, the others beside it."""
-    method = method or cfg.method
-    name = "" if method == "bilevel" and cfg.implicit else (
-        "no_implicit" if method == "bilevel" else method)
-    return Path(cfg.out) / name
-
-
-def train_network(cfg, net, device, folder, loader, val_loader):
-    """Plain training of a network; best.pt and last.pt in `folder`. Returns the best mIoU."""
-    net = common.place(net, cfg, device)
+    _, val_loader = open_loader(cfg, "val")                     # chooses best.pt
+    common.place(net, cfg, device)
     optimizer, schedule = optimizer_for(net, cfg, cfg.epochs * len(loader))
 
     def loss_terms(forward, images, labels):
-        return {"loss": task_loss(forward, None, images, labels, cfg)}
+        return {"loss": task_loss(forward, images, labels, cfg)}
 
+    def score(net):
+        return evaluate(net, val_loader, images.num_classes, device, cfg.amp).miou()
+
+    run = Run(name, stage, cfg, device, folder, cfg.epochs, about=about, model=net,
+              optimizer=optimizer, schedule=schedule)
+    return run, loss_terms, loader, score, cfg.clip
+
+
+def start(cfg, net, device):
+    """Give the dense network the weights that the search starts from: --dense, or <out>/dense,
+    trained now if it is not there."""
+    if cfg.dense:
+        load_weights(net, load_checkpoint(cfg.dense)["model"], cfg.dense)
+        common.place(net, cfg, device)
+        return
+    folder = Path(cfg.out) / "dense"
+    common.train_or_load(*training_of(cfg, net, "dense", "dense", device, folder))
+    write_arch(net, folder)
+
+
+def arch_path(cfg):
+    return Path(cfg.arch or folder_of(cfg) / "arch.json")
+
+
+def found_network(cfg, classes):
+    """The network of --arch, with random weights; InputError if it has other classes."""
+    name, found, widths = load_arch(arch_path(cfg))
+    if found != classes:
+        raise InputError(f"{arch_path(cfg)} is for {found} classes, the data set has {classes}")
     torch.manual_seed(cfg.seed)
-    best = common.fit(folder.name, net, loss_terms, optimizer, schedule, loader, val_loader,
-                      net.num_classes, cfg, device, folder, cfg.clip, identity_of(cfg, net), True)
-    if rank() == 0:
-        write_arch(net, folder)
-        print(f"{folder.name}: best mIoU on val {100 * best:.2f} -> {folder}/best.pt")
-    common.barrier()
-    return best
-
-
-def identity_of(cfg, net):
-    """What a checkpoint says about itself, so that it is not taken for another network's."""
-    root = Path(cfg.data_root).resolve() if cfg.data_root else ""
-    return {"network": f"{net.name} {net.num_classes} {net.widths}",
-            "dataset": f"{cfg.dataset} {root} x{cfg.image_scale:g}", "init": cfg.init,
-            "seed": str(cfg.seed)}
-
-
-def start(cfg, net, device, loader, val_loader):
-    """The dense network the search starts from: --dense, or what --train made, or made now.
-
-    InputError if what is stored there is of another network, data set or seed, or not finished:
-    only --train replaces it.
-    """
-    folder, path = Path(cfg.out) / "dense", cfg.dense
-    if not path:
-        path, last = folder / "best.pt", folder / "last.pt"
-        wanted = identity_of(cfg, net)
-        state = load_checkpoint(last, ("epoch",)) if last.exists() else {"epoch": 0, **wanted}
-        other = [key for key, value in wanted.items() if state.get(key) != value]
-        if other:
-            raise InputError(f"{last} is of another {other[0]} than this run; give another --out, "
-                             "or --train to train the dense network anew")
-        if 0 < state["epoch"] < cfg.epochs and not cfg.resume:
-            raise InputError(f"{last} has {state['epoch']} of {cfg.epochs} epochs: --resume goes "
-                             "on, --train starts anew")
-        if state["epoch"] < cfg.epochs:
-            train_network(cfg, net, device, folder, loader, val_loader)
-    load_weights(net, load_checkpoint(path)["model"], path)
-    return common.place(net, cfg, device)
+    return build(name, classes, widths, cfg.drop_path)
 
 
 def train(cfg, device):
-    """--train: the dense network, or with --method retrained the found widths from scratch."""
-    images, loader = open_loader(cfg, "train", train=True)
-    _, val_loader = open_loader(cfg, "val")                     # chooses best.pt
-    if cfg.method == "retrained":
-        name, classes, widths = load_arch(cfg.arch or Path(cfg.out) / "arch.json")
-        if classes != images.num_classes:
-            raise InputError(f"arch.json is for {classes} classes, not {images.num_classes}")
-        torch.manual_seed(cfg.seed)
-        net, folder = build(name, classes, widths, cfg.drop_path), folder_of(cfg)
-    else:
-        net, folder = dense_network(cfg, images.num_classes), Path(cfg.out) / "dense"
-    train_network(cfg, net, device, folder, loader, val_loader)
+    """--train: the found network, from its pruned weights or, a control, from random ones."""
+    classes = open_split(cfg, "train").num_classes
+    if cfg.method == "dense":
+        start(cfg, dense_network(cfg, classes), device)
+        return
+    net, folder = found_network(cfg, classes), folder_of(cfg) / "retrained"
+    if cfg.finetune:
+        path = arch_path(cfg).parent / "pruned.pt"
+        load_weights(net, load_checkpoint(path)["model"], path)
+    best = common.fit(*training_of(cfg, net, "retrained", "train", device, folder,
+                                   {"widths": json.dumps(net.widths())}))
     if rank() == 0:
-        stage = "--eval" if cfg.method == "retrained" else "--search"
-        again = replace(cfg, method="bilevel") if cfg.method == "dense" else cfg
-        print(f"next: python bilevel_prune.py {stage}{common.flags_of(again, QUICK)}")
+        print(f"retrained: best mIoU on val {100 * best:.2f} -> {folder}/best.pt\n"
+              + next_command(cfg, "bilevel_prune", "--eval --bench"))
+
+
+def trained_network(cfg, classes, device):
+    """(its kind, the network of --method in eval mode): the dense one, or the found one, retrained
+    if --train has done so."""
+    folder = folder_of(cfg)
+    kind, path = "pruned", arch_path(cfg).parent / "pruned.pt"
+    if cfg.method == "dense":
+        kind, path = "dense", folder / "best.pt"
+    elif (folder / "retrained" / "best.pt").exists():
+        kind, path = "retrained", folder / "retrained" / "best.pt"
+    net, path = found_network(cfg, classes), cfg.weights or path
+    load_weights(net, load_checkpoint(path)["model"], path)
+    return kind, common.place(net.eval(), cfg, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1280,15 +1245,14 @@ def train(cfg, device):
 
 
 def evaluate_network(cfg, device):
-    """--eval: mIoU of the small network as it left the search, one scale (5.2), and pictures."""
+    """--eval: mIoU, one scale (PAPER 5.2), and pictures."""
     images, loader = open_loader(cfg, cfg.split)
-    net, folder = restore(cfg, images.num_classes, device), folder_of(cfg)
+    kind, net = trained_network(cfg, images.num_classes, device)
     forward = torch.compile(net) if cfg.compile else net
     matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp)
     if rank() == 0:
-        kind = {"dense": "dense", "retrained": "retrained"}.get(cfg.method, "pruned")
-        common.report_segmentation(cfg.method, matrix, images, cfg, folder, kind)
-        common.draw_segmentations(net, images, cfg, device, folder)
+        common.report_segmentation(cfg.method, kind, matrix, images, cfg, folder_of(cfg))
+        common.draw_segmentations(net, images, cfg, device, folder_of(cfg))
 
 
 PRINTED = {"tiny": "1.4 M / 0.6 G", "small": "3.1 M / 1.2 G", "base": "5.1 M / 1.8 G",
@@ -1297,7 +1261,7 @@ PRINTED = {"tiny": "1.4 M / 0.6 G", "small": "3.1 M / 1.2 G", "base": "5.1 M / 1
 
 
 def bench(cfg, device):
-    """--bench: counts beside the paper's; dense and found networks; the backends of App. F."""
+    """--bench: counts beside the paper's; dense and found network; the backends of App. F."""
     print("parameters and MACs, ours | printed in the paper (150 classes, 512x512; deeplab and "
           "base_cityscapes 19, 512x1024)")
     for name in NETWORKS:
@@ -1306,19 +1270,20 @@ def bench(cfg, device):
         net = build(name, classes)
         print(f"  {name:15s} {count_params(net):11,d} {count_macs(net, size):15,d} | "
               f"{PRINTED[name]}")
-    nets, classes, network = {}, 19, cfg.network
-    paths = {"bilevel": Path(cfg.out) / "arch.json", **{
-        m: Path(cfg.out) / m / "arch.json" for m in ("no_implicit", *METHODS[1:4])}}
-    for method, path in ({"found": Path(cfg.arch)} if cfg.arch else paths).items():
-        if cfg.arch or path.exists():
-            network, classes, widths = load_arch(path)
-            nets[method] = build(network, classes, widths).eval()
+    network, classes, nets = cfg.network, 19, {}
+    if cfg.arch or arch_path(cfg).exists():
+        network, classes, widths = load_arch(arch_path(cfg))
+        nets["found"] = build(network, classes, widths).eval()
     nets = {"dense": build(network, classes).eval(), **nets}
     about, rows = latency.compare(nets, cfg.frame, device, cfg)
-    backends = bench_backends(*list(nets.items())[:2][-1], cfg.frame, device)
+    backends = bench_backends(*list(nets.items())[-1], cfg.frame, device)
     common.write_text(Path(cfg.out) / "bench.json", json.dumps(
         {**about, "networks": rows, "backends": backends}, indent=1))
     print(f"in {cfg.out}: bench.json")
+    if cfg.against:
+        print(f"kept channels of {folder_of(cfg)} and {cfg.against}: kappa "
+              f"{agreement(kept_in(folder_of(cfg)), kept_in(cfg.against)):.2f} (0: no better than "
+              "chance, 1: the same)")
 
 
 def bench_backends(name, net, frame, device):
@@ -1337,7 +1302,7 @@ def bench_backends(name, net, frame, device):
                   "folded, channels_last, compiled": lambda: compiled_nhwc(y)}
     except Exception as error:                      # no C++ compiler, no Triton: many types
         print(f"torch.compile does not work here ({type(error).__name__}); left out")
-    rows = latency.measure_many(calls, device)
+    rows = latency.measure(calls, device)
     print(f"App. F in PyTorch, {name}. Not reproduced: sparse storage and matrix reordering (cut "
           "channels leave nothing sparse),\ngenetic tuning of a phone's kernels, its Adreno GPU")
     for name, t in rows.items():
@@ -1345,172 +1310,96 @@ def bench_backends(name, net, frame, device):
     return rows
 
 
-def bench_search(cfg, device):
-    """--bench-search: time of the two steps of the search; what the implicit term costs."""
-    net = common.place(dense_network(cfg, 19), cfg, device).train()
-    run = Search(replace(cfg, method="bilevel"), net, device, 100)
-    shape = (cfg.batch_size, *cfg.size)
-    images, labels = common.to_device(torch.randn(shape[0], 3, *shape[1:]),
-                                      torch.randint(0, 19, shape), cfg, device)
-    gates = run.masks.binary()
-
-    def masks(implicit, weights=True):
-        net.requires_grad_(weights)
-        run.cfg = replace(run.cfg, implicit=implicit)
-        mask_step(run.forward, net, run.masks, run.macs, run.target, images, labels,
-                  dict.fromkeys(run.rates, 0.0), cfg.beta, run.cfg)
-        net.requires_grad_(True)
-
-    steps = {"weight step": lambda: weight_step(run.forward, net, gates, run.stays, images, labels,
-                                                run.optimizer, run.cfg),
-             "mask step, Eq. (15)": lambda: masks(True),
-             "mask step, --no-implicit": lambda: masks(False),
-             "the same without weight gradients": lambda: masks(False, False)}
-    t = measure_steps(steps, device)
-    print(f"{latency.device_name(device)}, {torch.get_num_threads()} threads, {cfg.network}, batch "
-          f"{shape[0]}, 3x{shape[1]}x{shape[2]}")
-    for name, ms in t.items():
-        print(f"  {name:36s} {ms:9.1f} ms")
-    k = cfg.weight_steps
-    full, plain, bare = (k * t["weight step"] + t[name] for name in list(t)[1:])
-    print(f"{k} weight steps and a mask step: the implicit term costs "
-          f"{100 * (full / plain - 1):+.1f}% (paper, Table 3: 1.3 against 1.1 GPU days);\na plain "
-          "step that leaves out the weights' gradients would save "
-          f"{100 * (1 - bare / plain):.1f}%. Peak memory {common.peak_memory(device):.2f} GiB")
+def kept_in(folder):
+    """{name of a mask: (n,) bool} of the channels that the search in `folder` has kept."""
+    path = Path(folder) / "last.pt"
+    state = load_checkpoint(path)["model"]
+    kept = {key: tau == -math.inf for key, tau in state.items() if key.endswith(".tau")}
+    if not kept or not any(b.any() for b in kept.values()):
+        raise InputError(f"{path} is of no finished search")
+    return kept
 
 
-def measure_steps(steps, device, rounds=9):
-    """{name: median ms}; latency.measure_many works without gradients."""
-    times = {name: [] for name in steps}
-    for i in range(rounds + 2):
-        for name, step in steps.items():
-            begun = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if i > 1:
-                times[name].append(1e3 * (time.perf_counter() - begun))
-    return {name: sorted(ms)[len(ms) // 2] for name, ms in times.items()}
+def agreement(one, other):
+    """Cohen's kappa of two choices, mask by mask: the overlap beyond that of random choices of the
+    same widths, over the largest possible."""
+    overlap = chance = largest = 0
+    for key, a in one.items():
+        if key not in other or len(other[key]) != len(a):
+            raise InputError(f"the two searches are of different networks ('{key}')")
+        b = other[key]
+        overlap += int((a & b).sum())
+        chance += int(a.sum()) * int(b.sum()) / len(a)
+        largest += min(int(a.sum()), int(b.sum()))
+    return (overlap - chance) / max(largest - chance, 1e-9)
+
+
+SWEEP = {"beta": (0.001, 0.01, 0.1, 1.0), "lam": (0.01, 0.1, 1.0),        # PAPER Apps. I, J
+         "target": (0.76, 0.44, 0.29, 0.17, 0.12)}                      # its GMACs over 8.2
 
 
 def sweep(cfg, device):
-    """--sweep, Apps. I and J: one search for each beta, lambda and target; sweep.md and .json.
-
-    The table says what the masks came to by Eq. (5) alone, and after the ranking that meets the
-    target whatever beta is. It is written anew after every search.
-    """
-    settings = [("beta", {"beta": v}) for v in cfg.sweep_betas]
-    settings += [("lambda", {"lam": v}) for v in cfg.sweep_lams]
-    settings += [("target", {"target": v, "target_gmacs": 0.0}) for v in cfg.sweep_targets]
-    net = build(cfg.network, open_split(cfg, "train", cfg.size).num_classes)
-    macs = Macs(net, cfg.frame)
-    goals = [target_of(replace(cfg, **change), net, macs) for _, change in settings]
-    done, lines = {}, [
-        "| swept | value | pruned mIoU | parameters | target GMACs | by the masks alone | after "
-        "the ranking | ms | search s |", "|---|---|---|---|---|---|---|---|---|"]
-    for (name, change), goal in zip(settings, goals):
-        changed = replace(cfg, **change)
-        key = f"beta{changed.beta:g}_lambda{changed.lam:g}_mmacs{goal / 1e6:.6g}"
-        if key not in done:
-            done[key] = search(changed, device, Path(cfg.out) / "sweep" / key)
-        row, value = done[key], next(iter(change.values()))
-        if rank() == 0:
+    """--sweep, Apps. I and J: a search for each value; sweep.md, written anew after each."""
+    lines = ["| swept | value | pruned mIoU | parameters | target GMACs | by the masks alone | "
+             "after the ranking |", "|---|---|---|---|---|---|---|"]
+    for name, values in SWEEP.items():
+        for value in values:
+            row = search(replace(cfg, **{name: value}), device,
+                         Path(cfg.out) / "sweep" / f"{name}{value:g}")
             lines.append(f"| {name} | {value:g} | {100 * row['pruned_miou']:.2f} | "
-                         f"{row['parameters']:,} | {goal / 1e9:.4f} | "
-                         f"{row['masks_macs'] / 1e9:.4f} | {row['macs'] / 1e9:.4f} | "
-                         f"{row['latency_ms']:.1f} | {row['search_seconds']:.0f} |")
-            common.write_text(Path(cfg.out) / "sweep.json", json.dumps(done, indent=1))
+                         f"{row['parameters']:,} | {row['target'] / 1e9:.4f} | "
+                         f"{row['by_masks'] / 1e9:.4f} | {row['macs'] / 1e9:.4f} |")
             common.write_text(Path(cfg.out) / "sweep.md", "\n".join(lines) + "\n")
     if rank() == 0:
-        print("\n".join(lines) + f"\nin {cfg.out}: sweep.md, sweep.json")
+        print("\n".join(lines) + f"\nin {cfg.out}: sweep.md")
 
 
-def export_network(cfg):
-    """--export FILE: the folded network as a torch.export program for pictures of --frame."""
-    classes = open_loader(cfg, cfg.split)[0].num_classes
-    net = restore(cfg, classes, torch.device("cpu"))
-    error = common.export(net, cfg.frame, cfg.export)
-    print(f"{cfg.export}: torch.export program for 1x3x{cfg.frame[0]}x{cfg.frame[1]}, largest "
-          f"difference to the network {error:.1e}\nrun it anywhere: "
-          f"torch.export.load('{cfg.export}').module()(image)")
-
-
-# ---------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------
-
-
-def draw_widths(path, before, after, cfg):
-    """A row for each site: how many elements there were (grey), how many stay (blue)."""
-    sites, scale = [site for site in before if site], 2
-    image = Image.new("RGB", (scale * 640, scale * (60 + 18 * len(sites))), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12 * scale)
-    draw.text((20, 36), f"Channels before and after, {cfg.network}, {cfg.method}", "black",
-              ImageFont.load_default(size=16 * scale), "lm")
-    longest = max(before[site] for site in sites)
-    for i, site in enumerate(sites):
-        y, x0 = scale * (52 + 18 * i), scale * 70
-        draw.text((x0 - 12, y + 14), site, "black", font, "rm")
-        for n, color in ((before[site], "#d0d0d0"), (after[site], "#3182bd")):
-            draw.rectangle((x0, y, x0 + scale * 460 * n / longest, y + 26), color)
-        draw.text((x0 + scale * 460 * before[site] / longest + 12, y + 14),
-                  f"{after[site]} of {before[site]}", "black", font, "lm")
-    common.save_png(image.resize((image.width // scale, image.height // scale),
-                                  Image.Resampling.LANCZOS), path)
-
-
-def draw_search(folder, target):
-    """From the log: MACs and mask flips by mask step, loss and masked mIoU by epoch."""
-    records = common.read_log(folder, "search")
-    steps = [point for r in records for point in r["trace"]]
-    if steps:
-        first, last = steps[0][0], steps[-1][0]
-        common.line_chart(folder / "search_macs.png", "MACs that the masks leave", "batch",
-                          "share of the dense network", {
-                              "masks": [(at, share) for at, share, _ in steps],
-                              "target": [(first, target), (last, target)]})
-        common.line_chart(folder / "search_flips.png", "Mask flips", "batch", "masks that changed "
-                          "in a mask step", {"flips": [(at, flips) for at, _, flips in steps]})
-    common.line_chart(folder / "search_loss.png", "Training loss", "epoch", "cross-entropy, "
-                      "mean of the epoch", {"loss": [(r["epoch"] + 1, r["loss"]) for r in records]})
-    common.line_chart(folder / "search_miou.png", "Masked network on val", "epoch", "mIoU (%)", {
-        "masked mIoU": [(r["epoch"] + 1, 100 * r["masked_miou"]) for r in records]})
+def draw_search(net, small, rows, target, folder):
+    """widths.png; masks.png, the soft masks; from the log search.png, what moved them."""
+    widths, masks = small.widths(), masks_of(net)
+    common.bars(folder / "widths.png", f"Channels before and after, {net.name}",
+                {name: (widths[name], n) for name, n in net.widths().items()})
+    if rows:
+        shares = torch.linspace(0, 1, 21)
+        soft = torch.stack([mask.s.detach().cpu().quantile(shares) for mask in masks.values()])
+        common.heat_map(folder / "masks.png", "Soft masks, sorted: 0 white, 1 and more blue",
+                        list(masks), [f"{100 * share:.0f}%" for share in shares], soft)
+        lines = {"MACs that the masks leave": 1, "pull's share of the move": 4,
+                 "cosine of two batches": 5, "second / first term": 3}
+        common.plot(folder / "search.png", "What moved the masks", "batch", "share", {
+            **{name: [(row[0], row[column]) for row in rows] for name, column in lines.items()},
+            "target": [(rows[0][0], target), (rows[-1][0], target)]})
 
 
 # ---------------------------------------------------------------------------------------------
 # 10. main
 # ---------------------------------------------------------------------------------------------
 
-STAGES = {"train": "train the dense network, or retrain found widths (--method retrained)",
-          "search": "learn masks and weights, cut the small network out; writes arch.json",
+STAGES = {"search": "learn masks and weights, cut the small network out; writes arch.json",
+          "train": "train the found network on, or anew with --no-finetune",
           "eval": "mIoU and pictures of the network of --method",
           "bench": "parameters, MACs and measured latency, App. F's steps one by one",
-          "bench-search": "time of a weight step and a mask step",
           "sweep": "a search for each beta, lambda and target of Apps. I and J; a table"}
 
 
-def check(cfg):
-    """Refuse early what cannot work."""
-    if not 0 < cfg.target <= 1:
-        raise InputError(f"--target {cfg.target:g} is a share of the dense MACs, above 0 and at "
-                         "most 1; give GMACs with --target-gmacs")
-    if cfg.target_gmacs < 0 or cfg.round_to < 1 or cfg.weight_steps < 1:
-        raise InputError("--target-gmacs must not be negative, --round-to and --weight-steps need "
-                         "1 or more")
-    if not 0 <= cfg.momentum < 1 or cfg.power < 0 or not cfg.lr > 0:
-        raise InputError("--lr must be positive, --momentum from 0 to below 1, --power 0 or more")
-    if min(*cfg.sweep_betas, *cfg.sweep_lams) < 0:
-        raise InputError("--sweep-betas and --sweep-lams are not negative")
-    if not 0 < cfg.tau < 1 or min(cfg.beta, cfg.lam, cfg.mask_lr, cfg.slim_l1) < 0:
-        raise InputError("--tau lies between 0 and 1; --beta, --lam, --mask-lr, --slim-l1 are not "
-                         "negative")
-    if not 0 <= cfg.settle < 1 or cfg.search_epochs < 1 or not 0 <= cfg.drop_path < 1:
-        raise InputError("--settle and --drop-path are shares from 0 to below 1, --search-epochs "
-                         "needs 1 or more")
-    if min(cfg.frame) < 32:
-        raise InputError("--frame needs 32 pixels a side or more")
-    if not all(0 < t <= 1 for t in cfg.sweep_targets):
-        raise InputError("--sweep-targets are shares of the dense MACs, above 0 and at most 1")
+def check(cfg, stages):
+    """InputError on settings that do not go together."""
+    if "search" in stages and cfg.method == "dense":
+        raise InputError("--search --method dense prunes nothing; use --train, or choose from "
+                         f"{', '.join(METHODS[:-1])}")
+    if stages & {"search", "sweep"} and cfg.arch:
+        raise InputError("--search finds an architecture, --arch names one; leave one of them out")
+    if cfg.arch and cfg.method == "dense":
+        raise InputError("--method dense is the network of --network, --arch names another; leave "
+                         "one of them out")
+    if "sweep" in stages and (cfg.method != "bilevel" or cfg.widths):
+        raise InputError("--sweep is of the paper's method; leave out --method and --widths")
+    if cfg.widths and cfg.method in ("bilevel", "dense"):
+        raise InputError("--widths is a control: give --method random, magnitude or slimming too")
+    if cfg.against and "bench" not in stages:
+        raise InputError("--against matters to --bench only: add --bench, or leave it out")
+    if cfg.mask_range[0] >= cfg.tau or cfg.mask_range[1] <= cfg.tau:
+        raise InputError("--mask-range has to hold --tau")
 
 
 def check_batches(cfg, pictures):
@@ -1530,39 +1419,27 @@ def check_batches(cfg, pictures):
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "bilevel_prune", STAGES, QUICK, __doc__, argv)
-    check(cfg)
+    check(cfg, stages)
     device = common.setup(cfg)
-    if "search" in stages and cfg.method in ("dense", "retrained"):
-        raise InputError(f"--search --method {cfg.method} prunes nothing; use --train, or choose "
-                         f"from {', '.join(METHODS[:4])}")
-    if "search" in stages and cfg.arch:
-        raise InputError("--search finds an architecture, --arch names one; leave one of them out")
-    if "sweep" in stages and cfg.method != "bilevel":
-        raise InputError(f"--sweep is of the paper's method; leave out --method {cfg.method}")
     if stages & {"train", "search", "sweep", "eval"}:
-        open_split(cfg, "val", cfg.size)                    # missing? say so before hours of work
+        open_split(cfg, "val")                              # missing? say so before hours of work
     if stages & {"train", "search", "sweep"}:
-        pictures = open_split(cfg, "train", cfg.size)
-        data.check_segmentation(pictures)
-        check_batches(cfg, len(pictures))
-    common.write_config(cfg, stages, folder_of(cfg))
-    if "train" in stages:
-        train(cfg, device)
+        check_batches(cfg, len(open_split(cfg, "train")))
+    common.write_config(cfg, stages, device)
     if "search" in stages:
         search(cfg, device, folder_of(cfg))
+    if "train" in stages:
+        train(cfg, device)
     if "sweep" in stages:
         sweep(cfg, device)
     if "eval" in stages:
         evaluate_network(cfg, device)
     if rank() == 0 and "bench" in stages:
         bench(cfg, device)
-    if "bench-search" in stages:
-        if world_size() > 1:
-            raise InputError("--bench-search measures a single process; run it without torchrun")
-        check_batches(cfg, cfg.batch_size)
-        bench_search(cfg, device)
     if rank() == 0 and cfg.export:
-        export_network(cfg)
+        classes = open_split(cfg, cfg.split).num_classes
+        _, net = trained_network(cfg, classes, torch.device("cpu"))
+        common.export(net, cfg.frame, cfg.export)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""Plumbing that no paper is about: settings and command line, devices and processes, run folder and
-checkpoints, losses, mIoU, the train and evaluate loops, size accounting, pictures.
+"""Plumbing that no paper is about. The paper files import it; it imports only `data.py`.
 
-Everything here is called by the paper files, which import it; it imports only `data.py`. In the
-order in which a run meets it:
+    settings    opt, BaseConfig, parse_args, run_main       a dataclass is the command line
+    processes   setup, rank, average_gradients, place       torchrun, devices, memory
+    files       replacing, read_json, load_checkpoint       each whole or not at all
+    Run         epochs, batches, descend, end_epoch         one training; it resumes bit for bit
+    networks    classifier, narrowed, fold_bn, export       torchvision's, and cutting channels
+    learning    evaluate, open_loader, fit                  for a network that has been found
+    pictures    plot, heat_map, bars, draw_segmentations
 
-    settings     opt, BaseConfig, parse_args, flags_of, run_main
-    processes    setup, rank, world_size, average_gradients, average_buffers, barrier, synchronised,
-                 wrapped, distribute, place, to_device
-    run folder   write_text, write_config, log_record, read_log, save_checkpoint, load_checkpoint,
-                 Progress, training_step, check_finite, clip_gradients
-    networks     classifier, load_backbone, narrowed
-    learning     cross_entropy, ohem, ConfusionMatrix, probabilities, evaluate, open_split,
-                 open_loader, report_segmentation, draw_segmentations, fit
-    accounting   count_params, count_macs, fold_bn, export
-    pictures     overlay, comparison, line_chart, scatter_chart, stacked_chart, heat_map
+A paper's search is written out in its own file, on top of Run:
+
+    run = Run("search", "search", cfg, device, cfg.out, epochs, model=net, optimizer=sgd)
+    for epoch in run.epochs():                          # with --resume from where last.pt left off
+        for images, labels in run.batches(loader):
+            run.descend(sgd, task=F.cross_entropy(net(images), labels))
+        run.end_epoch(miou=evaluate(net, ...).miou())   # log.jsonl, last.pt
 """
 import argparse
 import contextlib
@@ -22,10 +23,12 @@ import json
 import math
 import os
 import platform
+import re
 import resource
+import shlex
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -39,118 +42,158 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import get_model
+from torchvision.utils import draw_segmentation_masks, make_grid
 
 import data
 from data import IGNORE, InputError
 
 # ---------------------------------------------------------------------------------------------
-# Settings: a dataclass is the documentation, the defaults and the command line
+# Settings
 # ---------------------------------------------------------------------------------------------
 
+# The order in which a network comes about. Each field of a Config names the first stage whose
+# outcome depends on it: a checkpoint of a stage stores the fields of this and all earlier stages,
+# and is neither resumed nor reused under other values.
+STAGES = ("dense", "search", "train", "eval")
+SEGMENTATION_SETS = data.set_names("segmentation")
 
-def opt(default, help, choices=None):
-    """A dataclass field with its help text: name, default and type become a flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+
+def opt(default, help, stage="", choices=None, low=None, high=None):
+    """A dataclass field that is also a flag --name-of-field.
+
+    stage: the first of STAGES that depends on it, "" if none does. low, high: the range, ends
+    included; of a tuple, for each of its numbers.
+    """
+    return field(default=default, metadata={"help": help, "stage": stage, "choices": choices,
+                                            "low": low, "high": high})
 
 
 @dataclass
 class BaseConfig:
-    """What every paper file needs to be told; a paper's own Config adds its hyper-parameters."""
-    out: str = opt("", "run folder [default: runs/<method>]")
+    """What all four files need. A paper's Config adds its own fields, among them size (training
+    crop H W), scales (smallest and largest random scale), batch_size and epochs."""
+    out: str = opt("", "run folder [runs/<method>]")
     resume: bool = opt(False, "continue each stage from its last.pt")
-    seed: int = opt(0, "seed of weights, samples and data order")
+    seed: int = opt(0, "of weights, samples and data order", "dense", low=0)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
-    amp: bool = opt(False, "bf16 autocast; on a CPU without bf16 instructions it is slower")
+    amp: bool = opt(False, "bf16 autocast; slower on a CPU without bf16 instructions", "dense")
     compile: bool = opt(False, "torch.compile the networks that are trained, evaluated and timed")
     channels_last: bool = opt(False, "NHWC memory: for depth-wise convolutions and tensor cores")
-    workers: int = opt(0, "loader processes; samples are the same for any number")
-    dataset: str = opt("synthetic", "where images come from", data.SEGMENTATION_SETS)
-    data_root: str = opt("", "folder of the data set (data.py shows the expected tree)")
-    num_classes: int = opt(0, "classes of --dataset folder; other sets know theirs")
-    size: tuple[int, int] = opt((512, 1024), "training crop, H W in pixels (OFFICIAL-CODE)")
-    image_scale: float = opt(1.0, "pictures are resized by this first, to train and to evaluate")
-    scales: tuple[float, float] = opt((0.75, 1.25), "range of the random scale, drawn uniformly "
-                                      "(OURS; the release draws .75, 1 or 1.25)")
-    batch_size: int = opt(12, "images a training step, over all processes "
-                          "(OFFICIAL-CODE)")
-    epochs: int = opt(600, "training epochs of one network (OFFICIAL-CODE: 600)")
+    workers: int = opt(0, "loader processes a rank, 4 to 8 on a GPU; samples do not change", low=0)
+    dataset: str = opt("synthetic", "where images come from", "dense", SEGMENTATION_SETS)
+    data_root: str = opt("", "folder of the data set (data.py shows the expected tree)", "dense")
+    num_classes: int = opt(0, "classes of --dataset folder; other sets know theirs", "dense", low=0)
+    image_scale: float = opt(1.0, "factor for all pictures", "dense", low=0.01, high=16)
+    arch: str = opt("", "arch.json to train, evaluate or bench [the one in --out]", "train")
+    weights: str = opt("", "checkpoint for --eval and --export [best.pt of the training]", "eval")
+    split: str = opt("val", "split for --eval", "eval")
+    export: str = opt("", "last of all, write the network as a torch.export program", "eval")
+    flags: str = ""         # not a flag: the command line without stages, for `next:` lines
 
 
-def _add_flag(parser, f, hint):
-    name = "--" + f.name.replace("_", "-")
-    kind = {"help": f.metadata["help"] + f" [{f.default}]", "default": argparse.SUPPRESS}
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def add_flag(parser, f, hint):
+    kind = {"help": f"{f.metadata['help']} [{f.default}]".replace("%", "%%"),
+            "default": argparse.SUPPRESS}
     if hint is bool:
         kind["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(hint) is tuple:
         item, *rest = typing.get_args(hint)
-        kind.update(type=item, nargs="+" if rest == [...] else len(rest) + 1, metavar="N")
+        kind.update(type=item, nargs="+" if rest == [...] else 1 + len(rest), metavar="N")
     else:
         kind.update(type=hint, choices=f.metadata["choices"])
-        if kind["choices"] is None:
+        if not kind["choices"]:
             kind["metavar"] = f.name.upper()
-    parser.add_argument(name, **kind)
+    parser.add_argument(flag(f.name), **kind)
+
+
+def check_range(f, value):
+    """InputError unless each number of the field lies in its range; NaN lies in none."""
+    low, high = f.metadata["low"], f.metadata["high"]
+    low, high = -1e300 if low is None else low, 1e300 if high is None else high
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)) and not low <= number <= high:
+            raise InputError(f"{flag(f.name)} {number} is out of range: {low:g} to {high:g}")
 
 
 def parse_args(config_class, method, stages, quick, description, argv=None):
     """Command line -> (set of chosen stages, config).
 
-    The dataclass defaults are the paper's values; `quick` (dict name -> value) replaces them under
-    --preset quick, which is the default on synthetic data; an explicit flag wins over both.
-    `stages`: dict name -> help. Unknown flags and no stage at all end with exit code 2.
+    stages: dict name -> help; a flag each. The dataclass defaults are the paper's values; `quick`
+    (dict name -> value) replaces them under --preset quick, the default on synthetic data; an
+    explicit flag wins over both. InputError: unknown flag or choice, a value out of range, a flag
+    that only a later stage than the chosen ones would read.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"{method}.py", description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    parser = Parser(prog=f"{method}.py", description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for stage, text in stages.items():
         parser.add_argument(f"--{stage}", action="store_true", help=text)
     parser.add_argument("--preset", choices=("quick", "paper"), help="quick: minutes on a CPU, "
                         "default on synthetic data; paper: the paper's values")
     hints = typing.get_type_hints(config_class)
-    for f in fields(config_class):
-        _add_flag(parser, f, hints[f.name])
+    options = [f for f in fields(config_class) if "help" in f.metadata]
+    for f in options:
+        add_flag(parser, f, hints[f.name])
     given = vars(parser.parse_args(argv))
-    chosen = {stage for stage in stages if given.pop(stage.replace("-", "_"))}
-    if not chosen:
-        parser.print_help()
-        print(f"\nerror: choose a stage, for example: python {method}.py --{next(iter(stages))}",
-              file=sys.stderr)
-        sys.exit(2)
+    chosen = {stage for stage in stages if given.pop(stage)}
     preset = given.pop("preset") or (
         "quick" if given.get("dataset", "synthetic") == "synthetic" else "paper")
+    if not chosen and "export" not in given:
+        parser.print_help()
+        raise InputError(f"choose a stage, for example: python {method}.py --{next(iter(stages))}")
+    reached = [STAGES.index(s) if s in STAGES else len(STAGES)
+               for s in chosen | ({"export"} & set(given))]
+    for f in options:
+        stage = f.metadata["stage"]
+        if f.name in given and stage and STAGES.index(stage) > max(reached):
+            raise InputError(f"{flag(f.name)} matters to --{stage} only: add --{stage}, or leave "
+                             "it out")
     values = {**(quick if preset == "quick" else {}), **given}
     cfg = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    for f in options:
+        check_range(f, getattr(cfg, f.name))
+    if cfg.scales[0] > cfg.scales[1]:
+        raise InputError("--scales needs the smaller factor first")
     cfg.out = cfg.out or f"runs/{method}"
-    for name, value in vars(cfg).items():
-        numbers = [v for v in (value if isinstance(value, tuple) else (value,))
-                   if isinstance(v, float)]
-        if not all(map(math.isfinite, numbers)) or (
-                min(numbers, default=0) < 0 and name.endswith(("lr", "decay", "clip"))):
-            raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
-    for name in ("epochs", "batch_size", "image_scale"):
-        if not getattr(cfg, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be positive")
-    if not 0 < cfg.scales[0] <= cfg.scales[1] < 16 or min(cfg.workers, cfg.seed) < 0:
-        raise InputError("--scales needs two positive numbers, the smaller first; --workers and "
-                         "--seed are not negative")
-    if min(cfg.size) < 32:
-        raise InputError(f"--size {cfg.size[0]} {cfg.size[1]} is too small: use 32 or more pixels")
+    stage_flags = {f"--{stage}" for stage in stages} | {"--resume"}
+    cfg.flags = shlex.join(word for word in argv if word not in stage_flags)
     return chosen, cfg
 
 
-def flags_of(cfg, quick):
-    """The flags that give a bare command this configuration again, for 'next:' lines."""
-    bare = type(cfg)(**(quick if cfg.dataset == "synthetic" else {}))
-    words = []
-    for f in fields(cfg):
-        value, name = getattr(cfg, f.name), "--" + f.name.replace("_", "-")
-        if f.name not in ("resume", "export") and value != getattr(bare, f.name):
-            words += ([name if value else "--no" + name[1:]] if isinstance(value, bool) else
-                      [name, *map(str, value if isinstance(value, tuple) else (value,))])
-    return "".join(" " + word for word in words)
+def next_command(cfg, script, stages):
+    """The line that each stage ends with: what to run next, with the flags of this command."""
+    return f"next: python {script}.py {stages} {cfg.flags}".rstrip()
+
+
+def settings_of(cfg, stage, **about):
+    """What a network made by `stage` depends on: dict of settings; `about` adds to it."""
+    reached = STAGES[:STAGES.index(stage) + 1]
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg)
+            if f.metadata.get("stage") in reached} | {"processes": world_size(), **about}
+
+
+def require_same(stored, wanted, path):
+    """InputError naming the first setting under which `path` was made differently."""
+    for name, value in wanted.items():
+        if stored.get(name) != value:
+            old, new = str(stored.get(name))[:60], str(value)[:60]
+            raise InputError(f"{path} was made with {flag(name)} {old}, now it is {new}; give the "
+                             "same settings, or another --out")
 
 
 def run_main(main):
     """Call main(); a user's mistake ends in one sentence on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a scheduler's Ctrl-C
     try:
         main()
     except InputError as error:
@@ -178,49 +221,62 @@ def world_size():
 
 
 def setup(cfg):
-    """Join torchrun's process group if there is one, seed everything, return the torch.device.
+    """Join torchrun's processes if there are any, seed everything; returns the torch.device.
 
-    Every rank gets the same seed: weights start equal, and architecture samples stay equal. Data
-    differ by rank through the sampler.
+    Every rank gets the same seed, so that weights start equal and architecture samples stay equal
+    without being sent; drop-path masks coincide too, which is harmless. Data differ by rank through
+    the sampler. A scheduler's WORLD_SIZE alone starts nothing: only torchrun does.
     """
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    wanted = cfg.device if cfg.device != "auto" else (
-        "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise InputError(f"--device {cfg.device} is not a device; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("--device cuda, but torch sees no GPU; use --device cpu")
-        device = torch.device("cuda", local if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"--device {device}, but there are {torch.cuda.device_count()} GPUs")
+    launched = dist.is_torchelastic_launched()
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
+        raise InputError(f"--device {cfg.device} is not supported; use auto, cpu, cuda or cuda:N")
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {cfg.device}, but torch sees no GPU; use --device cpu")
+    if launched and ":" in cfg.device:
+        raise InputError(f"--device {cfg.device} would put all processes of torchrun on one GPU; "
+                         "use --device cuda")
+    device = torch.device("cpu")
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        index = cfg.device.partition(":")[2] or (os.environ["LOCAL_RANK"] if launched else 0)
+        if int(index) >= torch.cuda.device_count():
+            raise InputError(f"there is no GPU {index}: torch sees {torch.cuda.device_count()}")
+        device = torch.device("cuda", int(index))
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
-    np.random.seed(cfg.seed)
     return device
 
 
-def average_gradients(parameters):
-    """Mean of the gradients over all ranks, in place; nothing to do in a single process."""
+def sum_over_ranks(tensor):
+    """The sum over all ranks, in place."""
     if world_size() > 1:
-        for p in parameters:
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= world_size()
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @torch.no_grad()
+def average(tensors):
+    """Replace each tensor by its mean over all ranks: one message for all of them."""
+    if tensors and world_size() > 1:
+        flat = sum_over_ranks(torch.cat([t.flatten() for t in tensors])) / world_size()
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
+def average_gradients(parameters):
+    """Mean of the gradients over all ranks, in place.
+
+    The one mechanism for searching and training, in place of DistributedDataParallel, which knows
+    one backward a step and one network. As there, a rank's mean counts as one share however many of
+    its pixels are valid. Every rank must have gradients for the same parameters.
+    """
+    average([p.grad for p in parameters if p.grad is not None])
+
+
 def average_buffers(model):
-    """Mean of the floating-point buffers (BN statistics) over all ranks, in place."""
-    if world_size() > 1:
-        for b in model.buffers():
-            if b.is_floating_point():
-                dist.all_reduce(b)
-                b /= world_size()
+    """Mean of the BN statistics over all ranks, in place; without synchronised BN they differ."""
+    average([b for b in model.buffers() if b.is_floating_point()])
 
 
 def barrier():
@@ -230,32 +286,21 @@ def barrier():
 
 
 def synchronised(model):
-    """A twin of the model whose BNs see the batches of all ranks; GPUs only.
+    """A twin of the model whose BNs see the batches of all ranks; for GPUs.
 
-    Twin and model share parameters and buffers, so training one trains the other. The model keeps
-    plain BNs, which can be folded, cut and run on a CPU.
+    Twin and model share parameters and buffers, so training one trains the other, and the model
+    keeps plain BNs, which can be folded, cut and run on a CPU.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, shared))
 
 
-def wrapped(model, cfg, device):
-    """The model to train by hand: with synchronised BN on several GPUs, compiled if asked for.
-
-    The caller averages gradients. The model has to be in train mode.
-    """
+def training_form(model, cfg, device):
+    """The model to call in a training step: synchronised on several GPUs, compiled if asked for.
+    It shares its parameters with `model`."""
     if world_size() > 1 and device.type == "cuda":
         model = synchronised(model)
     return torch.compile(model) if cfg.compile else model
-
-
-def distribute(model, device):
-    """The model, under torchrun in DistributedDataParallel (synchronised BN on GPUs)."""
-    if world_size() == 1:
-        return model
-    if device.type == "cuda":
-        return nn.parallel.DistributedDataParallel(synchronised(model), device_ids=[device.index])
-    return nn.parallel.DistributedDataParallel(model)
 
 
 def place(net, cfg, device):
@@ -267,7 +312,8 @@ def place(net, cfg, device):
 def to_device(images, labels, cfg, device):
     """A batch on the device, its images laid out as place() has laid out the network."""
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    return images.to(device).contiguous(memory_format=layout), labels.to(device)
+    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    return images.contiguous(memory_format=layout), labels
 
 
 def autocast(device, enabled):
@@ -282,217 +328,304 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
+def device_name(device):
+    """What latencies depend on: the GPU's name, or the processor's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return name[1] if name else platform.processor() or platform.machine()
+
+
 # ---------------------------------------------------------------------------------------------
-# Run folder: config.json, log.jsonl, checkpoints; each file written whole or not at all
+# Files: config.json, log.jsonl, checkpoints
 # ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`, renamed onto it only if the block succeeds."""
+    """Yield the path of a temporary file that takes the name `path` when the block has succeeded.
+
+    Synced before it is renamed: after a kill or a power cut either the old file is there or the
+    new one, whole. InputError if it cannot be written.
+    """
     path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}")
-    try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)               # mkstemp makes it private
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:        # torch.save tells a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or "the disk seems to be full"
+        raise InputError(f"cannot write {path} ({reason}); what was there before is kept") from None
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path, text):
     if rank() == 0:
         with replacing(path) as temporary:
-            Path(temporary).write_text(text)
+            temporary.write_text(text)
 
 
 def read_json(path, what):
-    """The JSON value in `path`; `what` names it in the message of the InputError."""
+    """The JSON object in `path`, a dict; `what` names it in the message of the InputError."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise InputError(f"there is no {what} at {path}")
+        raise InputError(f"there is no {what} at {path}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable {what}: {error}")
+        raise InputError(f"{path} is not a readable {what}: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a readable {what}: it holds no JSON object")
+    return value
 
 
-def write_config(cfg, stages, folder=None):
-    """config.json: every setting, the stages, package versions, device, git revision if any.
-
-    folder: where to put it, if not in --out. Stages that make no network leave the settings of the
-    one that is there.
-    """
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent).stdout.strip()
-    except OSError:
-        git = ""
+def write_config(cfg, stages, device):
+    """config.json: settings, stages, versions, device and git revision of what makes a network."""
+    if not stages & {"search", "train", "sweep"}:
+        return
+    git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True,
+                         cwd=Path(__file__).parent).stdout.strip()      # "" without git
     about = {"stages": sorted(stages), "python": platform.python_version(),
              "torch": torch.__version__, "torchvision": data.torchvision.__version__,
-             "numpy": np.__version__, "device": device_name(cfg.device), "git": git or None,
+             "numpy": np.__version__, "device": device_name(device), "git": git,
              "threads": torch.get_num_threads(), "processes": world_size()}
-    path = Path(folder or cfg.out) / "config.json"
-    if not path.exists() or stages & {"search", "train", "sweep"}:
-        write_text(path, json.dumps({**asdict(cfg), **about}, indent=1))
-
-
-def device_name(device):
-    """What latencies depend on: the GPU's name, or the processor's."""
-    if str(device).startswith("cuda") or (str(device) == "auto" and torch.cuda.is_available()):
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines()
-             if line.startswith("model name")] if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    write_text(Path(cfg.out) / "config.json", json.dumps({**asdict(cfg), **about}, indent=1))
 
 
 def log_record(folder, **record):
-    """Append one JSON object to log.jsonl. After --resume an epoch may stand there twice."""
-    if rank() == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with open(Path(folder) / "log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
-
-
-def forget_log(folder, stage):
-    """Drop the records of a stage that starts anew, so that pictures do not mix two runs."""
+    """Add one JSON object to log.jsonl. After --resume an epoch may stand there twice."""
     path = Path(folder) / "log.jsonl"
-    if rank() == 0 and path.exists():
-        kept = [line for line in path.read_text().splitlines(True)
-                if f'"stage": "{stage}"' not in line]
-        write_text(path, "".join(kept))
+    before = path.read_text() if path.exists() else ""
+    write_text(path, before + json.dumps(record) + "\n")       # whole, so never half a line
 
 
 def read_log(folder, stage):
     """Records of one stage in the order of their epochs; of a repeated epoch the last counts."""
-    path, found = Path(folder) / "log.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):            # a line cut off by a kill
-            record = json.loads(line)
-            if record.get("stage") == stage:
-                found[record.get("epoch", len(found))] = record
-    return [found[key] for key in sorted(found)]
-
-
-def rng_state():
-    return {"cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def save_checkpoint(path, **items):
-    """Write {"model": ..., "epoch": ..., ...} with the random state; rank 0 alone writes."""
-    if rank() == 0:
-        with replacing(path) as temporary:
-            torch.save({**items, "rng": rng_state()}, temporary)
+    path = Path(folder) / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = {r.get("epoch"): r for r in map(json.loads, lines) if r["stage"] == stage}
+    return [records[key] for key in sorted(records)]
 
 
 def load_checkpoint(path, need=("model",)):
-    """The dict of save_checkpoint, on the CPU. InputError if missing, truncated or foreign."""
+    """The dict that torch.save has put into `path`, on the CPU. InputError if it is missing,
+    truncated, not made of plain tensors and numbers, or lacks a key of `need`."""
     try:
         # Other programs store their options beside the weights as a Namespace, which is harmless.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"there is no checkpoint at {path}")
+        raise InputError(f"there is no checkpoint at {path}") from None
     except Exception as error:        # torch raises many types for a truncated or foreign file
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{path} is not a readable checkpoint (truncated?): {reason}")
-    missing = [k for k in need if not isinstance(checkpoint, dict) or k not in checkpoint]
-    if missing:
-        raise InputError(f"{path} is not a checkpoint of this program: it has no '{missing[0]}'")
+        raise InputError(f"{path} is not a readable checkpoint (truncated?): {reason}") from None
+    for key in need:
+        if not isinstance(checkpoint, dict) or key not in checkpoint:
+            raise InputError(f"{path} is not a checkpoint of this program: it has no '{key}'")
     return checkpoint
 
 
-def load_weights(model, state, path):
-    """model.load_state_dict(state); a mismatch is one sentence naming the first wrong entry."""
-    own = model.state_dict()
-    require_state(state, path)
-    for key in [*own, *state]:
-        if key not in own or key not in state or own[key].shape != state[key].shape:
-            raise InputError(f"{path} does not fit this network: '{key}' is missing or has another "
-                             "shape; check --arch and the number of classes")
-    model.load_state_dict(state)
-
-
-def require_state(state, path):
-    """InputError unless `state` is a dict of tensors."""
+def load_state_dict(path):
+    """The state_dict in a file of any program: bare, or under "state_dict" or "model"."""
+    state = load_checkpoint(path, ())
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} holds no state_dict, that is no dict of tensors")
+    return state
 
 
-class Progress:
-    """One line about long work: stage, epoch, iteration, losses, images/s, ETA, peak memory.
-
-    On a terminal the line rewrites itself; elsewhere one line an epoch is printed.
-    """
-
-    def __init__(self, stage, epochs, steps, device, start_epoch=0):
-        self.stage, self.epochs, self.steps, self.device = stage, epochs, steps, device
-        self.start, self.images, self.shown = time.perf_counter(), 0, 0.0
-        self.left = max((epochs - start_epoch) * steps, 1)
-        self.done, self.live = 0, sys.stdout.isatty() and rank() == 0
-
-    def text(self, epoch, step, terms):
-        spent = max(time.perf_counter() - self.start, 1e-9)
-        eta = spent / max(self.done, 1) * (self.left - self.done)
-        losses = " ".join(f"{name} {float(value):.3f}" for name, value in terms.items())
-        return (f"{self.stage} epoch {epoch + 1}/{self.epochs} it {step + 1}/{self.steps} {losses} "
-                f"{self.images / spent:.1f} img/s ETA {int(eta) // 60}:{int(eta) % 60:02d} "
-                f"{peak_memory(self.device):.2f} GiB")
-
-    def step(self, epoch, step, terms, images):
-        self.done += 1
-        self.images += images
-        if self.live and time.perf_counter() - self.shown > 0.5:
-            self.shown = time.perf_counter()
-            print("\r" + self.text(epoch, step, terms)[:150], end="\x1b[K", flush=True)
-
-    def close(self, epoch, terms, extra=""):
-        if rank() == 0:
-            print("\r" * self.live + self.text(epoch, self.steps - 1, terms) + extra
-                  + "\x1b[K" * self.live, flush=True)
-
-
-def check_finite(terms):
-    """Raise FloatingPointError, listing the terms, if one of them (scalars) is NaN or infinite."""
-    if not all(math.isfinite(float(v.detach())) for v in terms.values()):
-        raise FloatingPointError(", ".join(f"{k} = {float(v.detach()):.4g}"
-                                           for k, v in terms.items()))
-
-
-def clip_gradients(parameters, limit):
-    """Clip the gradient norm to `limit` (0: leave it); FloatingPointError if it is not finite."""
-    norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm = {float(norm):.4g}")
-
-
-@contextlib.contextmanager
-def training_step(stage, epoch, step):
-    """Stop at the first NaN, before it reaches the weights, saying where it happened."""
+def load_weights(model, state, path):
+    """model.load_state_dict(state) with a mismatch told in one sentence."""
     try:
-        yield
-    except FloatingPointError as error:
-        raise InputError(f"loss is not finite in {stage}, epoch {epoch + 1}, step {step + 1} "
-                         f"({error}); lower the learning rate, the last checkpoint is kept")
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split("\n\t")[1:2]) or "it is no state_dict"
+        raise InputError(f"{path} does not fit this network ({reason[:150].strip()}); check --arch "
+                         "and the number of classes") from None
 
 
 # ---------------------------------------------------------------------------------------------
-# Networks: torchvision's classifiers as encoders, and cutting channels out of layers
+# One training: epochs, progress, log and checkpoint
+# ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One training of `epochs` epochs in a folder: progress line, log.jsonl, last.pt, best.pt.
+
+    name: of its records and messages. stage: see STAGES. parts: modules, optimizers and schedules
+    by name; with `values`, a dict of numbers, they are all that the training carries from one epoch
+    to the next, and what last.pt holds. Every epoch starts from a random state of its own, the same
+    on all ranks, so none has to be stored. about: dict of what else the outcome depends on, e.g. an
+    architecture. stale: files that a new training makes meaningless.
+
+    A new training replaces an older one when its first epoch is over, not before: interrupted or
+    diverged earlier it leaves everything as it was.
+    """
+
+    def __init__(self, name, stage, cfg, device, folder, epochs, steps=0, about=None, stale=(),
+                 **parts):
+        self.name, self.cfg, self.device, self.folder = name, cfg, device, Path(folder)
+        self.total, self.steps, self.parts, self.stale = epochs, steps, parts, stale
+        self.settings = settings_of(cfg, stage, **(about or {}))
+        self.epoch, self.step, self.values, self.terms = 0, 0, {}, {}
+
+    def stored(self):
+        """last.pt as a dict, {} if there is none; InputError if it was made under other terms."""
+        path = self.folder / "last.pt"
+        if not path.exists():
+            return {}
+        state = load_checkpoint(path, ("epoch", "settings", "values", *self.parts))
+        require_same(state["settings"], self.settings, path)
+        return state
+
+    def epochs(self):
+        """Yields the epochs that are left to do: all, or with --resume those after last.pt."""
+        state = self.stored() if self.cfg.resume else {}
+        for key, part in self.parts.items() if state else ():
+            load_weights(part, state[key], self.folder / "last.pt")
+        self.values, self.fresh = dict(state.get("values", {})), not state
+        self.began, self.images, self.done, self.shown = time.perf_counter(), 0, 0, 0.0
+        for self.epoch in range(state.get("epoch", 0), self.total):
+            torch.manual_seed(1_000_003 * self.cfg.seed + self.epoch)
+            self.step = 0
+            yield self.epoch
+
+    def batches(self, loader):
+        """Yields the loader's batches of this epoch on the device and shows the progress."""
+        loader.sampler.set_epoch(self.epoch)
+        self.steps = self.steps or len(loader)
+        for images, labels in loader:
+            yield to_device(images, labels, self.cfg, self.device)
+            self.step += 1
+            self.done += 1
+            self.images += len(images) * world_size()
+            if sys.stdout.isatty() and rank() == 0 and time.perf_counter() - self.shown > 0.5:
+                self.shown = time.perf_counter()
+                print("\r" + self.progress()[:150], end="\x1b[K", flush=True)
+
+    def progress(self):
+        spent = max(time.perf_counter() - self.began, 1e-9)
+        steps_left = self.steps * (self.total - self.epoch) - self.step
+        minutes, seconds = divmod(int(spent / max(self.done, 1) * steps_left), 60)
+        losses = " ".join(f"{name} {float(value):.3f}" for name, value in self.terms.items())
+        return (f"{self.name} epoch {self.epoch + 1}/{self.total} it {self.step}/{self.steps} "
+                f"{losses} {self.images / spent:.1f} img/s ETA {minutes}:{seconds:02d} "
+                f"{peak_memory(self.device):.2f} GiB")
+
+    def check(self, **terms):
+        """Note the loss terms (scalars) for progress and log; InputError if one is not finite."""
+        terms = {name: value.detach() for name, value in terms.items()}
+        self.terms |= terms
+        if not torch.stack([v.float() for v in terms.values()]).isfinite().all():
+            values = ", ".join(f"{name} = {float(v):.4g}" for name, v in terms.items())
+            raise InputError(f"not finite in {self.name}, epoch {self.epoch + 1}, step "
+                             f"{self.step + 1}: {values}; lower the learning rate (the last "
+                             "checkpoint is kept)")
+
+    def descend(self, optimizer, clip=0.0, **terms):
+        """One optimizer step on the sum of the loss terms, with the mean gradient of all ranks.
+
+        clip: largest norm of the gradient, 0 = any. Stops before a NaN reaches the weights.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        average_gradients(parameters)                   # a NaN of one rank now stops all of them
+        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        self.check(**terms)
+        if not norm.isfinite():
+            self.check(**terms, gradient_norm=norm)
+        optimizer.step()
+
+    def end_epoch(self, score=None, note="", **record):
+        """Log the record and the last loss terms, print the progress line, store everything.
+
+        score: the best epoch by it is kept as best.pt, with the part `model` alone.
+        """
+        for part in self.parts.values():
+            if isinstance(part, nn.Module):
+                average_buffers(part)
+        if self.fresh and rank() == 0:                  # what an older run has left is void now
+            for name in ("log.jsonl", "best.pt", *self.stale):
+                (self.folder / name).unlink(missing_ok=True)
+        self.fresh = False
+        terms = {name: float(value) for name, value in self.terms.items()}
+        log_record(self.folder, stage=self.name, epoch=self.epoch, **terms, **record)
+        if rank() == 0:
+            live = sys.stdout.isatty()
+            print("\r" * live + self.progress() + note + "\x1b[K" * live, flush=True)
+        if score is not None and score > self.values.get("best", -math.inf):
+            self.values["best"] = score
+            self.save("best.pt", model=self.parts["model"].state_dict(), score=score)
+        self.save("last.pt", values=self.values,
+                  **{key: part.state_dict() for key, part in self.parts.items()})
+        barrier()
+
+    def save(self, name, **items):
+        """Write a checkpoint to the folder; it says how many epochs and which settings made it."""
+        if rank() == 0:
+            about = {"epoch": self.epoch + 1, "settings": self.settings}
+            with replacing(self.folder / name) as temporary:
+                torch.save({**about, **items}, temporary)
+
+
+def fit(run, loss_terms, loader, score, clip=0.0):
+    """Train run.parts "model" with "optimizer" and "schedule", which steps after every batch.
+
+    loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
+    the model, wrapped as the run needs it. score(model) -> number, higher is better, logged as
+    miou; the best epoch is kept as best.pt. Returns the best score.
+    """
+    model, optimizer, schedule = (run.parts[k] for k in ("model", "optimizer", "schedule"))
+    forward = training_form(model.train(), run.cfg, run.device)
+    for _ in run.epochs():
+        for images, labels in run.batches(loader):
+            with autocast(run.device, run.cfg.amp):
+                terms = loss_terms(forward, images, labels)
+            run.descend(optimizer, clip, **terms)
+            schedule.step()
+        value = score(model)
+        run.end_epoch(value, f" | val {100 * value:.2f}", miou=value)
+    return run.values["best"]
+
+
+def train_or_load(run, *how):
+    """A network that several commands share, such as a teacher: best.pt if it is there, else
+    fit(run, *how) and then its best.pt. run.parts "model" ends with these weights. Returns the
+    best score.
+
+    InputError if what is there was made under other settings, or is unfinished and --resume is not
+    given: it may be hours of work.
+    """
+    state, path = run.stored(), run.folder / "last.pt"
+    if state and state["epoch"] < run.total and not run.cfg.resume:
+        raise InputError(f"{path} has {state['epoch']} of {run.total} epochs: continue it with "
+                         "--resume, or delete it")
+    if state.get("epoch", -1) < run.total:
+        fit(run, *how)
+    else:
+        run.values = state["values"]
+        if rank() == 0:
+            print(f"{run.name}: trained already with these settings, taken from {run.folder}")
+    best = run.folder / "best.pt"
+    load_weights(run.parts["model"], load_checkpoint(best)["model"], best)
+    return run.values["best"]
+
+
+def poly(optimizer, steps, power=0.9):
+    """The schedule lr0 (1 - step / steps)^power; one step a batch."""
+    return torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power)
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks: torchvision's classifiers as encoders, cutting and folding, accounting
 # ---------------------------------------------------------------------------------------------
 
 
@@ -501,37 +634,23 @@ def classifier(name, weights="none"):
 
     weights: "none" (random), "imagenet" (torchvision's own, downloaded once) or the path of a
     state_dict of the whole network, or of its `features` alone; a head in the file is left out.
-    InputError for a file that belongs to another network.
     """
-    build = data.torchvision.models.get_model
-    if weights == "imagenet":
-        try:
-            return build(name, weights="DEFAULT")
-        except OSError as error:
-            raise InputError(f"cannot download the ImageNet weights of {name} ({error}); give a "
-                             "file or none")
-    net = build(name, weights=None)
-    if weights != "none":
+    try:
+        net = get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
+    except OSError as error:
+        raise InputError(f"cannot download the weights of {name} ({error}); give a file") from None
+    if weights not in ("none", "imagenet"):
         load_backbone(net, weights)
     return net
 
 
 def load_backbone(net, path):
     """Load the file's state_dict into a torchvision classifier, all but its head; returns it."""
-    state = load_checkpoint(path, ())
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    require_state(state, path)
-    own = {key: value for key, value in net.state_dict().items()
-           if not key.startswith(("fc.", "classifier."))}
-    for key, value in own.items():
-        found = [k for k in (key, key.removeprefix("features.")) if k in state]
-        if not found or state[found[0]].shape != value.shape:
-            raise InputError(f"{path} holds the weights of another network: "
-                             f"'{key}' is missing or has another shape")
-        own[key] = state[found[0]]
-    net.load_state_dict(own, strict=False)
+    state, own = load_state_dict(path), net.state_dict()
+    for key in own:
+        if not key.startswith(("fc.", "classifier.")):
+            own[key] = state.get(key, state.get(key.removeprefix("features."), torch.empty(0)))
+    load_weights(net, own, path)
     return state
 
 
@@ -545,15 +664,14 @@ def narrowed(layer, out=None, into=None):
     depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
     if depthwise and not layer.groups == layer.in_channels == layer.out_channels:
         raise ValueError(f"cannot cut channels out of a convolution of {layer.groups} groups")
-    for name, tensor in list(small._parameters.items()) + list(small._buffers.items()):
-        if tensor is None or tensor.ndim == 0:               # no bias; BN's count of batches
-            continue
-        kept = tensor.detach() if out is None else tensor.detach()[out]
-        if into is not None and name == "weight" and not depthwise and kept.ndim > 1:
-            kept = kept[:, into]
-        if name in small._parameters:
-            kept = nn.Parameter(kept.clone(), tensor.requires_grad)
-        setattr(small, name, kept)
+    for name, kept in layer.state_dict().items():
+        if kept.ndim:                                       # all but BN's count of batches
+            kept = kept if out is None else kept[out]
+            if into is not None and kept.ndim > 1 and not depthwise:
+                kept = kept[:, into]
+            old = getattr(layer, name)
+            setattr(small, name, nn.Parameter(kept.clone(), old.requires_grad) if isinstance(
+                old, nn.Parameter) else kept.clone())
     if isinstance(layer, nn.BatchNorm2d):
         small.num_features = len(small.running_mean)
     elif isinstance(layer, nn.Linear):
@@ -565,227 +683,24 @@ def narrowed(layer, out=None, into=None):
     return small
 
 
-# ---------------------------------------------------------------------------------------------
-# Losses, mIoU, the train and evaluate loops
-# ---------------------------------------------------------------------------------------------
+def fold_bn(model):
+    """A copy in eval mode with every BN folded into the convolution registered just before it.
 
-
-def cross_entropy(logits, label):
-    """Mean over the pixels that are not IGNORE. logits (B, K, H, W), label (B, H, W)."""
-    if not (label != IGNORE).any():                       # the mean over nothing would be NaN
-        return logits.sum() * 0
-    return F.cross_entropy(logits.float(), label, ignore_index=IGNORE)
-
-
-def ohem(logits, label, threshold=0.7, min_kept=None):
-    """Cross-entropy with online hard example mining (Shrivastava et al., CVPR 2016).
-
-    Mean over the pixels whose true class is predicted with probability below `threshold`, but
-    over at least the `min_kept` hardest (default B*H*W / 16, OFFICIAL-CODE of FasterSeg).
-    logits (B, K, H, W), label (B, H, W) with IGNORE. Returns a scalar.
+    Works where conv and BN are neighbours in registration order and in data flow, as in
+    torchvision's backbones. A module where they are not brings a method fold_norms.
     """
-    loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
-    loss = loss[label != IGNORE]
-    if loss.numel() == 0:
-        return logits.sum() * 0
-    kept = min(label.numel() // 16 if min_kept is None else min_kept, loss.numel())
-    hard = loss > -math.log(threshold)
-    if int(hard.sum()) >= kept:
-        return loss[hard].mean() if hard.any() else loss.sum() * 0
-    return loss.topk(kept).values.mean()
-
-
-class ConfusionMatrix:
-    """Pixel counts matrix[label, prediction] over a whole split; IGNORE pixels are left out."""
-
-    def __init__(self, num_classes, device="cpu"):
-        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-
-    def update(self, label, prediction):
-        """label, prediction: integer tensors of one shape, prediction in 0..num_classes-1."""
-        n = len(self.matrix)
-        valid = label != IGNORE
-        index = label[valid].long() * n + prediction[valid].long()
-        self.matrix += torch.bincount(index, minlength=n * n).reshape(n, n)
-
-    def reduce(self):
-        """Add up the counts of all ranks."""
-        if world_size() > 1:
-            dist.all_reduce(self.matrix)
-        return self
-
-    def iou(self):
-        """(num_classes,) IoU; NaN for a class absent from both label and prediction."""
-        m = self.matrix.double()
-        return m.diag() / (m.sum(0) + m.sum(1) - m.diag())
-
-    def miou(self):
-        """Mean IoU over the classes that occur in label or prediction; absent ones are excluded."""
-        return float(self.iou().nanmean())
-
-    def pixel_accuracy(self):
-        return float(self.matrix.diag().sum() / self.matrix.sum())
-
-
-def probabilities(model, images, size, scales=(1.0,), flip=False):
-    """Class probabilities (B, K, *size), averaged over rescaled and mirrored copies of the images.
-
-    model(images (B, 3, H, W)) -> logits (B, K, h, w); scales: factors of H and W.
-    """
-    total = 0
-    for scale in scales:
-        scaled = [max(32, round(scale * side)) for side in images.shape[-2:]]
-        x = images if scale == 1 else F.interpolate(images, scaled, mode="bilinear",
-                                                    align_corners=False, antialias=True)
-        for mirrored in (False, True)[:1 + flip]:
-            logits = model(x.flip(-1) if mirrored else x).float()
-            if logits.shape[-2:] != size:
-                logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-            total = total + (logits.flip(-1) if mirrored else logits).softmax(1)
-    return total / (len(scales) * (1 + flip))
-
-
-@torch.no_grad()
-def evaluate(model, loader, num_classes, device, amp=False, scales=(1.0,), flip=False):
-    """ConfusionMatrix of a segmentation model over a loader, at the label's own resolution.
-
-    One scale and no flip unless asked for; otherwise the mean of the probabilities decides.
-    """
-    training, matrix = model.training, ConfusionMatrix(num_classes, device)
-    model.eval()
-    for images, labels in loader:
-        with autocast(device, amp):
-            scores = probabilities(model, images.to(device), labels.shape[-2:], scales, flip)
-        matrix.update(labels.to(device), scores.argmax(1))
-    model.train(training)
-    return matrix.reduce()
-
-
-def open_split(cfg, split, size):
-    return data.open_segmentation(cfg.dataset, cfg.data_root or None, split,
-                                  cfg.num_classes or None, size, cfg.seed)
-
-
-def open_loader(cfg, split, train=False, images=None, transform=None):
-    """(set, loader) of a split: to train augmented and in batches, else as it is, one by one.
-
-    images, transform: another set than that of --dataset, another augmentation.
-    """
-    images = open_split(cfg, split, cfg.size) if images is None else images
-    data.check_segmentation(images)
-    transform = transform or (
-        data.train_transform(cfg.size, cfg.scales, cfg.image_scale) if train
-        else data.eval_transform(cfg.image_scale))
-    return images, data.make_loader(
-        images, range(len(images)), transform, cfg.batch_size // world_size() if train else 1,
-        train, cfg.workers, cfg.seed, rank(), world_size())
-
-
-def report_segmentation(name, matrix, images, cfg, folder, kind="retrained"):
-    """Print IoU by class and the means of a ConfusionMatrix; log them. kind: which mIoU it is."""
-    for thing, iou in zip(images.class_names, matrix.iou().tolist()):
-        print(f"  {thing:24s} {'absent' if math.isnan(iou) else f'{100 * iou:6.2f}'}")
-    print(f"{name}: {kind} mIoU on {cfg.split} {100 * matrix.miou():.2f}, pixel accuracy "
-          f"{100 * matrix.pixel_accuracy():.2f}")
-    log_record(folder, stage="eval", split=cfg.split, miou=matrix.miou())
-
-
-@torch.no_grad()
-def draw_segmentations(net, images, cfg, device, folder, count=4):
-    """segmentations.png: picture, label and the network's prediction of `count` pictures."""
-    rows, samples = [], data.Samples(images, data.eval_transform(cfg.image_scale))
-    for i in range(0, len(images), max(1, len(images) // count))[:count]:
-        x, label = samples[0, i]
-        scores = probabilities(net, x[None].to(device), label.shape)
-        picture = images[i][0]
-        pixels = np.asarray(picture)
-        rows.append([picture, overlay(pixels, label, images.palette),
-                     overlay(pixels, scores.argmax(1)[0].cpu(), images.palette)])
-    comparison(rows, ("image", "label", "prediction"), Path(folder) / "segmentations.png")
-    print(f"picture: {folder}/segmentations.png")
-
-
-def _short(key, value):
-    """A setting for a message; a whole architecture is only named."""
-    return f"{key} {value}" if len(str(value)) < 60 else f"another {key}"
-
-
-def _resume(path, model, optimizer, scheduler, extra):
-    """Load everything from last.pt -> (epochs done, best mIoU)."""
-    state = load_checkpoint(path, ("model", "optimizer", "scheduler", "epoch", "best"))
-    for key, value in extra.items():
-        if state.get(key) != value:
-            raise InputError(f"{path} was trained with {_short(key, state.get(key))}, not "
-                             f"{_short(key, value)}; train without --resume or with another --out")
-    load_weights(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    set_rng_state(state["rng"])
-    return state["epoch"], state["best"]
-
-
-def fit(stage, model, loss_terms, optimizer, scheduler, train_loader, val_loader, num_classes, cfg,
-        device, folder, clip=0.0, extra=None, per_step=False, after_step=None, observe=None,
-        validate=None):
-    """Train a segmentation network; returns its best validation mIoU.
-
-    loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
-    the model, wrapped as the run needs it. The scheduler steps once an epoch, or after every step
-    if `per_step` (poly schedules). last.pt and best.pt (highest mIoU) go to `folder`, one record an
-    epoch to its log.jsonl. extra: dict of strings that say what is trained on what, stored too; a
-    checkpoint with other ones is not resumed. after_step() follows every optimizer step;
-    observe() -> dict joins the record of the epoch. validate(model) -> (name, score): another score
-    than the mIoU on val_loader, for networks that do not segment.
-    """
-    folder, start, best = Path(folder), 0, -1.0
-    if cfg.resume and (folder / "last.pt").exists():
-        start, best = _resume(folder / "last.pt", model, optimizer, scheduler, extra or {})
-    else:
-        forget_log(folder, stage)
-    forward = distribute(model.train(), device)
-    if cfg.compile:
-        forward = torch.compile(forward)
-    progress = Progress(stage, cfg.epochs, len(train_loader), device, start)
-    for epoch in range(start, cfg.epochs):
-        train_loader.sampler.set_epoch(epoch)
-        for step, (images, labels) in enumerate(train_loader):
-            images, labels = to_device(images, labels, cfg, device)
-            with training_step(stage, epoch, step):
-                with autocast(device, cfg.amp):
-                    terms = loss_terms(forward, images, labels)
-                check_finite(terms)
-                optimizer.zero_grad()
-                sum(terms.values()).backward()
-                clip_gradients(model.parameters(), clip)
-                optimizer.step()
-            if after_step:
-                after_step()
-            if per_step:
-                scheduler.step()
-            terms = {name: value.detach() for name, value in terms.items()}
-            progress.step(epoch, step, terms, len(images) * world_size())
-        if not per_step:
-            scheduler.step()
-        average_buffers(model)
-        name, score = validate(model) if validate else ("mIoU", evaluate(
-            model, val_loader, num_classes, device, cfg.amp).miou())
-        progress.close(epoch, terms, f" | val {name} {100 * score:.2f}")
-        log_record(folder, stage=stage, epoch=epoch, **{name.lower(): score},
-                   **{k: float(v) for k, v in terms.items()}, **(observe() if observe else {}))
-        improved, best = score > best, max(score, best)
-        items = dict(model=model.state_dict(), epoch=epoch + 1, best=best, **{name.lower(): score},
-                     **(extra or {}))
-        if improved:
-            save_checkpoint(folder / "best.pt", **items)
-        save_checkpoint(folder / "last.pt", optimizer=optimizer.state_dict(),
-                        scheduler=scheduler.state_dict(), **items)
-    barrier()
-    return best
-
-
-# ---------------------------------------------------------------------------------------------
-# Accounting: parameters, MACs, the network as it is deployed
-# ---------------------------------------------------------------------------------------------
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        if hasattr(module, "fold_norms"):
+            module.fold_norms()
+        previous = previous_name = None
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d) and (
+                    child.num_features == previous.out_channels):
+                setattr(module, previous_name, fuse_conv_bn_eval(previous, child))
+                setattr(module, name, nn.Identity())
+            previous, previous_name = child, name
+    return model
 
 
 def count_params(model):
@@ -805,46 +720,138 @@ def count_macs(model, size):
     return counter.get_total_flops() // 2
 
 
-def fold_bn(model):
-    """A copy in eval mode with every BN folded into the convolution registered just before it.
-
-    Works where conv and BN are neighbours in registration order and in data flow, as in
-    torchvision's backbones. A module where they are not brings a method fold_norms.
-    """
-    model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
-        if hasattr(module, "fold_norms"):
-            module.fold_norms()
-        previous = previous_name = None
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d):
-                setattr(module, previous_name, fuse_conv_bn_eval(previous, child))
-                setattr(module, name, nn.Identity())
-            previous, previous_name = child, name
-    return model
-
-
 def export(model, size, path):
     """Save the folded network as a torch.export program: runs without this source, batch 1.
 
-    torch.export.load(path).module()(image (1, 3, *size)) -> logits. Returns the largest absolute
-    difference between program and network on a random image.
+    torch.export.load(path).module()(image (1, 3, *size)) -> logits.
     """
     folded, image = fold_bn(model).cpu(), torch.randn(1, 3, *size)
     with torch.no_grad():
         program = torch.export.export(folded, (image,))
-        with replacing(path) as temporary, open(temporary, "wb") as f:
-            torch.export.save(program, f)
-        return float((torch.export.load(path).module()(image) - folded(image)).abs().max())
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.export.save(program, file)
+        apart = (torch.export.load(path).module()(image) - folded(image)).abs().max()
+    print(f"{path}: torch.export program for 1x3x{size[0]}x{size[1]}, largest difference to the "
+          f"network {float(apart):.1e}\nrun it anywhere: "
+          f"torch.export.load('{path}').module()(image)")
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures: segmentations beside their labels and small charts, with Pillow only (no matplotlib)
+# Learning: loss, mIoU, loaders, evaluation
 # ---------------------------------------------------------------------------------------------
 
-CHART_COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
-                (140, 86, 75), (240, 120, 200), (110, 110, 110), (190, 185, 20), (20, 195, 215))
-INK, FAINT, NO_VALUE = (40, 40, 40), (226, 226, 226), (190, 190, 190)
+
+def cross_entropy(logits, label):
+    """Mean over the pixels that are not IGNORE. logits (B, K, H, W), label (B, H, W)."""
+    if not (label != IGNORE).any():                       # the mean over nothing would be NaN
+        return logits.sum() * 0
+    return F.cross_entropy(logits.float(), label, ignore_index=IGNORE)
+
+
+class ConfusionMatrix:
+    """Pixel counts matrix[label, prediction] over a whole split; IGNORE pixels are left out."""
+
+    def __init__(self, num_classes, device="cpu"):
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, label, prediction):
+        """label, prediction: integer tensors of one shape, prediction in 0..num_classes-1."""
+        n, valid = len(self.matrix), label != IGNORE
+        index = label[valid].long() * n + prediction[valid].long()
+        self.matrix += torch.bincount(index, minlength=n * n).reshape(n, n)
+
+    def iou(self):
+        """(num_classes,) IoU; NaN for a class absent from both label and prediction."""
+        m = self.matrix.double()
+        return m.diag() / (m.sum(0) + m.sum(1) - m.diag())
+
+    def miou(self):
+        """Mean IoU over the classes that occur in label or prediction; absent ones are excluded."""
+        return float(self.iou().nanmean())
+
+    def pixel_accuracy(self):
+        return float(self.matrix.double().diag().sum() / self.matrix.sum())
+
+
+def enlarged(logits, size):
+    """(B, K, h, w) -> (B, K, *size), bilinear."""
+    if logits.shape[-2:] == size:
+        return logits
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def probabilities(model, images, size, scales=(1.0,), flip=False):
+    """Class probabilities (B, K, *size), averaged over rescaled and mirrored copies of the images.
+
+    model(images (B, 3, H, W)) -> logits (B, K, h, w); scales: factors of H and W.
+    """
+    total = 0
+    for scale in scales:
+        scaled = [max(32, round(scale * side)) for side in images.shape[-2:]]
+        x = images if scale == 1 else F.interpolate(images, scaled, mode="bilinear",
+                                                    align_corners=False, antialias=True)
+        total = total + enlarged(model(x).float(), size).softmax(1)
+        if flip:
+            total = total + enlarged(model(x.flip(-1)).float(), size).flip(-1).softmax(1)
+    return total / (len(scales) * (1 + flip))
+
+
+@torch.no_grad()
+def evaluate(model, loader, num_classes, device, amp=False, scales=(1.0,), flip=False):
+    """ConfusionMatrix of a segmentation model over a loader, at the label's own resolution, added
+    up over all ranks. One scale and no flip unless asked for; else mean probabilities decide."""
+    training, matrix = model.training, ConfusionMatrix(num_classes, device)
+    model.eval()
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        with autocast(device, amp):
+            if tuple(scales) == (1.0,) and not flip:        # no softmax: the largest stays it
+                scores = enlarged(model(images).float(), labels.shape[-2:])
+            else:
+                scores = probabilities(model, images, labels.shape[-2:], scales, flip)
+        matrix.update(labels, scores.argmax(1))
+    model.train(training)
+    sum_over_ranks(matrix.matrix)
+    return matrix
+
+
+def open_split(cfg, split, task="segmentation"):
+    """The raw set of a split: dataset[i] -> (picture, label). InputError if it is not there."""
+    return data.open_set(task, cfg.dataset, cfg.data_root or None, split,
+                         cfg.num_classes or None, cfg.size, cfg.seed)
+
+
+def open_loader(cfg, split, train=False, images=None, transform=None):
+    """(set, loader) of a split: to train augmented and in batches, else as it is, one by one.
+
+    images, transform: another set than that of --dataset, another augmentation.
+    """
+    images = open_split(cfg, split) if images is None else images
+    data.check_pairs(images)
+    transform = transform or (
+        data.train_transform(cfg.size, cfg.scales, cfg.image_scale) if train
+        else data.eval_transform(cfg.image_scale))
+    return images, data.make_loader(
+        images, None, transform, cfg.batch_size // world_size() if train else 1, train,
+        cfg.workers, cfg.seed, rank(), world_size())
+
+
+def report_segmentation(name, kind, matrix, images, cfg, folder):
+    """Print the IoU of each class and the means; log them. kind: which of the mIoUs it is."""
+    for thing, iou in zip(images.class_names, matrix.iou().tolist()):
+        print(f"  {thing:24s} {'absent' if math.isnan(iou) else f'{100 * iou:6.2f}'}")
+    print(f"{name}: {kind} mIoU on {cfg.split} {100 * matrix.miou():.2f}, pixel accuracy "
+          f"{100 * matrix.pixel_accuracy():.2f}")
+    log_record(folder, stage="eval", split=cfg.split, miou=matrix.miou())
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures, with Pillow and torchvision
+# ---------------------------------------------------------------------------------------------
+
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
+           "#bcbd22", "#17becf")
+INK, FAINT = "#282828", "#dcdcdc"
 
 
 def save_png(image, path):
@@ -852,255 +859,104 @@ def save_png(image, path):
         image.save(temporary, format="PNG")
 
 
-def _array(x):
-    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+@torch.no_grad()
+def draw_segmentations(net, images, cfg, device, folder, count=4):
+    """segmentations.png: a row for each of `count` pictures: picture, label, prediction.
 
-
-def _fit(text, font, width):
-    """`text`, its end replaced by "..." if it is wider than `width` pixels."""
-    short = text = str(text)
-    while text and font.getlength(short) > width:
-        text = text[:-1]
-        short = text + "..."
-    return short
-
-
-def overlay(image, label, palette, alpha=0.55):
-    """Blend class colours into a picture: (1 - alpha) * image + alpha * palette[label].
-
-    image: uint8 (3, H, W) or (H, W, 3); label: int (H, W), 255 = ignore, shown as the image at
-    half brightness; palette: (K, 3) RGB in 0..255. Returns an RGB PIL image of H x W.
-    Raises ValueError for other shapes, for a float image and for a class outside the palette.
+    Pixels without a label show the picture alone.
     """
-    image, label, palette = _array(image), _array(label), _array(palette)
-    if image.shape == (3, *label.shape):
-        image = image.transpose(1, 2, 0)                                        # (H, W, 3)
-    if image.dtype != np.uint8 or image.shape != (*label.shape, 3):
-        raise ValueError(f"overlay needs a uint8 image of the label's size, not {image.dtype} "
-                         f"{image.shape} with a label {label.shape}")
-    ignore = label == 255
-    known = np.where(ignore, 0, label)
-    if known.min() < 0 or known.max() >= len(palette):
-        raise ValueError(f"label has a class outside the palette of {len(palette)} colours")
-    mixed = (1 - alpha) * image + alpha * palette[known]
-    mixed = np.where(ignore[..., None], 0.5 * image, mixed)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    samples, tiles = data.Samples(images, data.eval_transform(cfg.image_scale)), []
+    classes, colours = torch.arange(images.num_classes), [tuple(c) for c in images.palette]
+    for i in np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist():
+        x, label = samples[0, i]                                        # (3, H, W), (H', W')
+        guess = enlarged(net(x[None].to(device)).float(), label.shape).argmax(1)[0].cpu()
+        picture = data.v2.functional.pil_to_tensor(images[i][0])        # (3, H', W')
+        tiles += [picture] + [draw_segmentation_masks(picture, y == classes[:, None, None], 0.6, colours)
+                              for y in (label, guess)]
+    height, width = tiles[0].shape[1:]          # of the first picture, though sets may mix sizes
+    tiles = [data.v2.functional.resize(tile, [240, 240 * width // height]) for tile in tiles]
+    sheet = make_grid(torch.stack(tiles), nrow=3, padding=4, pad_value=255)
+    save_png(data.v2.functional.to_pil_image(sheet), Path(folder) / "segmentations.png")
+    print(f"picture: {folder}/segmentations.png (image, label, prediction)")
 
 
-def comparison(rows, titles, path):
-    """Save a grid of PIL images, rows[i][j] under titles[j] (e.g. picture, label, prediction).
+def canvas(title, width, height):
+    """(image, pen, font) of a white picture with a title."""
+    image = Image.new("RGB", (int(width), int(height)), "white")
+    pen = ImageDraw.Draw(image)
+    pen.text((12, 8), title, INK, ImageFont.load_default(size=16))
+    return image, pen, ImageFont.load_default(size=12)
 
-    All get the same width: 360 px, or twice the narrowest image where that is less, because a
-    larger blow-up shows interpolation rather than data. Raises ValueError if there is no image.
+
+def plot(path, title, x_label, y_label, series, dots=False, diagonal=False):
+    """Save lines, or dots. series: {name: [(x, y), ...]}; points that are not finite are skipped.
+
+    diagonal: one range for both axes and the line y = x. Colours repeat after ten series.
     """
-    width = min(360, 2 * min(image.width for row in rows for image in row))
-    rows = [[image.convert("RGB").resize((width, max(1, image.height * width // image.width)),
-                                         Image.Resampling.BICUBIC) for image in row]
-            for row in rows if row]
-    heights, pitch = [max(image.height for image in row) + 4 for row in rows], width + 4
-    sheet = Image.new("RGB", (max(map(len, rows)) * pitch + 4, 24 + sum(heights)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for j, title in enumerate(titles):
-        draw.text((4 + j * pitch + width / 2, 12), _fit(title, font, width), INK, font, "mm")
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            sheet.paste(image, (4 + j * pitch, 24 + sum(heights[:i])))
-    save_png(sheet, path)
+    series = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+              for name, points in series.items()}
+    xs = [x for points in series.values() for x, _ in points] or [0, 1]
+    ys = [y for points in series.values() for _, y in points] or [0, 1]
+    xs, ys = (xs + ys, xs + ys) if diagonal else (xs, ys)
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    image, pen, font = canvas(title, 900, 440)
+    left, top, right, bottom = 70, 56, 640, 390
 
+    def at(x, y):
+        return (left + (x - x0) / (x1 - x0 or 1) * (right - left),
+                bottom - (y - y0) / (y1 - y0 or 1) * (bottom - top))
 
-def _finite(points):
-    """Points (x, y, ...) whose x and y are finite: a diverged run must still get its chart."""
-    return [(float(x), float(y), *text) for x, y, *text in points
-            if math.isfinite(x) and math.isfinite(y)]
-
-
-def _ticks(values, count, least=0.0):
-    """[(value, text)]: about `count` ticks, 1, 2 or 5 times a power of ten apart, around `values`.
-
-    `least` is the smallest step: 1 for epochs, where 0.5 means nothing.
-    """
-    lo, hi = (min(values), max(values)) if values else (0.0, 1.0)
-    if hi - lo <= 1e-9 * max(abs(lo), abs(hi)):     # a constant has no scale of its own
-        lo, hi = lo - (0.1 * abs(lo) or 1), hi + (0.1 * abs(hi) or 1)
-    raw = (hi - lo) / max(count, 2)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = max(least, next(m * power for m in (1, 2, 5, 10) if m * power >= 0.999 * raw))
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    form = f".{digits}f" if digits < 6 and max(-lo, hi) < 1e7 else ".10g"
-    return [(i * step, format(i * step, form))
-            for i in range(math.floor(lo / step + 1e-6), math.ceil(hi / step - 1e-6) + 1)]
-
-
-class _Chart:
-    """White canvas with title, axes, grid and a legend at the right; `at` maps data to pixels.
-
-    xs, ys: finite values to enclose; tight: the x axis ends at the data, not at a tick;
-    names: of the series, in the order of CHART_COLORS; note: at the right above the plot; upward:
-    legend from bottom to top, as stacked layers lie. Drawn at twice `size` (the pixels below)
-    and halved by `save`, which smooths the lines.
-    """
-
-    def __init__(self, title, x_label, y_label, xs, ys, names, size, tight=False, note="",
-                 upward=False):
-        w, h = 2 * size[0], 2 * size[1]
-        self.image = Image.new("RGB", (w, h), "white")
-        self.draw = draw = ImageDraw.Draw(self.image)
-        self.font, bold = ImageFont.load_default(size=24), ImageFont.load_default(size=32)
-        font, top, bottom = self.font, 120, h - 96
-        self.legend = [(str(n), CHART_COLORS[i % len(CHART_COLORS)]) for i, n in enumerate(names)]
-        side = max((font.getlength(name) + 76 for name, _ in self.legend), default=0)
-        right = w - 48 - min(0.35 * w, side)
-        y_ticks = _ticks(ys, (bottom - top) / 100)
-        left = 44 + max(font.getlength(text) for _, text in y_ticks)
-        x_ticks = y_ticks if xs is ys else _ticks(xs, (right - left) / 130,
-                                                  all(x.is_integer() for x in xs))
-        if not tight or not xs or min(xs) == max(xs):
-            xs = [x for x, _ in x_ticks]
-        x0, y0, x1, y1 = self.range = (min(xs), y_ticks[0][0], max(xs), y_ticks[-1][0])
-        self.box = left, top, right, bottom
-        for value, text in y_ticks:
-            y = self.at(x0, value)[1]
-            draw.line((left, y, right, y), FAINT, 2)
-            draw.text((left - 12, y), text, INK, font, "rm")
-        for value, text in x_ticks:
-            if x0 <= value <= x1:
-                x = self.at(value, y0)[0]
-                draw.line((x, top, x, bottom), FAINT, 2)
-                draw.text((x, bottom + 12), text, INK, font, "mt")
-        draw.line((left, top, left, bottom, right, bottom), INK, 2)
-        draw.text((20, 36), _fit(title, bold, w - 40), INK, bold, "lm")
-        room = right - 60 - font.getlength(note)    # one line for the y label and the note
-        draw.text((20, 88), _fit(y_label, font, room), INK, font, "lm")
-        draw.text((right, 88), note, INK, font, "rm")
-        draw.text(((left + right) / 2, h - 28), _fit(x_label, font, right - left), INK, font, "mm")
-        for i, (name, color) in enumerate(self.legend[::-1] if upward else self.legend):
-            x, y = right + 36, top + 38 * i + 16
-            draw.rectangle((x, y - 9, x + 18, y + 9), color)
-            draw.text((x + 30, y), _fit(name, font, w - x - 40), INK, font, "lm")
-
-    def at(self, x, y):
-        (left, top, right, bottom), (x0, y0, x1, y1) = self.box, self.range
-        return (left + (x - x0) / (x1 - x0) * (right - left),
-                bottom - (y - y0) / (y1 - y0) * (bottom - top))
-
-    def dot(self, x, y, color):
-        """Draw a dot; returns its bounding box."""
-        x, y = self.at(x, y)
-        self.draw.ellipse((x - 8, y - 8, x + 8, y + 8), color, "white", 2)
-        return x - 8, y - 8, x + 8, y + 8
-
-    def save(self, path):
-        save_png(self.image.resize((self.image.width // 2, self.image.height // 2),
-                                    Image.Resampling.LANCZOS), path)
-
-
-def line_chart(path, title, x_label, y_label, series, size=(760, 420)):
-    """Save lines: series = {name: [(x, y), ...]}; size in pixels.
-
-    Points that are not finite are skipped, a series of one point is a dot, none at all is fine.
-    The colours repeat after ten series; about fifteen names fit beside a plot of this height.
-    """
-    lines = [_finite(points) for points in series.values()]
-    chart = _Chart(title, x_label, y_label, [x for line in lines for x, _ in line],
-                   [y for line in lines for _, y in line], series, size, tight=True)
-    for (_, color), line in zip(chart.legend, lines):
-        if len(line) == 1:
-            chart.dot(*line[0], color)
-        chart.draw.line([chart.at(*point) for point in line], color, 4, joint="curve")
-    chart.save(path)
-
-
-def scatter_chart(path, title, x_label, y_label, groups, diagonal=False, annotate=None,
-                  size=(520, 480)):
-    """Save dots: groups = {name: [(x, y) or (x, y, text), ...]}; non-finite points are skipped.
-
-    diagonal: same range on both axes and the line y = x; annotate: a short remark above the plot
-    at the right, e.g. "r = 0.99". A point's text is left out where it would cover something.
-    """
-    clouds = [_finite(points) for points in groups.values()]
-    xs, ys = ([point[k] for cloud in clouds for point in cloud] for k in (0, 1))
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = at(x0 + share * (x1 - x0), y0 + share * (y1 - y0))
+        pen.line((x, top, x, bottom), FAINT)
+        pen.line((left, y, right, y), FAINT)
+        pen.text((x, bottom + 6), f"{x0 + share * (x1 - x0):.4g}", INK, font, "mt")
+        pen.text((left - 8, y), f"{y0 + share * (y1 - y0):.4g}", INK, font, "rm")
+    pen.text((left, top - 8), y_label, INK, font, "ls")
+    pen.text(((left + right) / 2, bottom + 28), x_label, INK, font, "mt")
     if diagonal:
-        xs = ys = xs + ys
-    chart = _Chart(title, x_label, y_label, xs, ys, groups, size, note=annotate or "")
-    left, top, right, bottom = chart.box
-    if diagonal:
-        chart.draw.line((left, bottom, right, top), NO_VALUE, 3)
-    taken = [chart.dot(*point[:2], color)
-             for (_, color), cloud in zip(chart.legend, clouds) for point in cloud]
-    for x, y, text in (point for cloud in clouds for point in cloud if len(point) == 3):
-        x, y = chart.at(x, y)
-        for dx, dy, anchor in ((14, 0, "lm"), (-14, 0, "rm"), (0, -14, "mb"), (0, 14, "mt")):
-            a, b, c, d = chart.draw.textbbox((x + dx, y + dy), str(text), chart.font, anchor)
-            if left < a and c < right + 24 and d < bottom and not any(
-                    a < r and c > p and b < s and d > q for p, q, r, s in taken):
-                chart.draw.text((x + dx, y + dy), str(text), INK, chart.font, anchor)
-                taken.append((a, b, c, d))
-                break
-    chart.save(path)
+        pen.line((left, bottom, right, top), FAINT, 3)
+    for k, (name, points) in enumerate(series.items()):
+        colour = COLOURS[k % len(COLOURS)]
+        if not dots:
+            pen.line([at(*point) for point in points], colour, 2, joint="curve")
+        for x, y in (at(*point) for point in points if dots or len(points) == 1):
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour, "white")
+        pen.rectangle((right + 20, top + 20 * k, right + 30, top + 20 * k + 10), colour)
+        pen.text((right + 38, top + 20 * k - 1), name, INK, font)
+    save_png(image, path)
 
 
-def stacked_chart(path, title, x_label, layers, size=(760, 420), xs=None):
-    """Save shares over time as stacked areas, the first layer at the bottom.
+def heat_map(path, title, row_names, column_names, values):
+    """Save a table of numbers in [0, 1], white = 0 to blue = 1, NaN = grey.
 
-    layers = {name: [share in [0, 1] at each x]}; xs: the common x values, 0, 1, 2, ... if None.
-    NaN counts as 0. Raises ValueError if the lengths differ.
+    values: (rows, columns), in the order of the names.
     """
-    shares = np.nan_to_num(np.atleast_2d([_array(v).astype(float) for v in layers.values()]))
-    xs = [float(x) for x in (range(shares.shape[1]) if xs is None else xs)]
-    if len(xs) != shares.shape[1]:
-        raise ValueError(f"{len(xs)} x values for {shares.shape[1]} shares of each layer")
-    chart = _Chart(title, x_label, "share", xs, [0.0, 1.0], layers, size, tight=True,
-                   upward=True)
-    if len(xs) == 1:                                # one step is drawn as flat bands
-        xs, shares = chart.range[::2], shares.repeat(2, axis=1)
-    # From the top layer down, each area reaching the axis, the next one covering its lower part.
-    # Shares summed in float32 may exceed 1 by a rounding error, which would leave the plot.
-    for (_, color), roof in reversed(list(zip(chart.legend, shares.cumsum(0).clip(0, 1)))):
-        edge = [chart.at(x, y) for x, y in zip(xs, roof)]
-        if edge:
-            chart.draw.polygon([*edge, chart.at(xs[-1], 0), chart.at(xs[0], 0)], color)
-            chart.draw.line(edge, "white", 2)
-    chart.save(path)
+    values = torch.as_tensor(values, dtype=torch.float32)
+    font, rows, columns = ImageFont.load_default(size=12), len(row_names), len(column_names)
+    widest = max(font.getlength(str(name)) + 8 for name in column_names)
+    cell_w, cell_h, left, top = max(10, min(widest, 900 // columns)), 16, 150, 56
+    image, pen, font = canvas(title, left + cell_w * columns + 12, top + cell_h * rows + 12)
+    for i, name in enumerate(row_names):
+        pen.text((left - 6, top + cell_h * (i + 0.5)), str(name), INK, font, "rm")
+        for j, value in enumerate(values[i].clamp(0, 1).tolist()):
+            colour = tuple(round(255 + value * (deep - 255)) for deep in (8, 48, 107)) if (
+                value == value) else "#c8c8c8"
+            x, y = left + cell_w * j, top + cell_h * i
+            pen.rectangle((x, y, x + cell_w, y + cell_h), colour, FAINT)
+    for j in range(0, columns, math.ceil(widest / cell_w)):         # names that have room
+        pen.text((left + cell_w * (j + 0.5), top - 4), str(column_names[j]), INK, font, "ms")
+    save_png(image, path)
 
 
-def heat_map(path, title, row_names, column_names, values, size=None):
-    """Save a table of values (rows, columns) in [0, 1], white = 0 to deep blue = 1, NaN = grey.
-
-    The value is printed where its cell is large enough. size: pixels (width, height); None gives
-    every cell room for its value. Raises ValueError if the names do not match `values`.
-    """
-    values, font = _array(values).astype(float), ImageFont.load_default(size=12)
-    bold, (n, m) = ImageFont.load_default(size=16), (len(row_names), len(column_names))
-    if values.shape != (n, m) or not n * m:
-        raise ValueError(f"heat map of {values.shape} values has {n} row and {m} column names")
-    left = 20 + max(font.getlength(_fit(name, font, 240)) for name in row_names)
-    widest = max(font.getlength(str(name)) for name in column_names) + 12
-    w, h = size or (math.ceil(max(left + m * max(40, widest) + 14, bold.getlength(title) + 24)),
-                    100 + 20 * n)
-    cell_w, cell_h = (w - left - 14) / m, (h - 100) / n
-    image = Image.new("RGB", (w, h), "white")
-    draw = ImageDraw.Draw(image)
-
-    def blue(value):
-        return tuple(round(255 + (deep - 255) * min(max(value, 0), 1)) for deep in (8, 48, 107))
-
-    draw.text((10, 20), _fit(title, bold, w - 20), INK, bold, "lm")
-    for j in range(0, m, math.ceil(widest / cell_w)):       # names thinned where they would touch
-        x = min(left + (j + 0.5) * cell_w, w - widest / 2)
-        draw.text((x, 52), str(column_names[j]), INK, font, "ms")
-    for i in range(n):
-        y = 60 + i * cell_h
-        if i % math.ceil(14 / cell_h) == 0:
-            draw.text((left - 8, y + cell_h / 2), _fit(row_names[i], font, 240), INK, font, "rm")
-        for j, value in enumerate(values[i]):
-            x, missing = left + j * cell_w, math.isnan(value)
-            draw.rectangle((x, y, x + cell_w, y + cell_h), NO_VALUE if missing else blue(value),
-                           FAINT if min(cell_w, cell_h) > 8 else None)
-            if cell_h >= 14 and cell_w >= 30 and not missing:
-                draw.text((x + cell_w / 2, y + cell_h / 2), f"{value:.2f}",
-                          "white" if value > 0.45 else INK, font, "mm")
-    for k in range(100):                                    # the scale, below the cells
-        draw.line((left + 14 + k, h - 25, left + 14 + k, h - 15), blue(k / 99))
-    draw.text((left, h - 20), "0", INK, font, "lm")
-    draw.text((left + 120, h - 20), "1", INK, font, "lm")
+def bars(path, title, rows):
+    """Save width bars, one a layer: rows = {name: (kept, of)}; grey is what there was."""
+    image, pen, font = canvas(title, 760, 52 + 16 * len(rows))
+    longest = max(total for _, total in rows.values())
+    for i, (name, (kept, total)) in enumerate(rows.items()):
+        y = 40 + 16 * i
+        pen.text((190, y + 6), name, INK, font, "rm")
+        for n, colour in ((total, FAINT), (kept, COLOURS[0])):
+            pen.rectangle((200, y, 200 + 430 * n / longest, y + 11), colour)
+        pen.text((208 + 430 * total / longest, y + 6), f"{kept} of {total}", INK, font, "lm")
     save_png(image, path)

@@ -5,8 +5,8 @@ together.
     Segmentation. ICLR 2020. Section, equation and table numbers below are the paper's.
 
 The idea in five lines:
-  1. A supernet holds L layers of cells at strides 8, 16, 32; each cell mixes five operators.
-  2. Softmax weights choose: alpha an operator, beta the predecessor, gamma the channel width.
+  1. A supernet holds L layers of cells at rates 8, 16, 32; each cell mixes five operators.
+  2. Softmax probabilities choose: alpha an operator, beta the predecessor, gamma the width.
   3. The latency of that mixture, from a measured table, is differentiable and joins the loss.
   4. Two architectures share one supernet's weights: an unconstrained teacher and a fast student.
   5. Derive both by argmax, train the teacher, then distil it into the student.
@@ -17,217 +17,245 @@ The idea in five lines:
                                 \        \                                    3 branches)
                                  [32,2] -> .. -> [32,L-1] --- up - up ---/
 
-    paper             here                                   meaning
-    s, l, L           rate, layer, cfg.layers                downsample rate 8/16/32, layer index
-    O^k               OPERATORS[k]                           candidate operators of a cell
-    alpha, beta       weights.alpha, weights.beta            operator / predecessor probabilities
-    gamma, chi        weights.width, cfg.widths              width probabilities, expansion ratios
-    I_sl, O_sl        nodes[rate], keep / down               a cell's input, its two outputs
-    Lat, w1 w2 w3     relaxed_latency, latency_weights       Section 3.2, Eq. (3)
-    lambda, T         cfg.lam, cfg.target_ms                 Eq. (8), Eq. (5)
-    q^s, q^t          logits of student and teacher          Eq. (4)
+    paper             here                             meaning
+    s, l, L           s, l, cfg.layers                 downsample rate 8/16/32, layer, layers
+    O^k               OPERATORS[k], operator()         candidate operators of a cell
+    chi, X            cfg.widths, j                    expansion ratios; j is an index into them
+    alpha, beta       draw.alpha[s, l], draw.beta      probabilities of operators, predecessors
+    gamma             draw.gamma[s, l], draw.width     probabilities of the widths of a node
+    I_sl              maps[s][s]                       node (s, l): the input of cell (s, l)
+    O_s->s, O_s->2s   keep, down                       the two outputs of a cell
+    Lat, w1 w2 w3     LatencyTable, weighed_latency    Section 3.2, Eq. (3)
+    lambda, T         cfg.lam, cfg.target_ms           Eq. (8), Eq. (5)
+    q^s, q^t          logits of student and teacher    Eq. (4)
 
     python fastersg.py --search                  1.5 minutes, 0.7 GiB on two CPU cores
     python fastersg.py --train --eval            4.5 minutes: teacher 52, distilled student 55 mIoU
     python fastersg.py --bench --arch paper      10 seconds: the published network, exact counts
 """
-import copy
 import itertools
 import json
 import math
 import random
-import time
-from dataclasses import dataclass, field, replace
+import re
+import statistics
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import common
 import data
 import latency
-from common import (BaseConfig, ConfusionMatrix, InputError, Progress, autocast, average_gradients,
-                    check_finite, clip_gradients, count_macs, count_params, evaluate, fit,
-                    load_checkpoint, load_weights, log_record, ohem, open_loader, open_split, opt,
-                    place, rank, save_checkpoint, world_size)
+from common import (BaseConfig, ConfusionMatrix, InputError, Run, autocast, average_gradients,
+                    count_macs, count_params, evaluate, load_checkpoint, load_weights, log_record,
+                    open_loader, open_split, opt, place, rank, world_size)
+from data import IGNORE
 
 # ---------------------------------------------------------------------------------------------
-# Settings. Defaults are the paper's; the tag says where it says so.
+# 2. Settings. Defaults are the paper's; the tag says where it says so.
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Config(BaseConfig):
-    layers: int = opt(16, "L, layers of cells (PAPER 4.2)")
-    widths: tuple[int, ...] = opt((4, 6, 8, 10, 12), "expansion ratios chi; channels = chi * rate "
-                                  "(PAPER 4.2); one value, e.g. 8, is Table 3's fixed width")
-    branches: int = opt(2, "b, branches of the derived networks: 2, or 1 for Table 3 (PAPER 4.2)")
-    stem_chi: int = opt(8, "chi of the student's stem and head (OFFICIAL-CODE); the teacher's is "
-                        "the widest")
-    search_size: tuple[int, int] = opt((160, 320), "crop while searching, H W (PAPER App. H)")
-    search_scale: float = opt(0.5, "pictures resized by this first (PAPER App. H)")
-    search_batch: int = opt(2, "images a search step (OFFICIAL-CODE: 3 pretraining, 2 search)")
-    pretrain_epochs: int = opt(20, "epochs without architecture updates (PAPER App. F)")
-    search_epochs: int = opt(30, "epochs with them (PAPER App. F)")
-    search_steps: int = opt(0, "steps an epoch while searching, 0 = one pass over trainA")
-    search_lr: float = opt(0.01, "SGD for W while searching (OFFICIAL-CODE: 0.02, then 0.01)")
-    lr: float = opt(0.01, "SGD when training a derived network (OFFICIAL-CODE)")
-    lr_decay: float = opt(0.99, "learning rate factor an epoch (PAPER App. H for the "
-                          "search; OFFICIAL-CODE training: 0.992)")
-    momentum: float = opt(0.9, "of SGD (PAPER App. H)")
-    weight_decay: float = opt(5e-4, "of SGD (PAPER App. H)")
-    clip: float = opt(5.0, "gradient norm clip, 0 = off (OFFICIAL-CODE)")
-    arch_lr: float = opt(3e-4, "Adam for alpha, beta, gamma (PAPER App. H)")
-    tau: float = opt(1.0, "temperature of Gumbel-softmax (PAPER App. C)")
-    lam: float = opt(0.01, "lambda of Eq. (8), a millisecond (PAPER App. F)")
-    fps_range: tuple[float, float] = opt((0.0, 0.0), "double / halve lambda after an epoch when "
-                                         "the student is slower / faster; OFFICIAL-CODE: 155 175, "
-                                         "0 0 = constant (PAPER)")
-    decouple: bool = opt(True, "Eq. (3); --no-decouple gives Figure 4(a)")
-    latency_weights: str = opt("auto", "w1,w2,w3 of Eq. (3): auto solves footnote 1 for this "
-                               "device, paper = 0.001,0.997,0.002, or three numbers")
-    frame: tuple[int, int] = opt((1024, 2048), "picture size H W of the latency (PAPER Table 2)")
-    target_ms: float = opt(8.3, "T of Eq. (5), ms (PAPER App. B)")
-    target_power: float = opt(-0.07, "alpha = beta of Eq. (6) (PAPER App. B)")
-    held_out: float = opt(0.1, "share of training images kept for App. B (OURS: the paper does not "
-                          "say on which images ACC is taken; its validation set stays unseen)")
-    label_stride: int = opt(8, "search losses at 1/8 of the resolution (OFFICIAL-CODE)")
-    arch: str = opt("", "arch.json to train, evaluate or bench, or 'paper' [<out>/arch.json]")
-    network: str = opt("student", "what --train, --eval, --export work on: random is a random "
-                       "network of the student's latency, pruned_teacher the row of Table 3",
+    # The search space, Section 3.1. Channels are chi * rate. One value in widths, e.g. 8, is the
+    # fixed width of Table 3, one branch its single backbone; three rates need four layers.
+    layers: int = opt(16, "L, layers of cells (PAPER 4.2)", "search", low=4)
+    widths: tuple[int, ...] = opt((4, 6, 8, 10, 12), "ratios chi (PAPER 4.2)", "search", low=1)
+    branches: int = opt(2, "b, branches of a network, 1 or 2 (PAPER 4.2)", "search", low=1, high=2)
+    # Of the student; the teacher's is the widest. OURS: one of widths, so that skips, which hand on
+    # what they read, never meet a width that nothing else has.
+    stem_chi: int = opt(8, "chi of stem and head, one of --widths (OFFICIAL-CODE)", "search", low=1)
+
+    # The search, App. F and H. Crops are small, as all operators of all cells run on each of them.
+    search_size: tuple[int, int] = opt((160, 320), "crop, H W (PAPER App. H)", "search", low=32)
+    search_scale: float = opt(0.5, "pictures resized by this first, on top of --image-scale (PAPER "
+                              "App. H)", "search", low=0.01, high=16)
+    search_batch: int = opt(2, "images a search step (OFFICIAL-CODE)", "search", low=1)
+    pretrain_epochs: int = opt(20, "epochs for W alone (PAPER App. F)", "search", low=0)
+    search_epochs: int = opt(30, "epochs for W and architecture (PAPER App. F)", "search", low=0)
+    search_steps: int = opt(0, "steps an epoch, 0 = one pass over trainA", "search", low=0)
+    # OFFICIAL-CODE: 0.02 while pretraining, then 0.01.
+    search_lr: float = opt(0.01, "SGD for W while searching", "search", low=0)
+    search_decay: float = opt(0.99, "its factor an epoch (PAPER App. H)", "search", low=0, high=1)
+    momentum: float = opt(0.9, "of SGD (PAPER App. H)", "search", low=0, high=0.999)
+    weight_decay: float = opt(5e-4, "of SGD (PAPER App. H)", "search", low=0)
+    clip: float = opt(5.0, "gradient norm of W, 0 = any (OFFICIAL-CODE)", "search", low=0)
+    arch_lr: float = opt(3e-4, "Adam for alpha, beta, gamma (PAPER App. H)", "search", low=0)
+    tau: float = opt(1.0, "temperature of Gumbel-softmax (PAPER App. C)", "search", low=1e-3)
+    label_stride: int = opt(8, "losses at 1/8 of the size (OFFICIAL-CODE)", "search", low=1)
+    # OURS: the paper does not say on which images ACC of Eq. (5) is taken. Training images that
+    # neither W nor the architecture has seen; the validation set stays unseen.
+    held_out: float = opt(0.1, "share of training images for App. B", "search", low=1e-3, high=0.9)
+
+    # Latency, Section 3.2. A processor's milliseconds are not a 1080Ti's: lambda and target_ms mean
+    # something else on each device, and Eq. (3) solves its weights for the device at hand.
+    lam: float = opt(0.01, "lambda of Eq. (8), per millisecond (PAPER App. F)", "search", low=0)
+    decouple: bool = opt(True, "Eq. (3); --no-decouple gives Figure 4(a)", "search")
+    eq3_w: tuple[float, ...] = opt((), "w1 w2 w3 of Eq. (3); none: footnote 1 solved for this "
+                                   "device (PAPER: 0.001 0.997 0.002)", "search", low=0, high=1)
+    frame: tuple[int, int] = opt((1024, 2048), "its picture, H W (PAPER Table 2)", "search", low=32)
+    # As alpha = beta in Eq. (6), T scales all candidates alike and decides nothing.
+    target_ms: float = opt(8.3, "T of Eq. (5), ms (PAPER App. B)", "search", low=1e-3)
+    target_power: float = opt(-0.07, "alpha = beta of Eq. (6) (PAPER App. B)", "search", low=-10,
+                              high=10)
+
+    # The networks that are trained from scratch. On their training the paper is silent.
+    arch: str = opt("", "arch.json, or 'paper': the published networks [<out>/arch.json]", "train")
+    network: str = opt("student", "which one: random has the student's latency, pruned_teacher is "
+                       "the row of Table 3", "train",
                        ("student", "teacher", "pruned_teacher", "random"))
-    distill: bool = opt(True, "Eq. (4), from the teacher, which is trained first if need be")
-    distill_kl: str = opt("paper", "paper: KL(S||T), mean over pixels; release: KL(T||S), also "
-                          "divided by the classes", ("paper", "release"))
-    aux_weight: float = opt(0.2, "weight of each auxiliary head (OFFICIAL-CODE)")
-    weights: str = opt("", "checkpoint for --eval and --export [<out>/<network>/best.pt]")
-    split: str = opt("val", "split for --eval")
-    export: str = opt("", "after the other stages, write the network as a torch.export program")
+    control: int = opt(0, "which of the random networks --network random is", "train", low=0)
+    size: tuple[int, int] = opt((512, 1024), "training crop H W (OFFICIAL-CODE)", "train", low=32)
+    # OURS: uniform; OFFICIAL-CODE: .75, 1 or 1.25. The search draws scales too.
+    scales: tuple[float, float] = opt((0.75, 1.25), "random scale", "search", low=0.1, high=10)
+    batch_size: int = opt(12, "images a training step (OFFICIAL-CODE)", "train", low=1)
+    epochs: int = opt(600, "training epochs of one network (OFFICIAL-CODE)", "train", low=1)
+    lr: float = opt(0.01, "SGD when training a derived network (OFFICIAL-CODE)", "train", low=0)
+    lr_decay: float = opt(0.992, "its factor an epoch (OFFICIAL-CODE)", "train", low=0, high=1)
+    distill: bool = opt(True, "Eq. (4), from the teacher, trained first if need be", "train")
+    # release: KL(T||S) instead of KL(S||T), and also divided by the classes.
+    distill_kl: str = opt("paper", "direction of Eq. (4)", "train", ("paper", "release"))
+    aux_weight: float = opt(0.2, "weight of each auxiliary head (OFFICIAL-CODE)", "train", low=0)
+    weights: str = opt("", "checkpoint to evaluate or export [<out>/<network>/best.pt]", "eval")
+    correlation: int = opt(0, "--bench: N random networks against the table (Figure 3)", low=0)
 
 
-# Minutes on two cores. A few hundred architecture steps cannot move logits at the paper's 3e-4,
-# so the quick preset takes a larger step (OURS).
-QUICK = dict(layers=6, widths=(2, 4, 6), stem_chi=4, size=(128, 256), search_size=(64, 128),
-             search_scale=1.0, search_batch=6, search_steps=20, pretrain_epochs=1, search_epochs=2,
-             arch_lr=0.02, search_lr=0.02, label_stride=4, held_out=0.06, frame=(128, 256),
-             epochs=8, batch_size=8, lr=0.05)
+# A search that decides, in minutes on two cores (OURS). Two searches from one supernet, with other
+# batches, agree on 0.67 of the operators (chance 0.22): a small space, so that each choice gets
+# many steps; large batches; and a learning rate of W that falls fast, so that the architecture is
+# judged by weights that stand still. At a constant rate the argmax of alpha changes every epoch.
+QUICK = dict(layers=4, widths=(2, 4), stem_chi=2, size=(128, 256), search_size=(48, 96),
+             search_scale=1.0, search_batch=12, pretrain_epochs=3, search_epochs=4, search_lr=0.05,
+             search_decay=0.6, arch_lr=0.03, lam=0.1, label_stride=4, held_out=0.06,
+             frame=(128, 256), epochs=8, batch_size=8, lr=0.05)
 
-# What arch.json says about the space it was found in; the random control needs it.
-SPACE = ("layers", "widths", "branches", "stem_chi", "frame")
+SPACE = ("layers", "widths", "branches", "stem_chi", "frame")     # what arch.json says of its space
 RATES = (8, 16, 32)
+FIRST = {8: 0, 16: 1, 32: 2}                            # the first layer that has a cell of a rate
 OPERATORS = ("skip", "conv", "conv_x2", "zoom", "zoom_x2")                   # Section 3.1.2
 TEACHER, STUDENT = 0, 1
 
 # ---------------------------------------------------------------------------------------------
-# 1. Architectures: what the search returns and arch.json holds
+# 3. Search space, first part: architectures, which are what the search returns
+#
+# A branch is a walk through Figure 1 from the stem to the last layer: it starts at rate 8, and a
+# cell of stride 2 takes it one rate down. A network has b branches, which end at different rates
+# and which the head joins. Everything that a derived network is can be read in arch.json.
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a branch. Two cells are equal, and shared, if these four fields agree."""
+    """One cell of a branch, as text `zoom_x2 /2 s=8 chi=4 layer=3`.
+
+    Equal cells behind equal cells are shared by the branches (3.4). OURS: the layer of the supernet
+    they come from must be equal too, where the paper names operator, rate and width: a skip that
+    goes down one layer later has other weights there, and its latency is counted there.
+    """
     op: str                     # one of OPERATORS
-    rate: int                   # downsample rate of its input
     down: bool                  # stride 2: the output has twice the rate
-    chi: int                    # expansion ratio of its output
-    layer: int = field(default=-1, compare=False)     # cell of the supernet it came from
+    rate: int                   # s, downsample rate of the input
+    chi: int                    # expansion ratio of the output
+    layer: int = -1             # l; -1: not from a supernet
 
     @property
-    def c_out(self):            # channels = chi * rate of the output, Section 3.1.3
-        return self.chi * self.rate * (2 if self.down else 1)
+    def rate_out(self):
+        return 2 * self.rate if self.down else self.rate
+
+    @property
+    def c_out(self):            # 3.1.3: channels = chi * rate, of the output
+        return self.chi * self.rate_out
+
+    def __str__(self):
+        layer = f" layer={self.layer}" if self.layer >= 0 else ""
+        return f"{self.op}{' /2' if self.down else ''} s={self.rate} chi={self.chi}{layer}"
+
+    @staticmethod
+    def parse(text):
+        """Inverse of str; ValueError."""
+        found = re.fullmatch(r"(\w+)( /2)? s=(\d+) chi=([1-9]\d*)( layer=(\d+))?", text)
+        if not found or found[1] not in OPERATORS:
+            raise ValueError(f"'{text}' is no cell; one reads like 'zoom_x2 /2 s=8 chi=4'")
+        op, down, rate, chi, _, layer = found.groups()
+        return Cell(op, bool(down), int(rate), int(chi), int(layer or -1))
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A derived network: {final rate: (Cell, ...)}, and chi of stem and head."""
+    """A derived network: {final rate: [Cell, ...]}, and chi of stem and head."""
     stem_chi: int
     branches: dict
 
-    def inputs(self, rate):
-        """[(cell, input channels), ...] of one branch."""
-        channels = [self.stem_chi * 8] + [cell.c_out for cell in self.branches[rate]]
-        return list(zip(self.branches[rate], channels))
+    def walk(self, rate):
+        """One branch: ([(cell, its input channels), ...], {r: channels of its last map at rate r}).
 
-    def channels(self, rate):
-        """(channels at the branch's end, {r: channels of its last map at each finer rate r})."""
-        last = {cell.rate: c_in for cell, c_in in self.inputs(rate) if cell.down}
-        return ([self.stem_chi * 8] + [c.c_out for c in self.branches[rate]])[-1], last
+        The last maps are what the head reads: that of `rate` is the branch's end, a finer one is
+        the input of the cell that goes down. Two cells, stem_chi 8, branch 16:
+            conv s=8 chi=4 | zoom /2 s=8 chi=6 -> [(conv, 64), (zoom, 32)], {8: 32, 16: 96}
+        """
+        inputs, last = [], {8: 8 * self.stem_chi}
+        for cell in self.branches[rate]:
+            inputs.append((cell, last[cell.rate]))
+            last[cell.rate_out] = cell.c_out
+        return inputs, last
 
     def to_json(self):
-        rows = {str(rate): [f"{c.op}{' /2' if c.down else ''}, rate {c.rate}, chi {c.chi}, "
-                            f"layer {c.layer}" for c in cells]
-                for rate, cells in self.branches.items()}
+        rows = {str(rate): list(map(str, cells)) for rate, cells in self.branches.items()}
         return {"stem_chi": self.stem_chi, "branches": rows}
 
     @staticmethod
     def from_json(value, where="architecture"):
         """Inverse of to_json; InputError says what is wrong in a malformed one."""
         try:
-            branches = {}
-            for rate, rows in value["branches"].items():
-                cells = []
-                for row in rows:
-                    op, *rest = row.split(", ")
-                    named = dict(item.split(" ") for item in rest)
-                    cells.append(Cell(op.removesuffix(" /2"), int(named["rate"]),
-                                      op.endswith(" /2"), int(named["chi"]),
-                                      int(named.get("layer", -1))))
-                branches[int(rate)] = tuple(cells)
-            arch = Architecture(int(value["stem_chi"]), branches)
+            arch = Architecture(int(value["stem_chi"]), {
+                int(rate): list(map(Cell.parse, rows)) for rate, rows in value["branches"].items()})
+            if not 1 <= len(arch.branches) <= 3 or arch.stem_chi < 1:
+                raise ValueError("it needs 1 to 3 branches and a positive stem_chi")
+            for final, cells in arch.branches.items():
+                rates = [8] + [cell.rate_out for cell in cells]
+                if [cell.rate for cell in cells] != rates[:-1] or rates[-1] != final:
+                    raise ValueError(f"the rates of branch {final} do not follow each other")
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise InputError(f"{where} is malformed ({type(error).__name__}: {error}); a cell "
-                             "reads like 'zoom_x2 /2, rate 8, chi 4'")
-        arch.check(where)
+            raise InputError(f"{where} is malformed ({type(error).__name__}: {error})") from None
         return arch
 
-    def check(self, where):
-        if not 1 <= len(self.branches) <= 3 or self.stem_chi < 1:
-            raise InputError(f"{where}: it needs 1 to 3 branches and a positive stem_chi")
-        for final, cells in self.branches.items():
-            rate = 8
-            for i, cell in enumerate(cells):
-                if cell.op not in OPERATORS or cell.chi < 1 or cell.rate != rate:
-                    raise InputError(f"{where}: cell {i + 1} of branch {final} ({cell.op}, rate "
-                                     f"{cell.rate}, chi {cell.chi}) does not fit: its input has "
-                                     f"rate {rate}, operators are {', '.join(OPERATORS)}")
-                rate *= 2 if cell.down else 1
-            if rate != final or final not in RATES:
-                raise InputError(f"{where}: branch {final} ends at rate {rate}")
 
-
-def _branch(text):
-    """'conv_x2 8 32, zoom / 8 128': operator, / for stride 2, input rate, output channels."""
-    cells = []
-    for row in text.split(","):
-        op, *down, rate, channels = row.split()
-        rate, down = int(rate), bool(down)
-        cells.append(Cell(op, rate, down, int(channels) // (rate * (2 if down else 1))))
-    return tuple(cells)
+def published(stem_chi, **branches):
+    """rate_16="2 conv_x2 s=8 chi=4, ...": a number in front repeats the cell."""
+    arch = Architecture(stem_chi, {})
+    for name, rows in branches.items():
+        cells = arch.branches[int(name.removeprefix("rate_"))] = []
+        for row in rows.split(", "):
+            times, text = row.split(" ", 1)
+            cells += int(times) * [Cell.parse(text)]
+    return arch
 
 
 # Table 7 and Figure 6. Where the table prints s * chi, a cell that downsamples has 2 s * chi
 # output channels (its bold rows); the parameter count confirms it (OFFICIAL-CODE).
-PAPER_STUDENT = Architecture(8, {
-    16: _branch("conv_x2 8 32, conv_x2 8 32, zoom_x2 8 32, zoom_x2 8 32, conv_x2 8 32, "
-                "conv_x2 / 8 64, zoom_x2 16 64, zoom_x2 16 192, zoom_x2 16 128"),
-    32: _branch("conv_x2 8 32, conv_x2 8 32, zoom_x2 8 32, zoom / 8 128, zoom_x2 16 64, "
-                "zoom_x2 16 64, zoom_x2 16 64, zoom_x2 / 16 128, zoom_x2 32 128, zoom_x2 32 256")})
+PAPER_STUDENT = published(
+    8, rate_16="2 conv_x2 s=8 chi=4, 2 zoom_x2 s=8 chi=4, 1 conv_x2 s=8 chi=4, "
+    "1 conv_x2 /2 s=8 chi=4, 1 zoom_x2 s=16 chi=4, 1 zoom_x2 s=16 chi=12, 1 zoom_x2 s=16 chi=8",
+    rate_32="2 conv_x2 s=8 chi=4, 1 zoom_x2 s=8 chi=4, 1 zoom /2 s=8 chi=8, "
+    "3 zoom_x2 s=16 chi=4, 1 zoom_x2 /2 s=16 chi=4, 1 zoom_x2 s=32 chi=4, 1 zoom_x2 s=32 chi=8")
 # The teacher is not printed in the paper (OFFICIAL-CODE).
-PAPER_TEACHER = Architecture(12, {
-    16: _branch("zoom 8 96," + "zoom_x2 8 96," * 3 + "zoom_x2 / 8 192, conv_x2 16 192, "
-                "zoom_x2 16 192, zoom 16 192" + ", zoom_x2 16 192" * 8),
-    32: _branch("zoom 8 96," + "zoom_x2 8 96," * 4 + "zoom_x2 / 8 192, zoom_x2 16 192, "
-                "zoom 16 192," + "zoom_x2 16 192," * 5 + "zoom_x2 / 16 384, conv_x2 32 384, "
-                "conv_x2 32 384")})
+PAPER_TEACHER = published(
+    12, rate_16="1 zoom s=8 chi=12, 3 zoom_x2 s=8 chi=12, 1 zoom_x2 /2 s=8 chi=12, "
+    "1 conv_x2 s=16 chi=12, 1 zoom_x2 s=16 chi=12, 1 zoom s=16 chi=12, 8 zoom_x2 s=16 chi=12",
+    rate_32="1 zoom s=8 chi=12, 4 zoom_x2 s=8 chi=12, 1 zoom_x2 /2 s=8 chi=12, "
+    "1 zoom_x2 s=16 chi=12, 1 zoom s=16 chi=12, 5 zoom_x2 s=16 chi=12, "
+    "1 zoom_x2 /2 s=16 chi=12, 2 conv_x2 s=32 chi=12")
 
 
 def pruned(teacher, chi, stem_chi):
     """Table 3, 'T -> pruned T': the teacher's cells at the slimmest ratio, the student's stem."""
-    return Architecture(stem_chi, {
-        rate: tuple(replace(cell, chi=chi) for cell in cells)
-        for rate, cells in teacher.branches.items()})
+    return Architecture(stem_chi, {rate: [replace(cell, chi=chi) for cell in cells]
+                                   for rate, cells in teacher.branches.items()})
 
 
 def load_architecture(path, which):
@@ -235,28 +263,46 @@ def load_architecture(path, which):
     if path == "paper":
         return PAPER_TEACHER if which == "teacher" else PAPER_STUDENT
     value = common.read_json(path, "arch.json")
-    if not isinstance(value, dict) or which not in value:
+    if which not in value:
         raise InputError(f"{path} holds no architecture named {which}; run --search first")
     return Architecture.from_json(value[which], f"{path}, {which}")
 
 
-def as_table(arch):
-    """The rows of Table 7 as text."""
-    lines = []
+def print_table_7(arch):
     for rate, cells in arch.branches.items():
-        lines += [f"branch 1/{rate}: cell  operator    s  chi  c_out"]
-        lines += [f"{i + 1:17d}  {c.op + (' /2' if c.down else ''):10s} {c.rate:2d} {c.chi:4d} "
-                  f"{c.c_out:6d}" for i, c in enumerate(cells)]
-    return "\n".join(lines)
+        print(f"branch 1/{rate}: cell  operator    s  chi  c_out")
+        for i, cell in enumerate(cells):
+            name = cell.op + (" /2" if cell.down else "")
+            print(f"{i + 1:17d}  {name:10s} {cell.rate:2d} {cell.chi:4d} {cell.c_out:6d}")
+
+
+def branch_sets(branches):
+    """What the search predicts from, and App. B chooses among: for b = 2 the three pairs, and each
+    branch alone, whose loss trains it directly (OFFICIAL-CODE: all three, and two pairs)."""
+    return [(s,) for s in RATES] + (list(itertools.combinations(RATES, 2)) if branches == 2 else [])
+
+
+def cells_of(layers):
+    """(s, l) of every cell of the supernet: 3 L - 3 of them."""
+    return [(s, l) for s in RATES for l in range(FIRST[s], layers)]
+
+
+def sources_of(s, l, layers):
+    """Which cells write node (s, l), the input of cell (s, l): the rates r of cells (r, l - 1).
+
+    s / 2, which goes down, and s; the last layer does not go down, as nothing would read it.
+    """
+    return [r for r in (s // 2, s) if (r, l - 1) in cells_of(layers) and (r == s or l < layers)]
 
 
 def count_paths(layers):
     """Section 4.2: resolution paths of all pairs of branches; 1695 for L = 16.
 
     A branch that ends at 1/16 goes down after one of L - 1 cells, one at 1/32 after two of them.
+    The paper multiplies them; beta can say fewer, as it is the same for both branches of a pair.
     """
-    places = {8: 1, 16: layers - 1, 32: math.comb(layers - 1, 2)}
-    return sum(places[s] * places[t] for s, t in itertools.combinations(RATES, 2))
+    paths = {8: 1, 16: layers - 1, 32: math.comb(layers - 1, 2)}
+    return sum(paths[s] * paths[t] for s, t in itertools.combinations(RATES, 2))
 
 
 def count_combinations(layers, widths):
@@ -269,21 +315,61 @@ def count_combinations(layers, widths):
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. The network to deploy
+# 3. Search space, second part: operators, stem and head
+#
+# Supernet and derived network are made of the same modules. In the supernet a module knows several
+# widths, and runs at one of them at a time: it takes the first channels of its kernel, as many as
+# its input has and its width asks for. In a derived network it knows one width and has no slack,
+# so that deriving is copying the corners of kernels (`inherit`), and "derived = relaxed" is exact.
 # ---------------------------------------------------------------------------------------------
 
 
-class SlicedConv2d(nn.Conv2d):
-    """A convolution that takes its first channels only when its input is narrower."""
+class SliceKernel(torch.autograd.Function):
+    """weight (O, I, k, k) -> weight[:c_out, :c_in], for training loops only.
 
-    def forward(self, x):
-        return F.conv2d(x, self.weight[:, :x.shape[1]], self.bias, self.stride, self.padding)
+    Plain slicing makes autograd write the gradient of every slice as a tensor of full size, mostly
+    zeros. Here it is added to its corner of weight.grad, and autograd gets none: whoever copies
+    this must know that torch.autograd.grad does not see the weight and hooks are not called.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, c_out, c_in):
+        ctx.weight, ctx.shape = weight, (c_out, c_in)
+        return weight[:c_out, :c_in]
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, (c_out, c_in) = ctx.weight, ctx.shape
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad[:c_out, :c_in] += grad
+        return None, None, None
 
 
-def conv_bn(c_in, c_out, kernel=3, stride=1, conv=nn.Conv2d):
-    """Convolution without bias and BN; ReLU follows at the call, not always at once."""
-    return nn.Sequential(conv(c_in, c_out, kernel, stride, kernel // 2, bias=False),
-                         nn.BatchNorm2d(c_out))
+class ConvBN(nn.Module):
+    """Convolution without bias and BN, of any of the widths c_outs (3.1.3: searchable superkernel).
+
+    "From slim to wide connections take larger subsets of input and output dimensions": the first
+    channels of one kernel. BN is separate for each output width (OFFICIAL-CODE).
+    """
+
+    def __init__(self, c_in, c_outs, kernel=3, stride=1):
+        super().__init__()
+        self.c_outs = c_outs
+        self.conv = nn.Conv2d(c_in, c_outs[-1], kernel, stride, kernel // 2, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in c_outs)
+
+    def forward(self, x, j=0):              # (B, c_in or fewer, h, w) -> (B, c_outs[j], h', w')
+        kernel, shape = self.conv.weight, (self.c_outs[j], x.shape[1])
+        if shape != kernel.shape[:2]:
+            kernel = SliceKernel.apply(kernel, *shape)
+        y = F.conv2d(x, kernel, self.conv.bias, self.conv.stride, self.conv.padding)
+        return self.norms[j](y)             # ReLU follows at the call, not always at once
+
+    def fold_norms(self):
+        """Called by common.fold_bn, for a derived network."""
+        self.conv = fuse_conv_bn_eval(self.conv, self.norms[0])
+        self.norms = nn.ModuleList([nn.Identity()])
 
 
 def resize(x, size):
@@ -291,41 +377,70 @@ def resize(x, size):
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
-def halve(x):
-    """Bilinear 1/2, rounded up like a padded stride-2 convolution, so that any size works."""
-    return resize(x, [(d + 1) // 2 for d in x.shape[-2:]])
+def match(x, channels):
+    """The first `channels` channels of x, zeros after its last."""
+    missing = channels - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing > 0 else x[:, :channels]
 
 
-def shifted(x):
-    """x one pixel up and left: the odd rows and columns land where stride 2 looks."""
-    return F.pad(x, (0, 1, 0, 1))[..., 1:, 1:]
+class Skip(nn.Module):
+    """Skip connection of stride 1. PAPER: it hands on its input, and derived networks shrink it.
 
+    In the supernet it must write the width that the other operators write: the map is cut or filled
+    with zeros (OURS; OFFICIAL-CODE: a 1x1 convolution here, but nothing in the derived network).
+    """
 
-class CellNet(nn.Module):
-    """One cell as deployed, Section 3.1.2. (B, c_in, h, w) -> (B, c_out, h/stride, w/stride)."""
-
-    def __init__(self, op, c_in, c_out, stride):
+    def __init__(self, c_outs):
         super().__init__()
-        self.op, self.stride = op, stride
-        if op == "skip":        # at stride 2 only (OFFICIAL-CODE): two shifted 1x1 convolutions
-            self.even = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
-            self.odd = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
-            self.norm = nn.ModuleList([nn.BatchNorm2d(c_out)])   # a list: not folded into `odd`
-        else:
-            # A zoomed convolution has already halved the picture: stride 2 only leaves out the up.
-            self.first = conv_bn(c_in, c_out, stride=1 if "zoom" in op else stride)
-            if op.endswith("x2"):
-                self.second = conv_bn(c_out, c_out)
+        self.c_outs = c_outs
 
-    def forward(self, x):
-        if self.op == "skip":
-            return F.relu(self.norm[0](torch.cat([self.even(x), self.odd(shifted(x))], 1)))
-        y = self.first(halve(x) if "zoom" in self.op else x)
-        if self.op.endswith("x2"):
-            y = self.second(F.relu(y))
-        if "zoom" in self.op and self.stride == 1:
+    def forward(self, x, j):                # (B, c, h, w) -> (B, c_outs[j], h, w)
+        return match(x, self.c_outs[j])
+
+
+class SkipDown(nn.Module):
+    """Skip connection of stride 2 (OFFICIAL-CODE): two 1x1 convolutions, of even and odd pixels."""
+
+    def __init__(self, c_in, c_outs):
+        super().__init__()
+        halves = [c // 2 for c in c_outs]
+        self.even, self.odd = ConvBN(c_in, halves, 1, 2), ConvBN(c_in, halves, 1, 2)
+
+    def forward(self, x, j=0):              # (B, c_in, h, w) -> (B, c_outs[j], h/2, w/2)
+        # one pixel up and left: the odd rows and columns land where stride 2 looks
+        shifted = F.pad(x, (0, 1, 0, 1))[..., 1:, 1:]
+        return F.relu(torch.cat([self.even(x, j), self.odd(shifted, j)], 1))
+
+
+class Convolutions(nn.Module):
+    """3x3 conv. or 3x3 conv. x 2; zoomed ones run at half the resolution (3.1.2, Table 1)."""
+
+    def __init__(self, c_in, c_outs, stride, twice, zoomed):
+        super().__init__()
+        self.zoomed, self.enlarge = zoomed, zoomed and stride == 1
+        # A zoomed convolution has already halved the map: stride 2 only leaves out the upsampling.
+        self.first = ConvBN(c_in, c_outs, stride=1 if zoomed else stride)
+        self.second = ConvBN(c_outs[-1], c_outs) if twice else None
+
+    def forward(self, x, j=0):      # (B, c_in, h, w) -> (B, c_outs[j], h/stride, w/stride)
+        y = x
+        if self.zoomed:
+            # OURS: halves are rounded up, like those of a stride-2 convolution, so that any size
+            # works; the release floors, which differs at 720x960.
+            y = resize(x, [(d + 1) // 2 for d in x.shape[-2:]])         # (B, c_in, h/2, w/2)
+        y = self.first(y, j)
+        if self.second is not None:
+            y = self.second(F.relu(y), j)
+        if self.enlarge:
             y = resize(y, x.shape[-2:])
-        return F.relu(y)        # OFFICIAL-CODE: after the up-sampling
+        return F.relu(y)            # OFFICIAL-CODE: after the upsampling
+
+
+def operator(name, c_in, c_outs, stride):
+    """O^k of Eq. (2): a module (x, j) -> map of c_outs[j] channels; of one width without j."""
+    if name == "skip":
+        return Skip(c_outs) if stride == 1 else SkipDown(c_in, c_outs)
+    return Convolutions(c_in, c_outs, stride, name.endswith("x2"), name.startswith("zoom"))
 
 
 class Stem(nn.Sequential):
@@ -336,1125 +451,960 @@ class Stem(nn.Sequential):
         c, layers = 8 * chi, []
         shapes = (3, c // 2, 2), (c // 2, c, 2), (c, c, 1), (c, c, 2), (c, c, 1)
         for c_in, c_out, stride in shapes:
-            layers += [*conv_bn(c_in, c_out, stride=stride), nn.ReLU()]
+            layers += [ConvBN(c_in, [c_out], stride=stride), nn.ReLU()]
         super().__init__(*layers)
 
 
 class Up(nn.Module):
     """App. A: 1x1 reduces the coarse map, bilinear up, concatenate the finer one, 3x3 fuses."""
 
-    def __init__(self, c_coarse, c_fine, c_out, conv=nn.Conv2d):
+    def __init__(self, c_coarse, c_fine, c_out):
         super().__init__()
-        self.reduce = conv_bn(c_coarse, c_out, 1, conv=conv)
-        self.fuse = conv_bn(c_out + c_fine, c_out, conv=conv)
+        self.reduce = ConvBN(c_coarse, [c_out], 1)
+        self.fuse = ConvBN(c_out + c_fine, [c_out])
 
     def forward(self, coarse, fine):        # (B, c_coarse, h/2, w/2), (B, c_fine, h, w)
-        y = resize(F.relu(self.reduce(coarse)), fine.shape[-2:])
+        y = resize(F.relu(self.reduce(coarse)), fine.shape[-2:])       # (B, c_out, h, w)
         return F.relu(self.fuse(torch.cat([y, fine], 1)))              # (B, c_out, h, w)
 
 
-class Classifier(nn.Module):
-    """3x3 conv-BN-ReLU and 1x1 to classes; after an optional 1x1 that mixes the branches."""
+class Classifier(nn.Sequential):
+    """(B, c_in, h, w) -> (B, num_classes, h, w): 3x3 and 1x1, after a 1x1 that mixes branches."""
 
-    def __init__(self, c_in, num_classes, c_mix=None, conv=nn.Conv2d):
-        super().__init__()
-        self.mix = conv_bn(c_in, c_mix, 1, conv=conv) if c_mix else None
-        c_in = c_mix or c_in
-        c_mid = c_in if c_in <= 256 else c_in // 2                     # OFFICIAL-CODE
-        self.conv = conv_bn(c_in, c_mid, conv=conv)
-        self.logits = nn.Conv2d(c_mid, num_classes, 1)
-
-    def forward(self, x):
-        x = F.relu(self.mix(x)) if self.mix is not None else x
-        return self.logits(F.relu(self.conv(x)))
+    def __init__(self, c_in, num_classes, c_mix=None):
+        mix = [ConvBN(c_in, [c_mix], 1), nn.ReLU()] if c_mix else []
+        c = c_mix or c_in
+        c_mid = c if c <= 256 else c // 2                              # OFFICIAL-CODE
+        super().__init__(*mix, ConvBN(c, [c_mid]), nn.ReLU(), nn.Conv2d(c_mid, num_classes, 1))
 
 
 class Head(nn.Module):
     """App. A: every branch is brought to 1/8, then the branches of a set are fused.
 
-    sets: tuples of rates, one prediction each (the supernet asks for several);
-    ends: {rate: channels}, lasts: {rate: {finer rate: channels}} as in Architecture.channels.
+        end at 1/32 -- up -- up -\
+                       |     |    concat -> classifier -> logits of the set (16, 32)
+        end at 1/16 ---|---- up -/
+                       |     |
+           the branch's own last maps at 1/16 and 1/8
+
+    sets: tuples of rates, one prediction each (the supernet asks for several).
+    last: {branch: {r: channels of its last map at rate r}}, as in Architecture.walk.
     """
 
-    def __init__(self, sets, ends, lasts, chi, num_classes, conv=nn.Conv2d):
+    def __init__(self, sets, last, chi, num_classes):
         super().__init__()
         self.sets, self.ups, self.classifiers = sets, nn.ModuleDict(), nn.ModuleDict()
-        for rate in sorted(set(itertools.chain(*sets))):
-            c = ends[rate]
-            for fine in (r for r in (16, 8) if r < rate):
-                self.ups[f"{rate}_{fine}"] = Up(c, lasts[rate][fine], chi * fine, conv)
+        for s in last:
+            c = last[s][s]
+            for fine in (r for r in (16, 8) if r < s):
+                self.ups[f"{s} to {fine}"] = Up(c, last[s][fine], chi * fine)
                 c = chi * fine
         for rates in sets:
-            c = sum(ends[8] if r == 8 else chi * 8 for r in rates)
-            self.classifiers["_".join(map(str, rates))] = Classifier(
-                c, num_classes, chi * 8 * len(rates), conv)
+            c = sum(last[8][8] if s == 8 else chi * 8 for s in rates)
+            self.classifiers[str(rates)] = Classifier(c, num_classes, chi * 8 * len(rates))
 
-    def forward(self, ends, lasts):
-        """ends: {rate: final map}, lasts: {rate: {finer rate: last map}} -> logits a set, 1/8."""
-        maps = {}
-        for rate in ends:
-            y = ends[rate]
-            for fine in (r for r in (16, 8) if f"{rate}_{r}" in self.ups):
-                y = self.ups[f"{rate}_{fine}"](y, lasts[rate][fine])
-            maps[rate] = y
-        # Coarse first: the map at 1/8 alone varies in width, and slices are cut from the end.
-        return [self.classifiers["_".join(map(str, rates))](
-            torch.cat([maps[r] for r in sorted(rates, reverse=True)], 1)) for rates in self.sets]
+    def forward(self, maps):
+        """maps: {branch: {r: last map (B, c, H/r, W/r)}} -> [logits (B, K, H/8, W/8) a set]."""
+        fine_maps = {}
+        for s in maps:
+            y = maps[s][s]
+            for fine in (r for r in (16, 8) if r < s):
+                y = self.ups[f"{s} to {fine}"](y, maps[s][fine])
+            fine_maps[s] = y                                           # (B, c, H/8, W/8)
+        logits = []
+        for rates in self.sets:
+            # Coarse first: the map at 1/8 alone varies in width, and slices are cut from the end.
+            joint = torch.cat([fine_maps[s] for s in reversed(rates)], 1)
+            logits.append(self.classifiers[str(rates)](joint))
+        return logits
 
 
 class FasterSeg(nn.Module):
     """A derived network: (B, 3, H, W) -> logits (B, num_classes, H, W), any H and W.
 
-    auxiliary: add the heads of training; then a network in train mode returns a list, the
+    auxiliary: with the heads of training; in train mode such a network returns a list, the
     prediction first. Branches share cells, and their maps, up to the first difference (3.4).
     """
 
     def __init__(self, arch, num_classes, auxiliary=False):
         super().__init__()
         self.arch, self.stem, self.cells = arch, Stem(arch.stem_chi), nn.ModuleList()
-        self.paths, prefixes = {}, {}
-        for rate in sorted(arch.branches):
-            path = []
-            for i, (cell, c_in) in enumerate(arch.inputs(rate)):
-                prefix = arch.branches[rate][:i + 1]
-                if prefix not in prefixes:
-                    prefixes[prefix] = len(self.cells)
-                    self.cells.append(CellNet(cell.op, c_in, cell.c_out, 2 if cell.down else 1))
-                path.append((prefixes[prefix], cell))
-            self.paths[rate] = path
-        ends, lasts = ({rate: arch.channels(rate)[k] for rate in self.paths} for k in (0, 1))
-        self.head = Head([tuple(self.paths)], ends, lasts, arch.stem_chi, num_classes)
-        self.auxiliary = nn.ModuleDict()
-        if auxiliary:           # OFFICIAL-CODE: one head at each rate coarser than 1/8
-            for r in (16, 32):
-                c = sum(lasts[b].get(r, 0) if b != r else ends[b] for b in self.paths)
-                if c:
-                    self.auxiliary[str(r)] = Classifier(c, num_classes)
+        self.paths, last, first = {}, {}, {}        # paths: {branch: [(index of the cell, cell)]}
+        for s in sorted(arch.branches):
+            inputs, last[s] = arch.walk(s)
+            self.paths[s] = []
+            for i, (cell, c_in) in enumerate(inputs):
+                prefix = tuple(arch.branches[s][:i + 1])
+                if prefix not in first:
+                    first[prefix] = len(self.cells)
+                    self.cells.append(operator(cell.op, c_in, [cell.c_out], 1 + cell.down))
+                self.paths[s].append((first[prefix], cell))
+        self.head = Head([tuple(self.paths)], last, arch.stem_chi, num_classes)
+        self.auxiliary = nn.ModuleDict() if auxiliary else None
+        for r in (16, 32) if auxiliary else ():     # OFFICIAL-CODE: at each rate coarser than 1/8
+            c = sum(last[s].get(r, 0) for s in last)
+            if c:
+                self.auxiliary[str(r)] = Classifier(c, num_classes)
 
     def forward(self, x):
-        stem, outputs, ends, lasts = self.stem(x), {}, {}, {}
-        for rate, path in self.paths.items():
-            y, lasts[rate] = stem, {}
+        stem, outputs, maps = self.stem(x), {}, {}          # stem: (B, 8 stem_chi, H/8, W/8)
+        for s, path in self.paths.items():
+            maps[s] = {8: stem}
             for index, cell in path:
-                if cell.down:
-                    lasts[rate][cell.rate] = y
-                if index not in outputs:
-                    outputs[index] = self.cells[index](y)
-                y = outputs[index]
-            ends[rate] = y
-        logits = self.head(ends, lasts)
-        if self.training:
-            for r, head in self.auxiliary.items():
-                maps = [ends[b] if b == int(r) else lasts[b].get(int(r)) for b in self.paths]
-                logits.append(head(torch.cat([m for m in maps if m is not None], 1)))
-        logits = [resize(y, x.shape[-2:]) for y in logits]
-        return logits if self.training and self.auxiliary else logits[0]
+                if index not in outputs:                    # (B, c_out, H/rate_out, W/rate_out)
+                    outputs[index] = self.cells[index](maps[s][cell.rate])
+                maps[s][cell.rate_out] = outputs[index]
+        logits = resize(self.head(maps)[0], x.shape[-2:])
+        if not self.training or self.auxiliary is None:
+            return logits
+        outputs = [logits]
+        for r, head in self.auxiliary.items():              # all maps at 1/r, coarse branch first
+            joint = [maps[s][int(r)] for s in reversed(maps) if int(r) in maps[s]]
+            outputs.append(resize(head(torch.cat(joint, 1)), x.shape[-2:]))
+        return outputs
+
 
 # ---------------------------------------------------------------------------------------------
-# 3. The supernet: every operator at every place, every width in one superkernel
+# 3. Search space, third part: the supernet, Figure 1 with Eqs. (1) and (2)
+#
+#     node (8, l) ---- cell (8, l) --- O_8->8 ------------------> node (8, l+1)
+#                          \--------- O_8->16 -- beta0 --\
+#                                                         +--> node (16, l+1)
+#     node (16, l) --- cell (16, l) -- O_16->16 - beta1 --/
+#
+# Both outputs of a cell have the same alpha, and operators of their own.
 # ---------------------------------------------------------------------------------------------
 
 
-class Corner(torch.autograd.Function):
-    """weight (n, O, I, k, k) -> weight[:, :c_out, :c_in] as one kernel (n * c_out, c_in, k, k).
-
-    Plain slicing would make autograd write the gradient of every slice as a tensor of full size,
-    mostly zeros; here it is added to the corner of weight.grad that it belongs to.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, c_out, c_in):
-        ctx.weight, ctx.corner = weight, (slice(None), slice(c_out), slice(c_in))
-        return weight[ctx.corner].flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight = ctx.weight
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        corner = weight.grad[ctx.corner]
-        corner += grad.view_as(corner)
-        return None, None, None
-
-
-def corner(weight, c_out, c_in):
-    """The kernel of the first c_out and c_in channels; the whole weight is left to autograd."""
-    if (c_out, c_in) == tuple(weight.shape[1:3]):
-        return weight.flatten(0, 1)
-    return Corner.apply(weight, c_out, c_in)
-
-
-def convolve(x, weight, stride):
-    """F.conv2d with padding k // 2. On a CPU, maps of a few pixels go through one matrix product:
-    384 -> 768 channels, forward and backward, 2x4 pixels 8 ms and not 27, 4x8 pixels 16 and not 24.
-    """
-    b, h, w = len(x), *(-(-d // stride) for d in x.shape[-2:])             # of the output
-    if x.device.type == "cpu" and h * w <= 32 and weight.shape[-1] == 3:
-        columns = F.unfold(x, 3, padding=1, stride=stride).transpose(0, 1).flatten(1)
-        return (weight.flatten(1) @ columns).view(-1, b, h, w).transpose(0, 1)
-    return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
-
-
-def batch_norm(x, norm, scale):
-    """BN whose output is multiplied by `scale` ((1,) or (channels,)) on the way.
-
-    A probability before a ReLU costs nothing here: a * relu(BN(x)) = relu(a * BN(x)) for a >= 0.
-    """
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight * scale,
-                        norm.bias * scale, norm.training, norm.momentum, norm.eps)
-
-
-class SuperConv(nn.Module):
-    """n convolutions of one input, each with BN, run as one; any width (Section 3.1.3).
-
-    c_outs: output channels by width; kernels are the first channels of one superkernel, BN is
-    separate for each output width (OFFICIAL-CODE). (B, c, h, w) -> (B, n * c_outs[j], h', w').
-    """
-
-    def __init__(self, n, c_in, c_outs, stride):
-        super().__init__()
-        self.c_outs, self.stride = c_outs, stride
-        self.weight = nn.Parameter(torch.empty(n, c_outs[-1], c_in, 3, 3))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(n * c) for c in c_outs)
-        nn.init.normal_(self.weight, std=math.sqrt(2 / (9 * c_in)))
-
-    def forward(self, x, j, scale):
-        c = self.c_outs[j]
-        y = convolve(x, corner(self.weight, c, x.shape[1]), self.stride)
-        return batch_norm(y, self.norms[j], scale.repeat_interleave(c))
-
-
-class SuperOps(nn.Module):
-    """The alpha-weighted sum of the five operators at one stride: a line of Eq. (2)."""
+class Mixture(nn.Module):
+    """All operators of a cell at one stride: a line of Eq. (2)."""
 
     def __init__(self, c_in, c_outs, stride):
         super().__init__()
-        self.c_outs, self.stride = c_outs, stride
-        self.first = SuperConv(2, c_in, c_outs, stride)         # conv and the first of conv_x2
-        self.second = SuperConv(1, c_outs[-1], c_outs, 1)
-        self.zoom_first = SuperConv(2, c_in, c_outs, 1)         # zoom and the first of zoom_x2
-        self.zoom_second = SuperConv(1, c_outs[-1], c_outs, 1)
-        if stride == 2:
-            self.skip = nn.ParameterList(torch.randn(1, c_outs[-1] // 2, c_in, 1, 1)
-                                         * math.sqrt(2 / c_in) for _ in "eo")       # even, odd
-            self.skip_norms = nn.ModuleList(nn.BatchNorm2d(c) for c in c_outs)
+        self.ops = nn.ModuleList(operator(name, c_in, c_outs, stride) for name in OPERATORS)
 
-    def forward(self, x, half, alpha, j):
-        """x (B, c, h, w), half = halve(x), alpha (5,), j: index of the output width."""
-        c, one = self.c_outs[j], torch.ones_like(alpha[0])
-        conv, y = F.relu(self.first(x, j, torch.stack([alpha[1], one]))).split(c, 1)
-        conv_x2 = F.relu(self.second(y, j, alpha[2:3]))
-        zoom, z = self.zoom_first(half, j, torch.stack([alpha[3], one])).split(c, 1)
-        zoom_x2 = self.zoom_second(F.relu(z), j, alpha[4:5])
-        if self.stride == 1:
-            zoom, zoom_x2 = resize(zoom, x.shape[-2:]), resize(zoom_x2, x.shape[-2:])
-            # PAPER: a skip connection. OURS: cut or padded to the sampled width, which is lossless
-            # where a skip has no width of its own (1 + 4 * 5 choices, 4.2; see `tie_skips`).
-            # OFFICIAL-CODE: a 1x1 convolution here, nothing when derived.
-            skip = alpha[0] * match(x, c)
-        else:
-            even = F.conv2d(x, corner(self.skip[0], c // 2, x.shape[1]), stride=2)
-            odd = F.conv2d(shifted(x), corner(self.skip[1], c // 2, x.shape[1]), stride=2)
-            skip = F.relu(batch_norm(torch.cat([even, odd], 1), self.skip_norms[j], alpha[0:1]))
-        return skip + conv + conv_x2 + F.relu(zoom) + F.relu(zoom_x2)
+    def forward(self, x, alpha, j):
+        """Eq. (2): O(x) = sum_k alpha_k O^k(x, chi_j, stride).
 
-
-def match(x, channels):
-    """The first `channels` channels of x, zeros after its last."""
-    missing = channels - x.shape[1]
-    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing > 0 else x[:, :channels]
-
-
-def mix(b, new, old):
-    """b[0] * new + b[1] * old for maps of different width (channels that lack count as zero)."""
-    channels = max(new.shape[1], old.shape[1])
-    return b[0] * match(new, channels) + b[1] * match(old, channels)
-
-
-def branch_sets(branches):
-    """What the search predicts from, and App. B chooses among: for b = 2 the three pairs, and each
-    branch alone, whose loss trains it directly (OFFICIAL-CODE: all three, and two pairs)."""
-    return [(r,) for r in RATES] + (list(itertools.combinations(RATES, 2)) if branches == 2 else [])
+        (B, c, h, w), (5,) -> (B, c_outs[j], h/stride, w/stride).
+        """
+        return sum(a * op(x, j) for a, op in zip(alpha, self.ops))
 
 
 class Supernet(nn.Module):
     """The search space of Figure 1. Teacher and student share the cells (PAPER 3.3); stem and head
-    are their own (OFFICIAL-CODE), as their widths differ."""
+    are their own (OFFICIAL-CODE), as their widths differ. BN is per rank, not synchronised (OURS).
+    """
 
     def __init__(self, cfg, num_classes):
         super().__init__()
-        self.layers, chi, widths = cfg.layers, max(cfg.widths), cfg.widths
-        self.sets = branch_sets(cfg.branches)
-        chis = (chi, cfg.stem_chi)                                          # teacher, student
-        self.stems = nn.ModuleList(Stem(c) for c in chis)
-        ends = {r: r * chi for r in RATES}
-        # At rate 8 the last map before going down may be the stem's.
-        lasts = {16: {8: 8 * max(*chis)}, 32: {8: 8 * max(*chis), 16: 16 * chi}}
-        self.heads = nn.ModuleList(Head(self.sets, ends, lasts, c, num_classes, SlicedConv2d)
-                                   for c in chis)
+        self.layers, self.sets = cfg.layers, branch_sets(cfg.branches)
+        self.num_classes, widest = num_classes, max(cfg.widths)
+        chis = widest, cfg.stem_chi                                         # of TEACHER, STUDENT
+        last = {s: {r: r * widest for r in RATES if r <= s} for s in RATES}
+        self.stems = nn.ModuleList(Stem(chi) for chi in chis)
+        self.heads = nn.ModuleList(Head(self.sets, last, chi, num_classes) for chi in chis)
         self.keep, self.down = nn.ModuleDict(), nn.ModuleDict()
-        for l, s in cells_of(cfg.layers):
-            c_in = max(s * chi, 8 * cfg.stem_chi if l == 0 else 0)
-            self.keep[f"{s}_{l}"] = SuperOps(c_in, [s * c for c in widths], 1)
+        for s, l in cells_of(cfg.layers):
+            self.keep[f"{s} {l}"] = Mixture(s * widest, [s * chi for chi in cfg.widths], 1)
             if s < 32 and l < cfg.layers - 1:               # nothing reads a last layer's down
-                self.down[f"{s}_{l}"] = SuperOps(c_in, [2 * s * c for c in widths], 2)
+                self.down[f"{s} {l}"] = Mixture(s * widest, [2 * s * chi for chi in cfg.widths], 2)
 
-    def forward(self, images, weights, who):
-        """images (B, 3, H, W), weights: Weights, who: TEACHER or STUDENT -> logits a set, at 1/8.
+    def forward(self, images, draw, who):
+        """images (B, 3, H, W), draw: Draw, who: TEACHER or STUDENT -> [logits at 1/8 of each set].
 
-        `lasts[s]` holds the map at each finer rate that a branch through node (s, l) saw last
-        before it went down. It is mixed by the same beta as the nodes, so that the head reads in
-        the supernet what it reads in the derived network (OURS; the release joins final maps).
+        maps[s][r] is the map (B, c, H/r, W/r) at rate r that a branch through node (s, l) saw last.
+        Those of finer rates are mixed by the same beta as the node, so that the head reads in the
+        supernet what it reads in the derived network (OURS; the release joins final maps).
         """
-        nodes, lasts = {8: self.stems[who](images)}, {8: {}, 16: {}, 32: {}}
+        maps = {8: {8: self.stems[who](images)}}
         for l in range(self.layers):
-            keep, down = {}, {}
-            for s, x in nodes.items():
-                half = halve(x)                             # of both strides' zoomed convolutions
-                alpha = weights.alpha[s, l]
-                j, gate = weights.width[s, l + 1]
-                keep[s] = self.keep[f"{s}_{l}"](x, half, alpha * gate, j)           # Eq. (2)
-                if f"{s}_{l}" in self.down:
-                    j, gate = weights.width[2 * s, l + 1]
-                    down[2 * s] = self.down[f"{s}_{l}"](x, half, alpha * gate, j)
-            before, seen = nodes, lasts
-            nodes, lasts = dict(keep), dict(seen)
-            for s in down:
-                passed = {s // 2: before[s // 2], **seen[s // 2]}
-                if s in keep:
-                    b = weights.beta[s, l + 1]
-                    nodes[s] = b[0] * down[s] + b[1] * keep[s]                      # Eq. (1)
-                    lasts[s] = {r: mix(b, m, seen[s][r]) for r, m in passed.items()}
-                else:                                       # the first node of its rate
-                    nodes[s], lasts[s] = down[s], passed
-        return self.heads[who](nodes, lasts)
+            reached = {}                                    # the nodes of layer l + 1
+            for s in (s for s in RATES if sources_of(s, l + 1, self.layers)):
+                # The width chi_j belongs to the node that is written, for both its producers
+                # (OFFICIAL-CODE; Eq. (2) indexes it by cell). gate is 1, with gamma's gradient.
+                j, gate = draw.width[s, l + 1]
+                ways = []
+                for r in sources_of(s, l + 1, self.layers):
+                    cell = self.keep[f"{s} {l}"] if r == s else self.down[f"{r} {l}"]
+                    output = cell(maps[r][r], gate * draw.alpha[r, l], j)               # Eq. (2)
+                    ways.append({**maps[r], s: output})     # and the finer maps behind it
+                reached[s] = mixed(draw.beta[s, l + 1], *ways) if len(ways) == 2 else ways[0]
+            maps = reached
+        return self.heads[who](maps)
 
 
-def cells_of(layers):
-    """(layer, rate) of every cell: rate 16 from layer 1, rate 32 from layer 2."""
-    return [(l, s) for l in range(layers) for k, s in enumerate(RATES) if l >= k]
+def mixed(beta, from_finer, from_same):
+    """Eq. (1): I_{s,l} = beta0 O_{s/2->s,l-1} + beta1 O_{s->s,l-1}; the same for the finer maps,
+    which may differ in width (channels that lack count as zero). Dicts {r: (B, c, H/r, W/r)}."""
+    maps = {}
+    for r in from_finer:
+        c = max(from_finer[r].shape[1], from_same[r].shape[1])
+        maps[r] = beta[0] * match(from_finer[r], c) + beta[1] * match(from_same[r], c)
+    return maps
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. Relaxation: alpha, beta, gamma
+# 4. Relaxation: alpha, beta, gamma (Section 3.1.4, App. C and D)
+#
+# alpha and beta are mixtures: all operators and both predecessors run, weighed by probability.
+# gamma is a sample: one width of each node runs at a time, and the gradient comes by way of
+# Gumbel-softmax. What the search space says is a Draw; what is learned are the logits behind it.
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Weights:
-    """One draw of the architecture, App. D. Keys are (rate, layer); a node (s, l) is the input of
-    cell (s, l), and layer L its output.
+class Draw:
+    """One draw of an architecture. Keys are (s, l); node (s, l) is the input of cell (s, l), and
+    layer L its output.
 
-    alpha[s, l]: (5,); beta[s, l]: (2,), from rate s/2 and from s, where both exist;
-    width[s, l]: (j, gate), index of the width of what is written to the node, and a scalar equal
-    to 1 that carries gamma's gradient; soft[s, l]: (|X|,), probabilities or the one-hot draw.
+    alpha[s, l]: (5,). beta[s, l]: (2,), from rate s/2 and from s, where both exist.
+    gamma[s, l]: (|X|,), one-hot, of the node's width; width[s, l]: (j, gate), its index and gamma's
+    entry there, which is 1.
     """
     alpha: dict
     beta: dict
+    gamma: dict
     width: dict
-    soft: dict
-
-    def part(self, alpha=False, beta=False, width=False):
-        """The same values with a gradient to the named kinds only."""
-        def take(kind, live):
-            return kind if live else {key: v.detach() for key, v in kind.items()}
-        return Weights(take(self.alpha, alpha), take(self.beta, beta), self.width,
-                       take(self.soft, width))
 
 
 class ArchParameters(nn.Module):
-    """Logits of one architecture; App. D: softmax makes them probabilities."""
+    """Logits of one architecture; App. D, Eq. (7): softmax makes them probabilities."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.num_widths, self.tau = len(cfg.widths), cfg.tau
-        self.stem_index = (cfg.widths.index(cfg.stem_chi) if cfg.stem_chi in cfg.widths
-                           else None)
+        self.tau, self.stem_j = cfg.tau, cfg.widths.index(cfg.stem_chi)
         cells = cells_of(cfg.layers)
         self.keys = {
-            "alpha": [(s, l) for l, s in cells],
-            "beta": [(s, l) for l, s in cells if s > 8 and l > (s == 16) + 2 * (s == 32)],
-            "gamma": [(s, l + 1) for l, s in cells] + [(2 * s, l + 1) for l, s in cells
-                                                       if (2 * s, l + 1) == (16, 1) or
-                                                       (2 * s, l + 1) == (32, 2)]}
-        sizes = {"alpha": len(OPERATORS), "beta": 2, "gamma": self.num_widths}
-        for name, size in sizes.items():            # OFFICIAL-CODE: all logits start at 1e-3
-            self.register_parameter(name, nn.Parameter(
-                torch.full((len(self.keys[name]), size), 1e-3)))
+            "alpha": cells,
+            "beta": [(s, l) for s, l in cells if s > 8 and l > FIRST[s]],
+            "gamma": [(s, l) for s in RATES for l in range(max(1, FIRST[s]), cfg.layers + 1)]}
+        sizes = {"alpha": len(OPERATORS), "beta": 2, "gamma": len(cfg.widths)}
+        for kind, size in sizes.items():            # OFFICIAL-CODE: all logits start at 1e-3
+            logits = torch.full((len(self.keys[kind]), size), 1e-3)
+            self.register_parameter(kind, nn.Parameter(logits))
 
-    def probabilities(self, name):
-        """{(rate, layer): softmax of the logits}."""
-        return dict(zip(self.keys[name], torch.softmax(getattr(self, name), 1)))
+    def probabilities(self, kind):
+        """{(s, l): softmax of the logits} of "alpha", "beta" or "gamma"."""
+        return dict(zip(self.keys[kind], torch.softmax(getattr(self, kind), 1)))
 
-    def tie_skips(self, j):
-        """j: width index of each node. A likeliest skip hands on the width it reads (3.4 removes
-        it, and Section 4.2 counts no widths for it)."""
-        j = dict(zip(self.keys["gamma"], j.tolist()))
-        beta, stem = self.probabilities("beta"), self.stem_index
-        for (s, l), a in sorted(self.probabilities("alpha").items(), key=lambda item: item[0][1]):
-            b = beta.get((s, l + 1))
-            if a.argmax() == 0 and (b is None or b[1] > b[0]):
-                j[s, l + 1] = j[s, l] if l else j[s, 1] if stem is None else stem
-        return torch.tensor([j[key] for key in self.keys["gamma"]])
+    def draw(self, gamma):
+        """A Draw with these widths: (nodes, |X|), the rows one-hot. See the methods that follow."""
+        j = gamma.detach().argmax(1)
+        gates = gamma.gather(1, j[:, None])[:, 0]
+        return Draw(self.probabilities("alpha"), self.probabilities("beta"),
+                    dict(zip(self.keys["gamma"], gamma)),
+                    dict(zip(self.keys["gamma"], zip(j.tolist(), gates))))
 
-    def weights(self, widths, generator=None):
-        """Weights with the widths "max", "min", "random", "sample" (App. C) or "argmax".
+    def fixed(self, j):
+        """Widths by index: one number for all nodes, or (nodes,)."""
+        j = torch.as_tensor(j, device=self.gamma.device).expand(len(self.gamma))
+        return F.one_hot(j, self.gamma.shape[1]).to(self.gamma.dtype)
 
-        Draws come from `generator` on the CPU, so that every rank and device draws the same.
+    def widest(self):
+        return self.fixed(self.gamma.shape[1] - 1)
+
+    def narrowest(self):
+        return self.fixed(0)
+
+    def uniform(self):
+        """Random widths. From the CPU's generator, so that all ranks and devices draw the same."""
+        return self.fixed(torch.randint(self.gamma.shape[1], (len(self.gamma),)))
+
+    def gumbel(self):
+        """App. C: argmax_i softmax_i((log gamma + o) / tau), o = -log(-log(u)), u uniform.
+
+        Hard, with the gradient of the softmax (OFFICIAL-CODE: straight-through).
         """
-        gamma = torch.softmax(self.gamma, 1)
-        n, m = gamma.shape
-        if widths == "sample":
-            u = torch.rand(n, m, generator=generator).clamp(1e-10, 1 - 1e-7).to(gamma.device)
-            noise = -torch.log(-torch.log(u))                       # App. C: Gumbel noise o
-            p = torch.softmax((torch.log(gamma) + noise) / self.tau, 1)
-            j = p.argmax(1)
-            soft = F.one_hot(j, m) + p - p.detach()                 # straight-through
-        else:
-            j = {"max": lambda: torch.full((n,), m - 1), "min": lambda: torch.zeros(n).long(),
-                 "random": lambda: torch.randint(m, (n,), generator=generator),
-                 "argmax": lambda: self.tie_skips(gamma.argmax(1))}[widths]().to(gamma.device)
-            soft = F.one_hot(j, m).to(gamma.dtype)
-        gates = soft.gather(1, j[:, None])[:, 0]
-        keys = self.keys["gamma"]
-        return Weights(self.probabilities("alpha"), self.probabilities("beta"),
-                       {k: (i, g) for k, i, g in zip(keys, j.tolist(), gates)},
-                       dict(zip(keys, soft)))
+        u = torch.rand(self.gamma.shape).clamp(1e-10, 1 - 1e-7).to(self.gamma.device)
+        noise = -torch.log(-torch.log(u))
+        p = torch.softmax((F.log_softmax(self.gamma, 1) + noise) / self.tau, 1)
+        return self.fixed(p.argmax(1)) + p - p.detach()
+
+    def likeliest(self):
+        """3.4: argmax of gamma. Where a skip is the likeliest, its node has the width that the skip
+        reads: it is shrunk, and Section 4.2 counts no widths for it."""
+        j = dict(zip(self.keys["gamma"], self.gamma.argmax(1).tolist()))
+        alpha, beta = self.probabilities("alpha"), self.probabilities("beta")
+        for s, l in self.keys["alpha"]:                     # of a rate in the order of the layers
+            goes_down = (s, l + 1) in beta and beta[s, l + 1].argmax() == 0
+            if OPERATORS[alpha[s, l].argmax()] == "skip" and not goes_down:
+                j[s, l + 1] = j[s, l] if l else self.stem_j
+        return self.fixed(torch.tensor(list(j.values())))
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Latency: from a measured table to a differentiable number
+# 5. Losses: segmentation, and latency from a measured table
+#
+# Eq. (8): L = L_seg(M) + lambda Lat(M). The table holds the measured time of every piece that a
+# network of the space can be made of, for one picture size. A derived network's latency is the sum
+# of its pieces (App. E: correlation 0.993; `--bench --correlation 40` measures it here), Lat(M) the
+# expectation of that sum under alpha, beta and gamma, which one can differentiate.
 # ---------------------------------------------------------------------------------------------
 
 
-def cell_key(op, c_in, c_out, rate, down):
-    return f"{op}{' /2' if down else ''} {c_in}->{c_out} @1/{rate}"
+def ohem(logits, label, threshold=0.7, min_kept=None):
+    """App. F: cross-entropy with online hard example mining.
 
-
-def up_key(rate, c_coarse, c_fine, c_out):
-    return f"up {c_coarse}+{c_fine}->{c_out} @1/{rate}"
-
-
-def classifier_key(c_in, c_mix, num_classes):
-    return f"classifier {c_in}->{c_mix}->{num_classes}"
-
-
-def latency_entries(cfg, num_classes, frame):
-    """Every operator the student's latency can need, each once: {key: (make module, shapes)}.
-
-    The stride-1 skip is not in it: it does nothing and costs nothing.
+    Mean over the pixels whose true class has a probability below `threshold`, but over at least
+    the `min_kept` hardest (OFFICIAL-CODE: 0.7 and B*H*W / 16).
+    logits (B, K, H, W), label (B, H, W) with IGNORE. Returns a scalar.
     """
-    chi, entries = cfg.stem_chi, {"stem": (lambda: Stem(cfg.stem_chi), [(1, 3, *frame)])}
+    loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    loss = loss[label != IGNORE]                            # (valid pixels,)
+    if loss.numel() == 0:
+        return logits.sum() * 0                             # the mean over nothing would be NaN
+    kept = min(label.numel() // 16 if min_kept is None else min_kept, loss.numel())
+    hard = loss > -math.log(threshold)
+    if int(hard.sum()) >= max(kept, 1):
+        return loss[hard].mean()
+    return loss.topk(max(kept, 1)).values.mean()
+
+
+def seg_loss(net, draw, who, images, labels, cfg):
+    """L_seg of Eq. (8): OHEM cross-entropy, summed over the predictions of all branch sets.
+
+    images (B, 3, H, W), labels (B, H, W) -> scalar.
+    """
+    size = [math.ceil(d / cfg.label_stride) for d in labels.shape[-2:]]
+    labels = F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
+    with autocast(images.device, cfg.amp):
+        logits = net(images, draw, who)                     # each (B, K, H/8, W/8)
+    return sum(ohem(resize(y.float(), size), labels) for y in logits)
+
+
+# The table has an entry for each piece of a network: (kind, *numbers), which also say how it is
+# made. As they stand in the file:
+#   stem chi | up s c_coarse c_fine c_out | classifier c_in c_mix num_classes
+#   conv, conv_x2, zoom, zoom_x2, skip: operator c_in c_out s stride
+def entry(*piece):
+    return " ".join(map(str, piece))
+
+
+def space_pieces(cfg, num_classes):
+    """Every piece that a student of the space can need. A skip of stride 1 does nothing and costs
+    nothing: it is none."""
+    chi, pieces = cfg.stem_chi, [("stem", cfg.stem_chi)]
+    for s, op, i, j in itertools.product(RATES, OPERATORS, cfg.widths, cfg.widths):
+        if op != "skip":
+            pieces.append((op, s * i, s * j, s, 1))
+        if s < 32:
+            pieces.append((op, s * i, 2 * s * j, s, 2))
+    for s, i, j in itertools.product((16, 32), cfg.widths, cfg.widths):
+        pieces.append(("up", s, s * i, s // 2 * j, s // 2 * chi))
+    for rates, j in itertools.product(branch_sets(cfg.branches), cfg.widths):
+        pieces.append(classifier_piece(rates, 8 * j, chi, num_classes))
+    return pieces
+
+
+def classifier_piece(rates, c_8, chi, num_classes):
+    """c_8: channels at the end of branch 8, if it is in the set."""
+    c_in = sum(c_8 if s == 8 else 8 * chi for s in rates)
+    return "classifier", c_in, 8 * chi * len(rates), num_classes
+
+
+def pieces_of(arch, num_classes):
+    """The pieces of a derived network; a cell that branches share is one piece."""
+    chi, shared = arch.stem_chi, set()
+    pieces, last = [("stem", chi)], {}
+    for s in arch.branches:
+        inputs, last[s] = arch.walk(s)
+        for i, (cell, c_in) in enumerate(inputs):
+            prefix = tuple(arch.branches[s][:i + 1])
+            if prefix not in shared:
+                pieces.append((cell.op, c_in, cell.c_out, cell.rate, 1 + cell.down))
+            shared.add(prefix)
+        c = last[s][s]
+        for coarse in (r for r in (32, 16) if r <= s):
+            pieces.append(("up", coarse, c, last[s][coarse // 2], coarse // 2 * chi))
+            c = coarse // 2 * chi
+    return pieces + [classifier_piece(last, last.get(8, {}).get(8), chi, num_classes)]
+
+
+def make_piece(piece, frame):
+    """(function that makes the module, [shapes of its inputs])."""
+    kind, *n = piece
 
     def shape(c, rate):
         return 1, c, math.ceil(frame[0] / rate), math.ceil(frame[1] / rate)
 
-    for rate, down, op in itertools.product(RATES, (False, True), OPERATORS):
-        if rate == 32 and down or op == "skip" and not down:
-            continue
-        ins = {rate * w for w in cfg.widths} | ({8 * chi} if rate == 8 else set())
-        for c_in, w in itertools.product(sorted(ins), cfg.widths):
-            args = (op, c_in, w * rate * (1 + down), 1 + down)
-            entries[cell_key(op, c_in, args[2], rate, down)] = (
-                lambda args=args: CellNet(*args), [shape(c_in, rate)])
-    for rate, fine, widths in ((16, 8, cfg.widths), (32, 16, cfg.widths), (16, 8, (chi,))):
-        fines = {fine * w for w in cfg.widths} | ({8 * chi} if fine == 8 else set())
-        for w, c_fine in itertools.product(widths, sorted(fines)):
-            args = (rate * w, c_fine, chi * fine)
-            entries[up_key(rate, *args)] = (lambda args=args: Up(*args),
-                                            [shape(rate * w, rate), shape(c_fine, fine)])
-    for rates in branch_sets(cfg.branches):
-        for w in cfg.widths + (chi,):
-            c = sum(8 * w if r == 8 else 8 * chi for r in rates)
-            args = (c, num_classes, 8 * chi * len(rates))
-            entries[classifier_key(c, args[2], num_classes)] = (
-                lambda args=args: nn.Sequential(Classifier(*args), nn.Upsample(
-                    tuple(frame), mode="bilinear", align_corners=True)), [shape(c, 8)])
-    return entries
+    if kind == "stem":
+        return lambda: Stem(*n), [(1, 3, *frame)]
+    if kind == "up":
+        s, c_coarse, c_fine, c_out = n
+        return lambda: Up(c_coarse, c_fine, c_out), [shape(c_coarse, s), shape(c_fine, s // 2)]
+    if kind == "classifier":
+        c_in, c_mix, num_classes = n
+        full = nn.Upsample(tuple(frame), mode="bilinear", align_corners=True)
+        return lambda: nn.Sequential(Classifier(c_in, num_classes, c_mix), full), [shape(c_in, 8)]
+    c_in, c_out, s, stride = n
+    return lambda: operator(kind, c_in, [c_out], stride), [shape(c_in, s)]
+
+
+def measured_table(cfg, num_classes, device):
+    """{entry: ms} for cfg.frame on this device; stored beside the run folders, measured once."""
+    entries = {entry(*piece): make_piece(piece, cfg.frame)
+               for piece in space_pieces(cfg, num_classes)}
+    return latency.build_table(entries, device, cfg.frame, Path(cfg.out).parent)
 
 
 def table_latency(arch, ms, num_classes):
-    """ms of a derived network: the sum of its table entries, shared cells once."""
-    chi, total, counted, to_fuse = arch.stem_chi, ms["stem"], set(), 0
-    for rate in arch.branches:
-        for i, (cell, c_in) in enumerate(arch.inputs(rate)):
-            prefix = arch.branches[rate][:i + 1]
-            if prefix not in counted:
-                counted.add(prefix)
-                total += ms[cell_key(cell.op, c_in, cell.c_out, cell.rate, cell.down)]
-        c, lasts = arch.channels(rate)
-        for r in (r for r in (32, 16) if r <= rate):
-            total += ms[up_key(r, c, lasts[r // 2], chi * r // 2)]
-            c = chi * r // 2
-        to_fuse += c
-    return total + ms[classifier_key(to_fuse, 8 * chi * len(arch.branches), num_classes)]
+    """App. E: ms of a derived network, the sum of its entries."""
+    return sum(ms[entry(*piece)] for piece in pieces_of(arch, num_classes))
 
 
-class LatencyModel:
-    """The table as tensors, by index of width; index |X| stands for the stem's chi."""
+class LatencyTable:
+    """Lat(M): the table as tensors over width indices, and the expected latency of a Draw.
+
+    ops[s, stride]: (5, |X| in, |X| out), ups[s]: (|X| coarse, |X| fine), classifiers[set]: (|X|,).
+    """
 
     def __init__(self, cfg, ms, num_classes, device="cpu"):
-        widths, chi = cfg.widths, cfg.stem_chi
-        both, self.layers, self.num_widths = widths + (chi,), cfg.layers, len(widths)
-        self.sets = [s for s in branch_sets(cfg.branches) if len(s) == cfg.branches]
+        self.layers, self.stem_ms, chi = cfg.layers, ms[entry("stem", cfg.stem_chi)], cfg.stem_chi
+        self.sets = [rates for rates in branch_sets(cfg.branches) if len(rates) == cfg.branches]
 
-        def tensor(rows):
-            return torch.tensor(rows, dtype=torch.float64, device=device)
+        def tensor(shape, pieces):
+            values = [ms.get(entry(*piece), 0.0) for piece in pieces]       # a skip costs nothing
+            return torch.tensor(values, dtype=torch.float64, device=device).view(shape)
 
-        def cell(rate, down, op, w_in, w):
-            if op == "skip" and not down:
-                return 0.0
-            key = cell_key(op, rate * w_in, w * rate * (1 + down), rate, down)
-            return ms.get(key, 0.0)      # the stem's width at rates 16 and 32 never occurs
+        n = len(cfg.widths)
+        self.stem_width = F.one_hot(torch.tensor(cfg.widths.index(chi)), n).double().to(device)
+        self.ops = {(s, stride): tensor((len(OPERATORS), n, n), [
+            (op, s * i, s * stride * j, s, stride)
+            for op, i, j in itertools.product(OPERATORS, cfg.widths, cfg.widths)])
+            for s, stride in itertools.product(RATES, (1, 2))}
+        self.ups = {s: tensor((n, n), [("up", s, s * i, s // 2 * j, s // 2 * chi) for i, j in
+                                       itertools.product(cfg.widths, cfg.widths)])
+                    for s in (16, 32)}
+        self.classifiers = {rates: tensor(n, [classifier_piece(rates, 8 * j, chi, num_classes)
+                                              for j in cfg.widths]) for rates in self.sets}
 
-        self.stem = ms["stem"]
-        self.cells = {(s, down): tensor([[[cell(s, down, op, wi, wo) for wo in widths]
-                                          for wi in both] for op in OPERATORS])
-                      for s in RATES for down in (False, True) if not (s == 32 and down)}
-        self.ups = {(s, f): tensor([[ms.get(up_key(s, s * wc, f * wf, chi * f), 0.0)
-                                     for wf in both] for wc in both])
-                    for s, f in ((16, 8), (32, 16))}
-        self.classifiers = {rates: tensor([ms[classifier_key(
-            sum(8 * w if r == 8 else 8 * chi for r in rates), 8 * chi * len(rates), num_classes)]
-            for w in both]) for rates in self.sets}
+    def __call__(self, draw):
+        """{set: expected ms}. Section 3.2: latencies in place of operators in Eqs. (1) and (2).
 
-    def __call__(self, weights):
-        """Expected latency (ms) of each set of branches: {rates: scalar}.
+        P(r, l -> s) is beta of node (s, l + 1), or 1 where it has a single input r; g is gamma.
+        alone(s, l + 1) = sum_r P(r, l -> s) [alone(r, l) + sum_kij alpha_k width_i g_j ms_kij]
+        width(s, l + 1) = sum_r P(r, l -> s) [skip width(r, l) + (1 - skip) g], skip = alpha_0 if
+                          r = s, else 0: a skip hands on the width that it reads
+        shared(s, t)    = sum_ab P(a -> s) P(b -> t) [alone(a) if a = b else shared(a, b)]: what the
+                          branches of two nodes of layer l + 1 have in common, which is paid once
+        Lat of (s, t)   = stem + alone(s, L) + alone(t, L) - shared(s, t) + head
 
-        Section 3.2: operators are replaced by their latencies in Eqs. (1) and (2). Reaching node
-        (s, l+1) costs sum over its inputs of beta * (reaching the source + the cell between).
-        With one-hot weights this is the sum of the table entries of the derived network.
+        By hand: conv costs 2 ms, going down 3, skip 0; each alpha is half skip and half conv, beta
+        of node (16, 2) is (1/4, 3/4). Then alone(8, 1) = 1 and alone(16, 1) = 3, and
+        alone(16, 2) = 1/4 (1 + 3) + 3/4 (3 + 1) = 4.
         """
-        soft = {k: F.pad(v, (0, 1)).double() for k, v in weights.soft.items()}
-        stem = F.one_hot(torch.tensor(self.num_widths), self.num_widths + 1).double()
-        soft[8, 0] = stem.to(next(iter(soft.values())).device)
-        alone, together, lasts = {8: 0.0}, {}, {8: {}, 16: {}, 32: {}}
+        gamma = {node: g.double() for node, g in draw.gamma.items()}
+        alone, shared = {8: 0.0}, {}
+        widths = {8: {8: self.stem_width}}      # widths[s][r]: of the last map at rate r, as `maps`
         for l in range(self.layers):
-            into = {}               # rate of a node of layer l+1 -> [(probability, source, ms)]
-            for s in RATES:
-                sources = [r for r in (s // 2, s) if r in alone and not (r < s and
-                                                                         l == self.layers - 1)]
-                if sources:
-                    b = weights.beta[s, l + 1] if len(sources) == 2 else (1.0,)
-                    into[s] = [(p, r, torch.einsum(
-                        "k,kij,i,j->", weights.alpha[r, l].double(), self.cells[r, r < s],
-                        soft[r, l], soft[s, l + 1][:-1])) for p, r in zip(b, sources)]
-            # Two branches pay once for the cells before they part: the walks back from nodes
-            # s and t have met when their sources are the same.
-            together = {(s, t): sum(p * q * (m + n + (alone[a] if a == c else
-                                                      together[tuple(sorted((a, c)))]))
-                                    for p, a, m in into[s] for q, c, n in into[t])
-                        for s, t in itertools.combinations(sorted(into), 2)}
-            alone, lasts = (
-                {s: sum(p * (alone[r] + m) for p, r, m in ways) for s, ways in into.items()},
-                {s: self._lasts(s, ways, lasts, soft, l) for s, ways in into.items()})
-        return {rates: self.stem + (alone[rates[0]] if len(rates) == 1 else together[rates])
-                + self._head(rates, soft, lasts) for rates in self.sets}
+            chances, before, before_shared = {}, alone, shared
+            alone, shared, reached = {}, {}, {}
+            for s in (s for s in RATES if sources_of(s, l + 1, self.layers)):
+                sources = sources_of(s, l + 1, self.layers)
+                beta = draw.beta[s, l + 1].double() if len(sources) == 2 else [1.0]
+                chances[s] = dict(zip(sources, beta))       # {r: P(r, l -> s)}
+                alone[s] = sum(p * (before[r] + self.cell_ms(draw, gamma, widths, r, s, l))
+                               for r, p in chances[s].items())
+                reached[s] = expectation(beta, [self.written(draw, gamma, widths[r], r, s, l)
+                                                for r in sources])
+            for s, t in itertools.combinations(chances, 2):
+                shared[s, t] = 0.0
+                for a, b in itertools.product(chances[s], chances[t]):
+                    ms = before[a] if a == b else before_shared[min(a, b), max(a, b)]
+                    shared[s, t] = shared[s, t] + chances[s][a] * chances[t][b] * ms
+            widths = reached
+        return {rates: self.stem_ms + sum(alone[s] for s in rates) - shared.get(rates, 0.0)
+                + self.head_ms(rates, widths) for rates in self.sets}
 
-    def _lasts(self, s, ways, lasts, soft, l):
-        """{finer rate: distribution of the width of the last map there}, as in Supernet.forward."""
-        found = {}
-        for p, r, _ in ways:
-            for rate, w in (lasts[s] if r == s else {r: soft[r, l], **lasts[r]}).items():
-                found[rate] = found.get(rate, 0.0) + p * w
-        return found
+    def cell_ms(self, draw, gamma, widths, r, s, l):
+        """Expected ms of the cell between nodes (r, l) and (s, l + 1)."""
+        by_width = torch.tensordot(draw.alpha[r, l].double(), self.ops[r, s // r], 1)
+        return widths[r][r] @ by_width @ gamma[s, l + 1]                # by_width: (|X|, |X|)
 
-    def _head(self, rates, soft, lasts):
-        total, fixed = 0.0, soft[8, 0]                  # fixed: chi of the head is the stem's
+    def written(self, draw, gamma, widths, r, s, l):
+        """The last widths of a branch behind the cell between (r, l) and (s, l + 1)."""
+        if r < s:
+            return {**widths, s: gamma[s, l + 1]}
+        skip = draw.alpha[s, l][0].double()
+        return {**widths, s: skip * widths[s] + (1 - skip) * gamma[s, l + 1]}
+
+    def head_ms(self, rates, widths):
+        """App. A. OURS: the widths of two maps that meet count as independent."""
+        total = 0.0
         for s in rates:
-            c = soft[s, self.layers]
-            for r in (r for r in (32, 16) if r <= s):
-                total = total + c @ self.ups[r, r // 2] @ lasts[s][r // 2]
-                c = fixed
-        w = soft[8, self.layers] if 8 in rates else fixed
-        return total + w @ self.classifiers[rates]
+            c = widths[s][s]                                # a branch's end, then chi of the head
+            for coarse in (r for r in (32, 16) if r <= s):
+                total = total + c @ self.ups[coarse] @ widths[s][coarse // 2]
+                c = self.stem_width
+        return total + widths[8][8] @ self.classifiers[rates]
 
-    def mean(self, weights):
+    def mean(self, draw):
         """Lat(M): mean over the sets that App. B will choose from (OURS: all stay possible)."""
-        values = self(weights).values()
+        values = self(draw).values()
         return sum(values) / len(values)
 
 
-def sensitivities(model, arch):
-    """Table 2: change of the supernet's latency (ms) with O, s and chi, the others uniform."""
-    probe = copy.deepcopy(arch)
-    with torch.no_grad():
-        for p in probe.parameters():
-            p.zero_()
-        w = probe.weights("max")
-        w.soft = probe.probabilities("gamma")
-
-        def lat(**changed):
-            return float(model.mean(replace(w, **changed)))
-
-        def one_hot(kind, pick):
-            return {k: F.one_hot(torch.tensor(pick(k)), len(v)).to(v) for k, v in kind.items()}
-
-        def slowest(key, sign):          # operator by its expected latency at this place
-            s, l = key
-            g_in = F.pad(w.soft[s, l], (0, 1)).double() if l else F.one_hot(
-                torch.tensor(model.num_widths), model.num_widths + 1).to(w.alpha[key]).double()
-            cost = torch.einsum("kij,i,j->k", model.cells[s, False], g_in,
-                                w.soft[s, l + 1].double())
-            return int((sign * cost).argmax())
-
-        op = [lat(alpha=one_hot(w.alpha, lambda k: slowest(k, sign))) for sign in (1, -1)]
-        # The two extremes of resolution: going down as late, and as early, as possible.
-        rate = [lat(beta=one_hot(w.beta, lambda k: i)) for i in (0, 1)]
-        chi = [lat(soft=one_hot(w.soft, lambda k: i)) for i in (model.num_widths - 1, 0)]
-    return [abs(a - b) for a, b in (op, rate, chi)]
+def expectation(chances, dicts):
+    """{key: sum of chance * value} of dicts with equal keys."""
+    return {key: sum(p * d[key] for p, d in zip(chances, dicts)) for key in dicts[0]}
 
 
-def solve_latency_weights(delta):
-    """Footnote 1: delta_1 w1 = delta_2 w2 = delta_3 w3 with w1 + w2 + w3 = 1.
+def weighed_latency(table, draw, w):
+    """Eq. (3): w1 Lat(O | s, chi) + w2 Lat(s | O, chi) + w3 Lat(chi | O, s), ms.
 
-    delta = (10.42, 0.01, 5.54) gives 0.001, 0.997, 0.002. A kind without influence (one width)
-    needs no weight.
+    "X | Y, Z": Y and Z are constants, at their present values (OURS; the release puts neutral ones:
+    uniform, widest). All three terms then have one value, and as w sums to 1 so has their sum: what
+    w weighs is the gradient of each kind, and one pass does it.
     """
-    inverse = [1 / d if d > 1e-9 else 0.0 for d in delta]
+    def weighed(kind, weight):
+        return {key: weight * x + (1 - weight) * x.detach() for key, x in kind.items()}
+
+    return table.mean(replace(draw, alpha=weighed(draw.alpha, w[0]), beta=weighed(draw.beta, w[1]),
+                              gamma=weighed(draw.gamma, w[2])))
+
+
+@torch.no_grad()
+def sensitivities(table, cfg):
+    """Table 2: by how much the supernet's latency (ms) changes with O, with s and with chi: largest
+    minus smallest over the choices, all cells making the same one, the other kinds uniform."""
+    changes = []
+    for kind in ("alpha", "beta", "gamma"):
+        values = []
+        for choice in range(getattr(ArchParameters(cfg), kind).shape[1]):
+            probe = ArchParameters(cfg).to(table.stem_width.device)
+            getattr(probe, kind)[:, choice] = 100.0         # softmax: 1
+            values.append(float(table.mean(probe.draw(torch.softmax(probe.gamma, 1)))))
+        changes.append(max(values) - min(values))
+    return changes
+
+
+def solve_footnote_1(changes):
+    """d1 w1 = d2 w2 = d3 w3 with w1 + w2 + w3 = 1: (10.42, 0.01, 5.54) gives 0.001, 0.997, 0.002.
+
+    A kind without influence (one width) needs no weight.
+    """
+    inverse = [1 / d if d > 1e-9 else 0.0 for d in changes]
     total = sum(inverse) or 1.0
     return [v / total for v in inverse]
 
 
-def relaxed_latency(model, weights, w):
-    """Eq. (3): w1 Lat(O | s, chi) + w2 Lat(s | O, chi) + w3 Lat(chi | O, s).
+def choose_eq3_w(cfg, table):
+    """w of Eq. (3): as given, or footnote 1 solved for this device; prints its Table 2."""
+    if not cfg.decouple:
+        return 1.0, 1.0, 1.0                    # Lat itself, of which Figure 4(a) tells
+    if cfg.eq3_w:
+        return cfg.eq3_w
+    changes = sensitivities(table, cfg)
+    w = solve_footnote_1(changes)
+    if rank() == 0:
+        print("sensitivity of the latency on this device (paper, Table 2: 10.42, 0.01, 5.54 ms)")
+        for name, change, weight in zip(("O  operator", "s  downsample rate", "chi  width"),
+                                        changes, w):
+            print(f"  {name:20s} {change:9.3f} ms   w = {weight:.4f}")
+    return w
 
-    OURS: each term sees the other two kinds as constants at their current values (the release puts
-    neutral ones), so the sum weighs the gradients while its value stays the latency, as w sums
-    to 1. w = None: not decoupled.
-    """
-    if w is None:
-        return model.mean(weights)
-    return (w[0] * model.mean(weights.part(alpha=True)) + w[1] * model.mean(weights.part(beta=True))
-            + w[2] * model.mean(weights.part(width=True)))
 
 # ---------------------------------------------------------------------------------------------
-# 6. Search, App. F
+# 6. Search: Appendix F on one page
+#
+# Three data sets, all from the training split: trainA moves the supernet's weights W, trainB the
+# architectures, and the held-out pictures choose the branches in the end. The order of the updates
+# is the appendix's. (The release sums teacher and student into one loss, architecture first.)
 # ---------------------------------------------------------------------------------------------
 
 
-class frozen:
-    """Within it the supernet gets no gradients and its BN statistics do not move."""
+def run_search(cfg, device, net, teacher, student, table, loaders):
+    """App. F. net: Supernet (its weights are W), teacher, student: ArchParameters, table:
+    LatencyTable, loaders: of trainA, trainB and held-out pictures. All three networks are trained
+    in place."""
+    train_a, train_b, held_out = loaders
+    w, sgd = choose_eq3_w(cfg, table), weight_optimizer(net, cfg)
+    decay = torch.optim.lr_scheduler.ExponentialLR(sgd, cfg.search_decay)       # App. H
+    adam_t, adam_s = (torch.optim.Adam(arch.parameters(), cfg.arch_lr, betas=(0.5, 0.999))
+                      for arch in (teacher, student))       # OFFICIAL-CODE: betas
+    steps = min(len(train_a), len(train_b), cfg.search_steps or len(train_a))
+    # A new search makes void what an older one has found, and what was trained of it.
+    stale = ["arch.json", *(path.relative_to(cfg.out) for path in Path(cfg.out).glob("*/*.pt"))]
+    run = Run("search", "search", cfg, device, cfg.out, cfg.pretrain_epochs + cfg.search_epochs,
+              steps, stale=stale, model=net, teacher=teacher, student=student, sgd=sgd, decay=decay,
+              adam_t=adam_t, adam_s=adam_s)
+    for epoch in run.epochs():
+        train_b.sampler.set_epoch(epoch)
+        for batch, batch_b in itertools.islice(zip(run.batches(train_a), train_b), steps):
+            with torch.no_grad():                       # to W the architectures are constants
+                t_widest = teacher.draw(teacher.widest())
+                narrowest, widest, sampled, *two_random = map(student.draw, (
+                    student.narrowest(), student.widest(), student.gumbel(), student.uniform(),
+                    student.uniform()))
+            if epoch < cfg.pretrain_epochs:
+                # Pretraining: W alone, "each operator with the smallest width, largest width, and
+                # 2 random widths". The widest pass trains the teacher's stem and head, the others
+                # the student's (OURS: in the release those enter the search untrained).
+                update_weights(run, "seg", sgd, net, batch, [
+                    (TEACHER, t_widest), *((STUDENT, draw) for draw in (narrowest, *two_random))])
+                continue
+            # 1. W by grad_W L_seg(M | W, alpha_T, beta_T) on trainA. T is always widest (3.3).
+            update_weights(run, "T", sgd, net, batch, [(TEACHER, t_widest)])
+            # 2. W by grad_W L_seg(M | W, alpha_S, beta_S, gamma_S) on trainA, "with the smallest
+            #    width, largest width, and the width that is sampled from the current gamma".
+            update_weights(run, "S", sgd, net, batch, [
+                (STUDENT, narrowest), (STUDENT, widest), (STUDENT, sampled)])
+            # 3. alpha_T, beta_T by their grad of L_seg(M | W, alpha_T, beta_T) on trainB. First
+            #    order: W counts as a constant, so none of it leaks into the next update of W.
+            batch_b = common.to_device(*batch_b, cfg, device)
+            net.requires_grad_(False)
+            draw = teacher.draw(teacher.widest())
+            run.descend(adam_t, arch_T=seg_loss(net, draw, TEACHER, *batch_b, cfg))
+            # 4. alpha_S, beta_S, gamma_S by their grad of Eq. (8) with Eq. (3) in it, on trainB:
+            #    L = L_seg(M | W, alpha_S, beta_S, gamma_S) + lambda Lat(alpha_S, beta_S, gamma_S)
+            draw = student.draw(student.gumbel())
+            run.descend(adam_s, arch_S=seg_loss(net, draw, STUDENT, *batch_b, cfg),
+                        latency=cfg.lam * weighed_latency(table, draw, w))
+            net.requires_grad_(True)
+        decay.step()
+        end_search_epoch(run, net, teacher, student, table, held_out)
 
-    def __init__(self, net):
-        self.net = net
-        self.norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
 
-    def __enter__(self):
-        self.net.requires_grad_(False)
-        for norm in self.norms:
-            norm.momentum = 0.0
+def update_weights(run, name, sgd, net, batch, passes):
+    """One step on W by the gradients of some passes, [(who, draw), ...], added up.
 
-    def __exit__(self, *_):
-        self.net.requires_grad_(True)
-        for norm in self.norms:
-            norm.momentum = 0.1
-
-
-def seg_loss(net, weights, who, images, labels, cfg):
-    """L_seg of Eq. (8): OHEM cross-entropy, summed over the predictions of all branch sets."""
-    size = [math.ceil(d / cfg.label_stride) for d in labels.shape[-2:]]
-    labels = F.interpolate(labels[:, None].float(), size=size, mode="nearest")[:, 0].long()
-    with autocast(images.device, cfg.amp):
-        logits = net(images, weights, who)
-    return sum(ohem(y if y.shape[-2:] == labels.shape[-2:] else resize(y.float(), size), labels)
-               for y in logits)
-
-
-def descend(optimizer, parameters, clip=0.0):
-    """One optimizer step on gradients that stem from several backward passes and all ranks.
-
-    Not through DistributedDataParallel: it would send the gradients of every pass, and its hooks
-    do not see what Corner adds.
+    One backward a pass, so that one graph is alive at a time. BN statistics move in every pass, and
+    in those on trainB too.
     """
-    average_gradients(parameters)
-    clip_gradients(parameters, clip)
-    optimizer.step()
-
-
-def update_weights(net, arch, who, widths, images, labels, optimizer, generator, cfg):
-    """One step on W: one forward and backward for each of `widths`, their gradients added up.
-
-    One backward a pass, so that one graph is alive at a time. Returns the mean loss.
-    """
-    optimizer.zero_grad()
-    losses = []
-    for kind in widths:
-        with torch.no_grad():
-            weights = arch.weights(kind, generator)
-        loss = seg_loss(net, weights, who(kind), images, labels, cfg)
-        check_finite({f"loss of the pass {kind}": loss})
+    sgd.zero_grad()
+    terms, parameters = {}, list(net.parameters())
+    for who, draw in passes:
+        loss = seg_loss(net, draw, who, *batch, run.cfg)
         loss.backward()
-        losses.append(loss.detach())
-    descend(optimizer, list(net.parameters()), cfg.clip)
-    return sum(losses) / len(losses)
+        terms[name] = terms.get(name, 0.0) + loss.detach() / len(passes)
+    average_gradients(parameters)                       # a NaN of one rank now stops all of them
+    norm = nn.utils.clip_grad_norm_(parameters, run.cfg.clip or math.inf)
+    run.check(**terms)
+    if not norm.isfinite():
+        run.check(**terms, gradient_norm=norm)
+    sgd.step()
 
 
-def update_architecture(net, arch, who, images, labels, optimizer, generator, cfg, lat=None):
-    """One step on alpha, beta (and gamma): W is frozen, so nothing of it leaks into a W step.
+def weight_optimizer(net, cfg):
+    """SGD for W, App. H. fused: a third of the time on a large supernet. It wants the momentum of
+    all parameters or of none, and a pass leaves many without a gradient."""
+    sgd = torch.optim.SGD(net.parameters(), cfg.search_lr, cfg.momentum,
+                          weight_decay=cfg.weight_decay, fused=True)
+    for p in net.parameters():
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
-    lat(weights) -> relaxed latency in ms times lambda, or None. Returns (loss, latency term).
+
+def search_loaders(cfg):
+    """(number of classes, loaders of trainA, trainB and of held-out training images).
+
+    App. F: trainA and trainB are disjoint halves, here of what is not held out for App. B.
     """
-    optimizer.zero_grad()
-    with frozen(net):
-        weights = arch.weights("sample" if who == STUDENT else "max", generator)
-        loss = seg_loss(net, weights, who, images, labels, cfg)
-        penalty = lat(weights) if lat else torch.zeros(())
-        check_finite({"architecture loss": loss, "latency": penalty})
-        (loss + penalty).backward()                         # Eq. (8)
-    descend(optimizer, list(arch.parameters()))
-    return loss.detach(), penalty.detach()
-
-
-def pretrain_step(net, archs, batch, optimizer, generator, cfg):
-    """App. F: smallest, largest and two random widths. The widest pass trains the teacher's stem
-    and head, the others the student's (in the release the student's enter the search untrained)."""
-    return {"seg": update_weights(
-        net, archs[STUDENT], lambda kind: TEACHER if kind == "max" else STUDENT,
-        ("max", "min", "random", "random"), *batch, optimizer, generator, cfg)}
-
-
-def search_step(net, archs, batch_a, batch_b, optimizers, generator, cfg, lat):
-    """The four alternating updates of App. F, each with its own backward."""
-    w, a_t, a_s = optimizers
-    # 1. W by grad L_seg(M | W, alpha_T, beta_T) on trainA; the teacher is always widest.
-    seg_t = update_weights(net, archs[TEACHER], lambda _: TEACHER, ("max",), *batch_a, w,
-                           generator, cfg)
-    # 2. W by grad L_seg(M | W, alpha_S, beta_S, gamma_S) on trainA: largest, smallest, sampled.
-    seg_s = update_weights(net, archs[STUDENT], lambda _: STUDENT, ("max", "min", "sample"),
-                           *batch_a, w, generator, cfg)
-    # 3. alpha_T, beta_T by grad L_seg on trainB.
-    arch_t, _ = update_architecture(net, archs[TEACHER], TEACHER, *batch_b, a_t, generator, cfg)
-    # 4. alpha_S, beta_S, gamma_S by grad L_seg + lambda grad Lat on trainB.
-    arch_s, penalty = update_architecture(net, archs[STUDENT], STUDENT, *batch_b, a_s, generator,
-                                          cfg, lat)
-    return {"T": seg_t, "S": seg_s, "archT": arch_t, "archS": arch_s, "lat": penalty}
+    cfg = replace(cfg, size=cfg.search_size)
+    images, half = open_split(cfg, "train"), (1 - cfg.held_out) / 2
+    data.check_pairs(images)
+    parts = data.split_indices(len(images), (half, half, cfg.held_out), cfg.seed)
+    scale, batch = cfg.search_scale * cfg.image_scale, cfg.search_batch // world_size()
+    moved, plain = data.train_transform(cfg.size, cfg.scales, scale), data.eval_transform(scale)
+    kinds = (moved, batch, True), (moved, batch, True), (plain, 1, False)       # A, B, held out
+    return images.num_classes, [
+        data.make_loader(images, part, *kind, cfg.workers, cfg.seed, rank(), world_size())
+        for part, kind in zip(parts, kinds)]
 
 
 @torch.no_grad()
-def supernet_miou(net, arch, who, loader, num_classes, device, amp=False):
-    """{branch set: mIoU} of the supernet itself (not of a derived network) at the likeliest
-    widths; the counts of all ranks are added up."""
+def supernet_miou(net, draw, who, loader, device, amp=False):
+    """{branch set: mIoU} of the supernet itself (not of a derived network) over all ranks."""
     net.eval()
-    weights = arch.weights("argmax" if who == STUDENT else "max")
-    matrices = {rates: ConfusionMatrix(num_classes, device) for rates in net.sets}
+    matrices = {rates: ConfusionMatrix(net.num_classes, device) for rates in net.sets}
     for images, labels in loader:
         with autocast(device, amp):
-            outputs = net(images.to(device), weights, who)
+            outputs = net(images.to(device), draw, who)
         for matrix, logits in zip(matrices.values(), outputs):
             prediction = resize(logits.float(), labels.shape[-2:]).argmax(1)
             matrix.update(labels.to(device), prediction)
     net.train()
-    return {rates: matrix.reduce().miou() for rates, matrix in matrices.items()}
+    for matrix in matrices.values():
+        common.sum_over_ranks(matrix.matrix)
+    return {rates: matrix.miou() for rates, matrix in matrices.items()}
 
 
-def search_loaders(cfg):
-    """(train set, loaders of trainA, trainB and held-out training images); disjoint, App. F."""
-    train = open_split(cfg, "train", cfg.search_size)
-    rest = (1 - cfg.held_out) / 2
-    parts = data.split_indices(len(train), (rest, rest, cfg.held_out), cfg.seed)
-    moved = data.train_transform(cfg.search_size, cfg.scales, cfg.search_scale)
-    plain = data.eval_transform(cfg.search_scale)
-    batch = cfg.search_batch // world_size()
-    share = (cfg.workers, cfg.seed, rank(), world_size())
-    return train, [
-        data.make_loader(train, part, transform, size, shuffle, *share)
-        for part, transform, size, shuffle in zip(
-            parts, (moved, moved, plain), (batch, batch, 1), (True, True, False))]
+@torch.no_grad()
+def decidedness(arch):
+    """{kind: (mean largest probability, mean margin to the second)}; {} for a kind with one choice.
+
+    Entropy would mislead: it falls with the learning rate while two runs do not agree.
+    """
+    found = {}
+    for kind, name in (("alpha", "operator"), ("beta", "rate"), ("gamma", "width")):
+        p = torch.softmax(getattr(arch, kind), 1)
+        if p.shape[1] > 1:
+            first, second = p.topk(2).values.mean(0).tolist()
+            found[name] = first, first - second
+    return found
 
 
-class Searcher:
-    """State of a search: supernet, two architectures, their optimizers, and how to save it."""
-
-    def __init__(self, cfg, num_classes, device):
-        self.cfg, self.device = cfg, device
-        self.net = Supernet(cfg, num_classes).to(device)
-        self.archs = nn.ModuleList([ArchParameters(cfg), ArchParameters(cfg)]).to(device)
-        # fused: without it the update of a large supernet makes full-size temporaries
-        self.w = torch.optim.SGD(self.net.parameters(), cfg.search_lr, cfg.momentum,
-                                 weight_decay=cfg.weight_decay, fused=True)
-        for p in self.net.parameters():     # fused SGD wants all momentum buffers or none; a
-            self.w.state[p]["momentum_buffer"] = torch.zeros_like(p)    # pass leaves many None
-        self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.w, cfg.lr_decay)
-        self.a = [torch.optim.Adam(arch.parameters(), cfg.arch_lr, betas=(0.5, 0.999))
-                  for arch in self.archs]                   # OFFICIAL-CODE: betas
-        self.generator = torch.Generator().manual_seed(cfg.seed)
-        self.epoch, self.lam = 0, cfg.lam
-
-    def save(self, path):
-        save_checkpoint(path, model=self.net.state_dict(), archs=self.archs.state_dict(),
-                        optimizer=[o.state_dict() for o in (self.w, *self.a)],
-                        schedule=self.schedule.state_dict(), epoch=self.epoch, lam=self.lam,
-                        generator=self.generator.get_state())
-
-    def load(self, path):
-        state = load_checkpoint(path, ("model", "archs", "optimizer", "schedule", "generator"))
-        load_weights(self.net, state["model"], path)
-        load_weights(self.archs, state["archs"], path)
-        for optimizer, saved in zip((self.w, *self.a), state["optimizer"]):
-            optimizer.load_state_dict(saved)
-        self.schedule.load_state_dict(state["schedule"])
-        self.generator.set_state(state["generator"])
-        self.epoch, self.lam = state["epoch"], state["lam"]
-        common.set_rng_state(state["rng"])
-
-
-def adapt_lambda(lam, ms, fps_range):
-    """OFFICIAL-CODE: halved when a student is already fast, doubled when it is too slow."""
-    low, high = fps_range
-    if high <= 0:
-        return lam
-    return lam / 2 if 1e3 / ms >= high else 2 * lam if 1e3 / ms <= low else lam
-
-
-def search(cfg, device):
-    """Pretrain, search, derive, choose the branches; writes arch.json and the pictures."""
-    train, (loader_a, loader_b, held_out) = search_loaders(cfg)
-    data.check_segmentation(train)
-    out, classes = Path(cfg.out), train.num_classes
-    if rank() == 0:
-        print(f"search space (4.2): {count_paths(cfg.layers)} paths of two branches, times "
-              f"{count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
-    ms = latency.build_table(latency_entries(cfg, classes, cfg.frame), device, cfg.frame,
-                             out.parent)
-    model = LatencyModel(cfg, ms, classes, device)
-    s = Searcher(cfg, classes, device)
-    w123 = choose_latency_weights(cfg, model, s.archs[STUDENT])
-    if cfg.resume and (out / "last.pt").exists():
-        s.load(out / "last.pt")
-    else:
-        common.forget_log(out, "search")
-    epochs = cfg.pretrain_epochs + cfg.search_epochs
-    steps = min(len(loader_a), len(loader_b), cfg.search_steps or len(loader_a))
-    progress = Progress("search", epochs, steps, device, s.epoch)
-    s.net.train()
-    while s.epoch < epochs:
-        epoch, searching = s.epoch, s.epoch >= cfg.pretrain_epochs
-        loader_a.sampler.set_epoch(epoch)
-        loader_b.sampler.set_epoch(epoch)
-        batches_b = iter(loader_b) if searching else None
-        for step, batch in enumerate(itertools.islice(loader_a, steps)):
-            batch = [t.to(device) for t in batch]
-            with common.training_step("search", epoch, step):
-                if searching:
-                    batch_b = [t.to(device) for t in next(batches_b)]
-                    terms = search_step(
-                        s.net, s.archs, batch, batch_b, (s.w, *s.a), s.generator, cfg,
-                        lambda weights: s.lam * relaxed_latency(model, weights, w123))
-                else:
-                    terms = pretrain_step(s.net, s.archs, batch, s.w, s.generator, cfg)
-            progress.step(epoch, step, terms, len(batch[0]) * world_size())
-        s.schedule.step()
-        common.average_buffers(s.net)
-        extra = record_epoch(s, epoch, searching, terms, held_out, model, classes)
-        s.epoch += 1
-        s.save(out / "last.pt")
-        progress.close(epoch, terms, extra)
-    finish_search(s, model, ms, held_out, classes)
-
-
-def three_weights(text):
-    """'paper' or 'w1,w2,w3' -> [w1, w2, w3], summing to 1 as Eq. (3) wants."""
-    try:
-        w = [float(v) for v in text.replace("paper", "0.001,0.997,0.002").split(",")]
-    except ValueError:
-        w = []
-    if len(w) != 3 or not all(v >= 0 for v in w) or abs(sum(w) - 1) > 1e-6:
-        raise InputError(f"--latency-weights {text}: give auto, paper, or three numbers that sum "
-                         "to 1, as 0.1,0.8,0.1")
-    return w
-
-
-def choose_latency_weights(cfg, model, arch):
-    """w1, w2, w3 of Eq. (3) as the settings ask for them; prints Table 2 for this device."""
-    if not cfg.decouple:
-        return None
-    if cfg.latency_weights != "auto":
-        return three_weights(cfg.latency_weights)
-    delta = sensitivities(model, arch)
-    w = solve_latency_weights(delta)
-    if rank() == 0:
-        print("sensitivity of the latency on this device (paper, Table 2: 10.42, 0.01, 5.54 ms)")
-        for name, d, v in zip(("O  operator", "s  downsample rate", "chi  width"), delta, w):
-            print(f"  {name:20s} {d:9.3f} ms   w = {v:.4f}")
-    return w
-
-
-def record_epoch(s, epoch, searching, terms, held_out, model, classes):
-    """Log losses, supernet mIoU, expected latency and signs of collapse; returns a remark."""
-    arch = s.archs[STUDENT]
-    with torch.no_grad():
-        latency_ms = float(model.mean(arch.weights("argmax")))
-    scores = supernet_miou(s.net, arch, STUDENT, held_out, classes, s.device, s.cfg.amp)
-    pairs = [v for rates, v in scores.items() if len(rates) == s.cfg.branches]
-    miou = sum(pairs) / len(pairs)
-    if searching:
-        s.lam = adapt_lambda(s.lam, latency_ms, s.cfg.fps_range)
-    record = {}
-    for who, name in ((TEACHER, "teacher"), (STUDENT, "student")):
-        p = {kind: torch.softmax(getattr(s.archs[who], kind).detach(), 1).cpu()
-             for kind in ("alpha", "beta", "gamma")}
-        record[name] = {"operators": p["alpha"].mean(0).tolist(),
-                        "down": p["beta"][:, 0].tolist(), "widths": p["gamma"].mean(0).tolist(),
-                        "entropy": float(-(p["alpha"] * p["alpha"].log()).sum(1).mean())}
-    log_record(s.cfg.out, stage="search", epoch=epoch, supernet_miou=miou, ms=latency_ms, lam=s.lam,
-               searching=searching, **{k: float(v) for k, v in terms.items()}, **record)
-    share = record["student"]["operators"][0]
-    return (f" | supernet mIoU {100 * miou:.2f}, {latency_ms:.2f} ms, skips {100 * share:.0f}%, "
-            f"entropy {record['student']['entropy']:.3f}")
+@torch.no_grad()
+def end_search_epoch(run, net, teacher, student, table, held_out):
+    """Log and store; what the log says of each network: the signs of collapse, and how decided."""
+    common.average_buffers(net)
+    draw, record = student.draw(student.likeliest()), {}
+    scores = supernet_miou(net, draw, STUDENT, held_out, run.device, run.cfg.amp)
+    chosen = [miou for rates, miou in scores.items() if len(rates) == run.cfg.branches]
+    for name, arch in (("teacher", teacher), ("student", student)):
+        record[name] = {"operators": torch.softmax(arch.alpha, 1).mean(0).tolist(),
+                        "down": torch.softmax(arch.beta, 1)[:, 0].tolist(),
+                        "widths": torch.softmax(arch.gamma, 1).mean(0).tolist(),
+                        "decided": decidedness(arch)}
+    record |= {"supernet_miou": sum(chosen) / len(chosen), "ms": float(table.mean(draw)),
+               "searching": run.epoch >= run.cfg.pretrain_epochs}
+    skips, decided = record["student"]["operators"][0], record["student"]["decided"]
+    run.end_epoch(note=f" | supernet mIoU {100 * record['supernet_miou']:.2f}, {record['ms']:.2f} "
+                  f"ms, skips {100 * skips:.0f}%, margins " + ", ".join(
+                      f"{kind} {margin:.2f}" for kind, (_, margin) in decided.items()), **record)
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Derive, Section 3.4
+# 7. Derive, Section 3.4 and App. B
+#
+# Every argmax is taken once, here: of alpha in each cell, of beta over the places where a branch
+# can go down, of gamma in each node (`ArchParameters.likeliest`). Then skips are shrunk, branches
+# share what they have in common, and App. B chooses which branches. With one-hot probabilities the
+# derived network is the relaxed one: same output from the same weights, same latency.
 # ---------------------------------------------------------------------------------------------
 
 
 def downsampling_places(beta, layers):
-    """{rate: layers of the nodes entered from the finer rate}: footnote 2 over all places.
+    """{branch: layers l of the nodes that it enters from the finer rate}, Section 3.4.
 
-    beta: {(rate, layer): (beta0, beta1)}. 1/16 needs l1* = argmax beta0[16, l]; 1/32 needs
-    (l1*, l2*) = argmax beta0[16, l1] * beta0[32, l2] with l1 < l2. OURS: the first node of a rate
-    has one input, so no beta, and the footnote's argmax cannot compare it: of the 15 places that
-    Section 4.2 counts for 1/16 it chooses among 14. Of equal places the last wins, which the walk
-    back from the branch's end meets first: one-hot beta derives the network it describes.
+    beta: {(s, l): (beta0, beta1)}. For 1/16, l* = argmax_l beta0[16, l]. Footnote 2, for 1/32:
+    (l1*, l2*) = argmax beta0[16, l1] beta0[32, l2] with l1 < l2. The first node of a rate has one
+    input and so no beta: of the 15 places that 4.2 counts the argmax cannot compare one. OURS: it
+    counts as an undecided node, 0.5, so it wins where all others prefer to stay. Of equal places
+    the last wins, which the walk back from the branch's end meets first: with one-hot beta this is
+    the path that Eq. (1) takes.
     """
-    first, second = range(2, layers), range(3, layers)
-    score = {key: float(b[0]) for key, b in beta.items()}
-    pairs = [(score[16, a] * score[32, b], b, a) for a in first for b in second if a < b]
-    _, l2, l1 = max(pairs)
-    return {8: (), 16: (max((score[16, a], a) for a in first)[1],), 32: (l1, l2)}
+    beta0 = {(16, 1): 0.5, (32, 2): 0.5} | {node: float(b[0]) for node, b in beta.items()}
+    _, place = max((beta0[16, l], l) for l in range(1, layers))
+    _, second, first = max((beta0[16, a] * beta0[32, b], b, a)
+                           for a, b in itertools.combinations(range(1, layers), 2))
+    return {8: (), 16: (place,), 32: (first, second)}
 
 
-def derive(arch, cfg, who, rates, places=None):
-    """The discrete network of the branches `rates` from architecture logits.
-
-    places: {rate: nodes entered from the finer rate}, by default from beta.
-    """
-    with torch.no_grad():
-        w = arch.weights("argmax" if who == STUDENT else "max")
-    widths, branches = cfg.widths, {}
-    places = places or downsampling_places(w.beta, cfg.layers)
+@torch.no_grad()
+def derive(draw, cfg, who, rates):
+    """The discrete network of the branches `rates`: argmax of alpha, beta; widths of the draw."""
+    places, branches = downsampling_places(draw.beta, cfg.layers), {}
     for rate in rates:
         s, cells = 8, []
         for l in range(cfg.layers):
             down = l + 1 in places[rate]
-            op = OPERATORS[int(w.alpha[s, l].argmax())]
-            node = (2 * s if down else s, l + 1)
-            if op != "skip" or down:            # a skip is shrunk: the branch loses a cell
-                cells.append(Cell(op, s, down, widths[w.width[node][0]], l))
-            s = node[0]
-        branches[rate] = tuple(cells)
+            op = OPERATORS[int(draw.alpha[s, l].argmax())]
+            j, _ = draw.width[2 * s if down else s, l + 1]
+            # 3.4: a skip is shrunk, the branch loses a cell. OURS: one that goes down stays; the
+            # release takes the next best operator, and keeps a least number of cells.
+            if op != "skip" or down:
+                cells.append(Cell(op, down, s, cfg.widths[j], l))
+            s = 2 * s if down else s
+        branches[rate] = cells
     return Architecture(max(cfg.widths) if who == TEACHER else cfg.stem_chi, branches)
 
 
-def target(accuracy, ms, target_ms, power):
+def target(accuracy, ms, cfg):
     """Eqs. (5), (6): ACC * (LAT / T)^w, with the same w on both sides of T."""
-    return accuracy * (ms / target_ms) ** power
+    return accuracy * (ms / cfg.target_ms) ** cfg.target_power
 
 
-def finish_search(s, model, ms, held_out, classes):
-    """App. B for the student, accuracy alone for the teacher, which has no latency constraint."""
-    cfg, out, found, rows = s.cfg, Path(s.cfg.out), {}, {}
-    for who, name in ((TEACHER, "teacher"), (STUDENT, "student")):
-        scores = supernet_miou(s.net, s.archs[who], who, held_out, classes, s.device, cfg.amp)
-        best = -math.inf
-        for rates in (r for r in s.net.sets if len(r) == cfg.branches):
-            arch = derive(s.archs[who], cfg, who, rates)
-            row = {"supernet_miou": scores[rates], "target": scores[rates]}
+def select(cfg, device, net, teacher, student, ms, held_out):
+    """App. B: the set of branches with the best target, of those that the supernet scores.
+
+    The teacher, which has no latency constraint, is chosen by accuracy alone (OURS). Returns
+    ({name: architecture}, {candidate: its numbers}).
+    """
+    found, rows = {}, {}
+    for who, name, draw in ((TEACHER, "teacher", teacher.draw(teacher.widest())),
+                            (STUDENT, "student", student.draw(student.likeliest()))):
+        scores, best = supernet_miou(net, draw, who, held_out, device, cfg.amp), -math.inf
+        for rates in (rates for rates in net.sets if len(rates) == cfg.branches):
+            arch = derive(draw, cfg, who, rates)
+            row = rows[f"{name} {rates}"] = {"supernet_miou": scores[rates],
+                                             "target": scores[rates]}
             if who == STUDENT:
-                row["table_ms"] = table_latency(arch, ms, classes)
-                row["target"] = target(scores[rates], row["table_ms"], cfg.target_ms,
-                                       cfg.target_power)
-            rows[f"{name} {rates}"] = row
+                row["table_ms"] = table_latency(arch, ms, net.num_classes)
+                row["target"] = target(scores[rates], row["table_ms"], cfg)
             if row["target"] > best:
                 best, found[name] = row["target"], arch
-        net = FasterSeg(found[name], classes).to(s.device)
-        inherit(net, s.net, s.archs[who], who)
-        rows[name] = {"derived_miou": evaluate(net, held_out, classes, s.device, cfg.amp).miou()}
-    if rank() == 0:
-        common.write_text(out / "arch.json", json.dumps(
-            {**{k: a.to_json() for k, a in found.items()}, "classes": classes, "space": {
-                k: getattr(cfg, k) for k in SPACE}, "selection": rows}, indent=1))
-        for name, row in rows.items():
-            print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
-        print("\nstudent\n" + as_table(found["student"]))
-        for name, arch in found.items():
-            draw_architecture(out / f"arch_{name}.png", arch, cfg.layers, f"FasterSeg {name}")
-        alpha = {f"1/{r} layer {l}": p.tolist() for (r, l), p in sorted(
-            s.archs[STUDENT].probabilities("alpha").items())}
-        common.heat_map(out / "search_alpha_cells.png", "alpha of the student at the end",
-                        list(alpha), OPERATORS, list(alpha.values()))
-        draw_search(out, cfg)
-        print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\nnext: "
-              f"python fastersg.py --train --eval{common.flags_of(cfg, QUICK)}")
-    common.barrier()
+        small = FasterSeg(found[name], net.num_classes).to(device)
+        inherit(small, net, who, cfg.widths)
+        # With the BN statistics of mixtures, not measured again: a sign of life, not a result.
+        matrix = evaluate(small, held_out, net.num_classes, device, cfg.amp)
+        rows[name] = {"derived_miou": matrix.miou()}
+    return found, rows
 
 
 @torch.no_grad()
-def inherit(net, supernet, arch, who):
-    """Copy the supernet's weights into a derived network: kernels and BN of its widths.
+def inherit(small, net, who, widths):
+    """Give a derived network the supernet's weights: kernels and BN of its widths.
 
     The supernet's mIoU, this network's and the retrained network's are three different numbers.
     """
-    net.stem.load_state_dict(supernet.stems[who].state_dict())
-    sources = dict(supernet.heads[who].named_modules())
-    for name, module in net.head.named_modules():           # same names, wider inputs
-        if isinstance(module, nn.Conv2d):
-            module.weight.copy_(sources[name].weight[:, :module.weight.shape[1]])
-            if module.bias is not None:
-                module.bias.copy_(sources[name].bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.load_state_dict(sources[name].state_dict())
-    for index, cell in {i: c for path in net.paths.values() for i, c in path}.items():
-        ops = (supernet.down if cell.down else supernet.keep)[f"{cell.rate}_{cell.layer}"]
-        copy_cell(net.cells[index], ops, cell, ops.c_outs.index(cell.c_out))
+    copy_slices(small.stem, net.stems[who])
+    copy_slices(small.head, net.heads[who])
+    for index, cell in itertools.chain(*small.paths.values()):
+        ops = (net.down if cell.down else net.keep)[f"{cell.rate} {cell.layer}"].ops
+        copy_slices(small.cells[index], ops[OPERATORS.index(cell.op)], widths.index(cell.chi))
 
 
-def copy_norm(norm, source, start=0):
-    c = norm.num_features
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        getattr(norm, name).copy_(getattr(source, name)[start:start + c])
+def copy_slices(small, wide, j=0):
+    """Same-named tensors, the first channels of each; BN of width j."""
+    source = wide.state_dict()
+    for name, tensor in small.state_dict().items():
+        whole = source[name.replace("norms.0.", f"norms.{j}.")]
+        tensor.copy_(whole[tuple(slice(n) for n in tensor.shape)])
 
 
-def copy_cell(cell_net, ops, cell, j):
-    """One derived cell from the superkernels of its place; j: index of its width."""
-    if cell.op == "skip":
-        for conv, weight in ((cell_net.even, ops.skip[0]), (cell_net.odd, ops.skip[1])):
-            conv.weight.copy_(weight[0, :conv.out_channels, :conv.in_channels])
-        copy_norm(cell_net.norm[0], ops.skip_norms[j])
-        return
-    first, second = (ops.zoom_first, ops.zoom_second) if "zoom" in cell.op else (
-        ops.first, ops.second)
-    n = int(cell.op.endswith("x2"))
-    conv, norm = cell_net.first
-    conv.weight.copy_(first.weight[n, :conv.out_channels, :conv.in_channels])
-    copy_norm(norm, first.norms[j], n * conv.out_channels)
-    if n:
-        conv, norm = cell_net.second
-        conv.weight.copy_(second.weight[0, :conv.out_channels, :conv.in_channels])
-        copy_norm(norm, second.norms[j])
-
-
+@torch.no_grad()
 def random_architecture(cfg, generator):
-    """A network with every choice drawn uniformly: branches, paths, operators, widths.
+    """A network of the search's own space: what derive makes of random one-hot parameters, the
+    branches, paths, operators and widths drawn uniformly. generator: random.Random."""
+    arch, layers = ArchParameters(cfg), cfg.layers
+    for kind in (arch.alpha, arch.gamma):
+        for row in kind:
+            row[generator.randrange(len(row))] = 100.0
+    # beta is one for both branches: 1/16 goes down where 1/32 does, or behind its second step.
+    first, second = sorted(generator.sample(range(1, layers), 2))
+    alone = generator.choice([first, *range(second, layers)])
+    down = {(16, first), (32, second), (16, alone)}
+    for node, row in zip(arch.keys["beta"], arch.beta):
+        row[0 if node in down else 1] = 100.0
+    sets = [rates for rates in branch_sets(cfg.branches) if len(rates) == cfg.branches]
+    return derive(arch.draw(arch.likeliest()), cfg, STUDENT, generator.choice(sets))
 
-    generator: random.Random.
-    """
-    arch = ArchParameters(cfg)
-    with torch.no_grad():
-        for p in arch.parameters():
-            p.copy_(torch.tensor([[generator.random() for _ in row] for row in p]))
-    sets = [s for s in branch_sets(cfg.branches) if len(s) == cfg.branches]
-    places = {8: (), 16: (generator.randrange(1, cfg.layers),),
-              32: tuple(sorted(generator.sample(range(1, cfg.layers), 2)))}
-    return derive(arch, cfg, STUDENT, generator.choice(sets), places)
 
-
-def random_like(cfg, student, ms, classes, tolerance=0.03, tries=20000):
+def random_like(cfg, student, ms, num_classes, tolerance=0.03, tries=20000):
     """The control: a random network whose table latency is within 3% of the student's."""
-    generator, wanted = random.Random(cfg.seed), table_latency(student, ms, classes)
+    generator, wanted = random.Random(cfg.control), table_latency(student, ms, num_classes)
     for _ in range(tries):
         arch = random_architecture(cfg, generator)
-        if abs(table_latency(arch, ms, classes) / wanted - 1) <= tolerance:
+        if abs(table_latency(arch, ms, num_classes) / wanted - 1) <= tolerance:
             return arch
     raise InputError(f"no random network within {100 * tolerance:.0f}% of {wanted:.2f} ms in "
                      f"{tries} draws; is arch.json of another --widths or --frame?")
+
+
+def search(cfg, device):
+    """--search: pretrain, search, derive; writes arch.json (nothing measured in it), pictures."""
+    num_classes, loaders = search_loaders(cfg)
+    if rank() == 0:
+        print(f"search space (4.2): {count_paths(cfg.layers)} paths of two branches, times "
+              f"{count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
+    ms = measured_table(cfg, num_classes, device)
+    table = LatencyTable(cfg, ms, num_classes, device)
+    net = place(Supernet(cfg, num_classes), cfg, device).train()
+    teacher, student = (ArchParameters(cfg).to(device) for _ in range(2))
+    run_search(cfg, device, net, teacher, student, table, loaders)
+    found, rows = select(cfg, device, net, teacher, student, ms, loaders[2])
+    if rank() == 0:
+        out = Path(cfg.out)
+        common.write_text(out / "arch.json", json.dumps(
+            {**{name: arch.to_json() for name, arch in found.items()}, "classes": num_classes,
+             "space": {name: getattr(cfg, name) for name in SPACE}}, indent=1))
+        log_record(out, stage="selection", **rows)
+        for name, row in rows.items():
+            print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+        print("\nstudent")
+        print_table_7(found["student"])
+        print_decidedness(student)
+        for name, arch in found.items():
+            draw_architecture(out / f"arch_{name}.png", arch, f"FasterSeg {name}")
+        draw_search(cfg, student.cpu())
+        print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\n"
+              + common.next_command(cfg, "fastersg", "--train --eval"))
+    common.barrier()                            # the other ranks may read arch.json now
+
+
+def print_decidedness(arch):
+    for kind, (largest, margin) in decidedness(arch).items():
+        print(f"{kind:9s} mean largest probability {largest:.2f}, mean margin {margin:.2f}")
+        if margin < 0.05:
+            print(f"  warning: UNDECIDED, another seed may choose another {kind}; search longer, "
+                  "or with a larger --arch-lr")
+
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------
 
-OP_COLORS = dict(zip(OPERATORS, ("#bdbdbd", "#9ecae1", "#3182bd", "#fdae6b", "#e6550d")))
+
+def draw_architecture(path, arch, title):
+    """Figure 6: a branch is a line of boxes, down where its resolution falls. A box is a cell: its
+    colour the operator, its number chi; cells that branches share are drawn once."""
+    longest = max(len(cells) for cells in arch.branches.values())
+    image, pen, font = common.canvas(title, 56 * (longest + 3), 350)
+    height, colours = {8: 70, 16: 160, 32: 250}, dict(zip(OPERATORS, common.COLOURS))
+    end = 56 * (longest + 2), 90
+    boxes = {(28, 90): ("stem", "#e5f5e0"), end: ("head", "#e5f5e0")}
+    for lane, (rate, cells) in enumerate(arch.branches.items()):
+        before = 28, 90
+        for i, cell in enumerate(cells):
+            shared = all(cells[:i + 1] == other[:i + 1] for other in arch.branches.values())
+            at = 84 + 56 * i, height[cell.rate] + 20 * (1 if shared else 2 * lane)
+            pen.line((*before, *at), common.FAINT, 3)
+            boxes[at] = f"{cell.chi}{' /2' if cell.down else ''}", colours[cell.op]
+            before = at
+        pen.line((*before, *end), common.FAINT, 3)
+    for (x, y), (text, colour) in boxes.items():
+        pen.rectangle((x - 22, y - 12, x + 22, y + 12), colour, common.INK)
+        pen.text((x, y), text, common.INK, font, "mm")
+    for k, (op, colour) in enumerate(colours.items()):
+        pen.rectangle((20 + 84 * k, 325, 32 + 84 * k, 337), colour)
+        pen.text((38 + 84 * k, 324), op, common.INK, font)
+    for rate, y in height.items():
+        pen.text((4, y - 24), f"1/{rate}", common.INK, font)
+    common.save_png(image, path)
 
 
-def draw_architecture(path, arch, layers, title):
-    """Figure 6: branches over layers (left to right) and rates (top to bottom), shared cells once.
-
-    A box is a cell: its colour the operator, its number chi; `/2` goes down one row.
-    """
-    column, top, scale = 62, 74, 2
-    longest = max([layers] + [len(c) for c in arch.branches.values()])
-    image = Image.new("RGB", (scale * (column * (longest + 3) + 30), scale * 390), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13 * scale)
-
-    def xy(column_index, rate, lane):
-        return (scale * (20 + column * (column_index + 1)),
-                scale * (top + 92 * RATES.index(rate) + 34 * lane))
-
-    def box(x, y, text, color):
-        draw.rounded_rectangle((x - 50, y - 22, x + 50, y + 22), 8, color, "#404040", 2)
-        draw.text((x, y), text, "black", font, "mm")
-
-    draw.text((20 * scale, 22 * scale), title, "black", ImageFont.load_default(size=32), "lm")
-    for rate in RATES:
-        draw.text((14, xy(0, rate, 0)[1]), f"1/{rate}", "#606060", font, "lm")
-    boxes, links, drawn, end = [], [], set(), xy(longest + 1, 8, 0)
-    for lane, rate in enumerate(sorted(arch.branches)):
-        previous = xy(0, 8, 0)
-        for i, cell in enumerate(arch.branches[rate]):
-            prefix = arch.branches[rate][:i + 1]
-            # Equal cells may stem from different layers: drawn once, at the first of them.
-            same = [o[i] for o in arch.branches.values() if o[:i + 1] == prefix]
-            layer = min(c.layer for c in same)
-            at = xy((layer if layer >= 0 else i) + 1, cell.rate, 0 if len(same) > 1 else lane)
-            links.append((previous, at))
-            if prefix not in drawn:
-                boxes.append((*at, f"{cell.chi}{' /2' if cell.down else ''}", OP_COLORS[cell.op]))
-            drawn.add(prefix)
-            previous = at
-        links += [(previous, (end[0] - 60, previous[1])), ((end[0] - 60, previous[1]), end)]
-    for a, b in links:
-        draw.line((*a, *b), "#909090", 4)
-    for item in boxes + [(*xy(0, 8, 0), "stem", "#e5f5e0"), (*end, "head", "#e5f5e0")]:
-        box(*item)
-    for k, op in enumerate(OPERATORS):
-        x = scale * (30 + 105 * k)
-        draw.rectangle((x, scale * 350, x + 28, scale * 364), OP_COLORS[op], "#404040")
-        draw.text((x + 40, scale * 357), op, "black", font, "lm")
-    with common.replacing(path) as temporary:
-        image.resize((image.width // scale, image.height // scale), Image.Resampling.LANCZOS).save(
-            temporary, format="PNG")
-
-
-def draw_search(out, cfg):
-    """From the log: alpha, beta, gamma over time, and Figure 4, mIoU and latency."""
-    records = common.read_log(out, "search")
-    epochs = [r["epoch"] + 1 for r in records]
-    for who in ("teacher", "student"):
-        shares = list(zip(*(r[who]["operators"] for r in records)))
-        common.stacked_chart(out / f"search_alpha_{who}.png", f"alpha of the {who}, mean over "
-                             "cells", "epoch", dict(zip(OPERATORS, shares)), xs=epochs)
-    gammas = zip(*(r["student"]["widths"] for r in records))
-    common.stacked_chart(out / "search_gamma.png", "gamma of the student, mean over nodes", "epoch",
-                         {f"chi {chi}": g for chi, g in zip(cfg.widths, gammas)}, xs=epochs)
-    down = zip(*(r["student"]["down"] for r in records))
-    nodes = [f"1/{s} layer {l}" for s, l in ArchParameters(cfg).keys["beta"]]
-    common.line_chart(out / "search_beta.png", "beta0 of the student", "epoch",
-                      "probability of coming from the finer rate, by node",
-                      {n: list(zip(epochs, v)) for n, v in zip(nodes, down)}, size=(
-                          760, 420 + 20 * max(0, len(nodes) - 15)))
-    common.scatter_chart(out / "search_trajectory.png", "Supernet during the search (Figure 4)",
-                         "expected latency (ms)", "mIoU (%)", {
-                             name: [(r["ms"], 100 * r["supernet_miou"], r["epoch"] + 1)
-                                    for r in records if r["searching"] == flag]
-                             for name, flag in (("pretraining", False), ("searching", True))})
+def draw_search(cfg, student):
+    """From the log and the student's logits: alpha, beta, gamma, and Figure 4."""
+    records, out = common.read_log(cfg.out, "search"), Path(cfg.out)
+    alpha = {f"1/{s} layer {l}": p.tolist()
+             for (s, l), p in student.probabilities("alpha").items()}
+    common.heat_map(out / "search_alpha.png", "alpha of the student at the end", list(alpha),
+                    OPERATORS, list(alpha.values()))
+    nodes = [f"1/{s} layer {l}" for s, l in student.keys["beta"]]
+    common.heat_map(out / "search_beta.png", "beta0 of the student by epoch: from the finer rate",
+                    nodes, [r["epoch"] + 1 for r in records],
+                    list(zip(*(r["student"]["down"] for r in records))))
+    shares = {f"{kind[:-1]} {name}": [(r["epoch"] + 1, r["student"][kind][i]) for r in records]
+              for kind, names in (("operators", OPERATORS), ("widths", cfg.widths))
+              for i, name in enumerate(names)}
+    common.plot(out / "search_shares.png", "alpha and gamma of the student", "epoch",
+                "mean over the cells", shares)
+    path = {name: [(r["ms"], 100 * r["supernet_miou"]) for r in records
+                   if r["searching"] == searching]
+            for name, searching in (("pretraining", False), ("searching", True))}
+    common.plot(out / "search_trajectory.png", "Supernet during the search (Figure 4)",
+                "expected latency (ms)", "mIoU (%)", path, dots=True)
 
 
 # ---------------------------------------------------------------------------------------------
 # 8. Retrain: teacher, then student with distillation (Section 3.3)
+#
+# The supernet's weights are thrown away: both networks are trained from scratch, the teacher first.
+# Rows of Table 3: --network student --no-distill (S), --network student (T -> S),
+# --network pruned_teacher (T -> pruned T). The control that the paper does not have is
+# --network random, a network of the space with the student's latency, and --control draws others.
 # ---------------------------------------------------------------------------------------------
 
 
 def distillation(student, teacher, kind="paper"):
-    """Eq. (4). Logits (B, K, H, W) -> scalar.
-
-    paper: KL(q^s || q^t) of each pixel, mean over pixels. release: KL(q^t || q^s), mean over
-    elements, i.e. divided by K as well.
-    """
+    """Eq. (4). Logits (B, K, H, W) -> scalar."""
     log_s = F.log_softmax(student.float(), 1)
     log_t = F.log_softmax(teacher.float(), 1)
-    if kind == "release":
+    if kind == "release":           # OFFICIAL-CODE: KL(q^t || q^s), also divided by the classes
         return (log_t.exp() * (log_t - log_s)).mean()
+    # PAPER: E_i KL(q^s_i || q^t_i), i over the pixels
     return (log_s.exp() * (log_s - log_t)).sum(1).mean()
 
 
@@ -1470,247 +1420,170 @@ def space_of(cfg, path):
 
 
 def find_architecture(cfg, which, classes, device):
-    """The architecture that --network names, from --arch or the run folder."""
+    """The architecture that --network names, from --arch or the run folder. Same on all ranks."""
     path = cfg.arch or str(Path(cfg.out) / "arch.json")
     if which in ("student", "teacher"):
         return load_architecture(path, which)
-    teacher, student = (load_architecture(path, w) for w in ("teacher", "student"))
-    space = space_of(cfg, path)
+    student, space = load_architecture(path, "student"), space_of(cfg, path)
     if which == "pruned_teacher":
-        return pruned(teacher, min(space.widths), student.stem_chi)
-    drawn, wanted = Path(cfg.out) / "random" / "arch.json", student.to_json()
-    if not drawn.exists() or common.read_json(drawn, "arch.json").get("student") != wanted:
-        ms = latency.build_table(latency_entries(space, classes, space.frame), device, space.frame,
-                                 Path(cfg.out).parent)
-        arch = random_like(space, student, ms, classes)
-        common.write_text(drawn, json.dumps({"random": arch.to_json(), "student": wanted},
-                                            indent=1))
-        common.barrier()
-    return load_architecture(str(drawn), "random")          # the same control in every stage
+        return pruned(load_architecture(path, "teacher"), min(space.widths), student.stem_chi)
+    return random_like(space, student, measured_table(space, classes, device), classes)
 
 
-def folder_of(cfg, which):
+def folder_of(cfg):
     """Run folder of one trained network: runs without distillation do not overwrite the others."""
-    alone = which != "teacher" and not cfg.distill
-    return Path(cfg.out) / (which + "_alone" * alone)
+    alone = "" if cfg.distill or cfg.network == "teacher" else "_alone"
+    return Path(cfg.out) / f"{cfg.network}{cfg.control or ''}{alone}"
 
 
-def train_network(cfg, which, device, train_loader, val_loader, classes, teacher=None):
-    """Train one derived network from scratch; returns it with its best weights."""
-    arch = find_architecture(cfg, which, classes, device)
+def train_network(cfg, device, teacher=None):
+    """Train one derived network from scratch, or take a teacher that is there; returns it."""
+    images, loader = open_loader(cfg, "train", train=True)
+    _, val_loader = open_loader(cfg, "val")                    # chooses best.pt
+    classes = images.num_classes
+    arch = find_architecture(cfg, cfg.network, classes, device)
     torch.manual_seed(cfg.seed)
     net = place(FasterSeg(arch, classes, auxiliary=True), cfg, device)
-    folder = folder_of(cfg, which)
+    optimizer = torch.optim.SGD(net.parameters(), cfg.lr, cfg.momentum,
+                                weight_decay=cfg.weight_decay)
+    # The rate falls once an epoch; fit steps the schedule once a batch.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cfg.lr_decay ** (step // len(loader)))
+    run = Run(cfg.network, "train", cfg, device, folder_of(cfg), cfg.epochs,
+              about={"arch": json.dumps(arch.to_json())}, model=net, optimizer=optimizer,
+              schedule=schedule)
 
     def loss_terms(forward, images, labels):
-        outputs = forward(images)
-        outputs = outputs if isinstance(outputs, list) else [outputs]
-        terms = {"seg": ohem(outputs[0], labels)}
-        if outputs[1:]:
-            terms["aux"] = cfg.aux_weight * sum(ohem(y, labels) for y in outputs[1:])
+        logits, *auxiliary = forward(images)
+        terms = {"seg": ohem(logits, labels)}
+        if auxiliary:
+            terms["aux"] = cfg.aux_weight * sum(ohem(y, labels) for y in auxiliary)
         if teacher is not None:             # equal weights for both losses, Section 3.3
             with torch.no_grad():
                 soft = teacher(images)
-            terms["kl"] = distillation(outputs[0], soft, cfg.distill_kl)
+            terms["kl"] = distillation(logits, soft, cfg.distill_kl)
         return terms
 
-    optimizer = torch.optim.SGD(net.parameters(), cfg.lr, cfg.momentum,
-                                weight_decay=cfg.weight_decay)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, cfg.lr_decay)
-    best = fit(which, net, loss_terms, optimizer, schedule, train_loader, val_loader, classes, cfg,
-               device, folder, cfg.clip, identity_of(cfg, arch))
+    def score(model):
+        return evaluate(model, val_loader, classes, device, cfg.amp).miou()
+
+    # A teacher serves several students: it is trained once. The others anew with each command.
+    train = common.train_or_load if cfg.network == "teacher" else common.fit
+    best = train(run, loss_terms, loader, score)
     if rank() == 0:
-        print(f"{which}: best retrained mIoU on val {100 * best:.2f} -> {folder}/best.pt")
-    return restore(cfg, which, classes, device, folder / "best.pt")
+        print(f"{cfg.network}: best retrained mIoU on val {100 * best:.2f} -> {run.folder}/best.pt")
+    return restore(cfg, run.folder / "best.pt", classes, device)
 
 
-def identity_of(cfg, arch):
-    """What a checkpoint says about itself, so that it is not taken for another network's."""
-    return {"arch": json.dumps(arch.to_json()), "dataset": f"{cfg.dataset} {cfg.data_root}"}
-
-
-def restore(cfg, which, classes, device, path):
-    """A trained network in eval mode, without its auxiliary heads."""
-    state = load_checkpoint(path, ("model", "arch"))
-    arch = find_architecture(cfg, which, classes, device)
-    if state["arch"] != identity_of(cfg, arch)["arch"]:
-        raise InputError(f"{path} was trained for another architecture than --arch holds; train "
-                         "again or name its own arch.json")
-    net = FasterSeg(arch, classes)
+def restore(cfg, path, classes, device):
+    """A trained network in eval mode, without auxiliary heads; its checkpoint says which one."""
+    state = load_checkpoint(path, ("model", "settings"))
+    stored = state["settings"].get("arch") or "{}"
+    if cfg.arch:
+        wanted = find_architecture(cfg, cfg.network, classes, device).to_json()
+        common.require_same(state["settings"], {"arch": json.dumps(wanted)}, path)
+    net = FasterSeg(Architecture.from_json(json.loads(stored), str(path)), classes)
     load_weights(net, {k: v for k, v in state["model"].items() if "auxiliary" not in k}, path)
     return place(net.eval(), cfg, device)
 
 
-def finished(cfg, which, classes, device):
-    """Whether this network has been trained to the end, for this architecture and data set."""
-    path = folder_of(cfg, which) / "last.pt"
-    if not path.exists():
-        return False
-    state = load_checkpoint(path, ("epoch", "arch", "dataset"))
-    identity = identity_of(cfg, find_architecture(cfg, which, classes, device))
-    return state["epoch"] >= cfg.epochs and identity.items() <= state.items()
-
-
 def train(cfg, device):
     """--train: the chosen network; its teacher first, unless that one is there already."""
-    images, loader = open_loader(cfg, "train", train=True)
-    _, val_loader = open_loader(cfg, "val")                    # chooses best.pt
-    classes, teacher = images.num_classes, None
-    if cfg.distill and cfg.network != "teacher":
-        if finished(cfg, "teacher", classes, device):
-            teacher = restore(cfg, "teacher", classes, device,
-                              folder_of(cfg, "teacher") / "best.pt")
-        else:
-            teacher = train_network(cfg, "teacher", device, loader, val_loader, classes)
-    train_network(cfg, cfg.network, device, loader, val_loader, classes, teacher)
+    teacher = None
+    if cfg.distill or cfg.network == "teacher":
+        teacher = train_network(replace(cfg, network="teacher", control=0, distill=True,
+                                        distill_kl="paper"), device)
+    if cfg.network != "teacher":
+        train_network(cfg, device, teacher)
     if rank() == 0:
-        print(f"next: python fastersg.py --eval --bench{common.flags_of(cfg, QUICK)}")
+        print(common.next_command(cfg, "fastersg", "--eval --bench"))
 
 
 # ---------------------------------------------------------------------------------------------
 # 9. Evaluate, bench, export
+#
+# Three mIoUs that must not be confused: supernet_miou, of all operators at once; derived_miou, of
+# the derived network with the supernet's weights, usually low; retrained mIoU, which counts.
 # ---------------------------------------------------------------------------------------------
 
 
 def evaluate_network(cfg, device):
     """--eval: mIoU at the label's own resolution, one scale, no flip (4.4), and pictures."""
     images, loader = open_loader(cfg, cfg.split)
-    classes, folder = images.num_classes, folder_of(cfg, cfg.network)
-    net = restore(cfg, cfg.network, classes, device, cfg.weights or folder / "best.pt")
+    folder, classes = folder_of(cfg), images.num_classes
+    net = restore(cfg, cfg.weights or folder / "best.pt", classes, device)
     forward = torch.compile(net) if cfg.compile else net
     matrix = evaluate(forward, loader, classes, device, cfg.amp)
-    if rank() > 0:
-        return
-    common.report_segmentation(cfg.network, matrix, images, cfg, folder)
-    common.draw_segmentations(net, images, cfg, device, folder)
+    if rank() == 0:
+        common.report_segmentation(cfg.network, "retrained", matrix, images, cfg, folder)
+        common.draw_segmentations(net, images, cfg, device, folder)
+
+
+def networks_to_bench(cfg, device):
+    """{name: architecture}, number of classes: what was found, if there is something, and the
+    published ones."""
+    path, published = cfg.arch or str(Path(cfg.out) / "arch.json"), {
+        "published student": PAPER_STUDENT, "published teacher": PAPER_TEACHER}
+    if path == "paper" or not (cfg.arch or Path(path).exists()):
+        return published, 19
+    classes = common.read_json(path, "arch.json").get("classes")
+    if not isinstance(classes, int) or not 2 <= classes <= 254:
+        raise InputError(f"{path} does not say for how many classes it was found")
+    found = dict.fromkeys(("student", "teacher", cfg.network))
+    return {f"found {which}": find_architecture(cfg, which, classes, device)
+            for which in found} | published, classes
 
 
 def bench(cfg, device):
     """--bench: parameters, conv MACs and measured latency (BN folded); writes bench.json."""
-    path, classes = cfg.arch or str(Path(cfg.out) / "arch.json"), 19
-    nets = {"published student": PAPER_STUDENT, "published teacher": PAPER_TEACHER}
-    if path != "paper" and (cfg.arch or Path(path).exists()):
-        load_architecture(path, "student")                  # refuses what is no arch.json
-        classes = common.read_json(path, "arch.json").get("classes")
-        if not isinstance(classes, int) or not 2 <= classes <= 254:
-            raise InputError(f"{path} does not say for how many classes it was found")
-        found = {"student": None, "teacher": None, cfg.network: None}
-        nets = {f"found {w}": find_architecture(cfg, w, classes, device) for w in found} | nets
-    nets = {name: FasterSeg(arch, classes).eval() for name, arch in nets.items()}
-    about, rows = latency.compare(nets, cfg.frame, device, cfg)
+    archs, classes = networks_to_bench(cfg, device)
+    ms = measured_table(cfg, 19, device) if cfg.correlation else {}
+    if rank() > 0:                      # only here: a table is measured by rank 0 for all of them
+        return
+    about, rows = latency.compare({name: FasterSeg(arch, classes).eval()
+                                   for name, arch in archs.items()}, cfg.frame, device, cfg)
     full = FasterSeg(PAPER_STUDENT, 19)
+    ours = {"params": count_params(full), "conv_macs": count_macs(full, (1024, 2048)),
+            "params_with_auxiliary": count_params(FasterSeg(PAPER_STUDENT, 19, True))}
+    rows["published student, 19 classes, 1024x2048"] = ours
     rows["paper"] = {"params": 4.4e6, "flops": 28.2e9, "fps": 163.9}
-    rows["published student, 19 classes, 1024x2048"] = {
-        "params": count_params(full), "conv_macs": count_macs(full, (1024, 2048)),
-        "params_with_auxiliary": count_params(FasterSeg(PAPER_STUDENT, 19, True))}
-    ours = rows["published student, 19 classes, 1024x2048"]
     print("published student at 1024x2048, 19 classes, ours | paper (Table 3):\n"
           f"  parameters {ours['params']:,}, in training {ours['params_with_auxiliary']:,} "
           f"| 4.4 M\n  conv MACs {ours['conv_macs'] / 1e9:.6f} G | 28.2 G with BN and ReLU\n"
           "  latency: another device and backend, not comparable | 163.9 FPS (1080Ti, TensorRT)")
-    common.write_text(Path(cfg.out) / "bench.json", json.dumps({**about, "networks": rows},
-                                                               indent=1))
+    if cfg.correlation:
+        rows["correlation"] = correlate(cfg, device, ms)
+    common.write_text(Path(cfg.out) / "bench.json",
+                      json.dumps({**about, "networks": rows}, indent=1))
     print(f"in {cfg.out}: bench.json")
 
 
-def plain_ops(ops, x, alpha, j):
-    """SuperOps as Eq. (2) is written: each operator by itself, alpha times its output, kernels
-    sliced under autograd. The same numbers; --bench-search measures what the difference is worth.
+def correlate(cfg, device, ms, classes=19):
+    """App. E, Figure 3: what the table says of random networks, against their measured latency.
+
+    Layers, widths and frame are the settings'. latency_correlation.png; returns the numbers.
     """
-    c = ops.c_outs[j]
-
-    def enlarged(y):
-        return resize(y, x.shape[-2:]) if ops.stride == 1 else y
-
-    def conv(layer, k, y):
-        norm, own = layer.norms[j], slice(k * c, (k + 1) * c)
-        y = F.conv2d(y, layer.weight[k, :c, :y.shape[1]], stride=layer.stride, padding=1)
-        return F.batch_norm(y, norm.running_mean[own], norm.running_var[own], norm.weight[own],
-                            norm.bias[own], norm.training, norm.momentum, norm.eps)
-
-    if ops.stride == 1:
-        skip = match(x, c)
-    else:
-        norm = ops.skip_norms[j]
-        y = [F.conv2d(p, w[0, :c // 2, :x.shape[1]], stride=2)
-             for p, w in zip((x, shifted(x)), ops.skip)]
-        skip = F.relu(F.batch_norm(torch.cat(y, 1), norm.running_mean, norm.running_var,
-                                   norm.weight, norm.bias, norm.training, norm.momentum, norm.eps))
-    found = [skip, F.relu(conv(ops.first, 0, x)),
-             F.relu(conv(ops.second, 0, F.relu(conv(ops.first, 1, x)))),
-             F.relu(enlarged(conv(ops.zoom_first, 0, halve(x)))),
-             F.relu(enlarged(conv(ops.zoom_second, 0, F.relu(conv(ops.zoom_first, 1,
-                                                                  halve(x))))))]
-    return sum(a * y for a, y in zip(alpha, found))
-
-
-def bench_search(cfg, device):
-    """--bench-search: time and memory of the two steps of the search on random pictures, in turn
-    with the same steps of the plain formulation."""
-    classes, generator = 19, torch.Generator().manual_seed(0)
-    s = Searcher(cfg, classes, device)
-    s.net.train()
-    cells = [m for m in s.net.modules() if isinstance(m, SuperOps)]
-
-    def batch():
-        shape = (cfg.search_batch, *cfg.search_size)
-        return (torch.randn(shape[0], 3, *shape[1:]).to(device),
-                torch.randint(0, classes, shape).to(device))
-
-    print(f"{latency.device_name(device)}, {torch.get_num_threads()} threads, "
-          f"{'bf16 autocast' if cfg.amp else 'float32'}, batch {cfg.search_batch}, 3x"
-          f"{cfg.search_size[0]}x{cfg.search_size[1]}, L = {cfg.layers}, widths {cfg.widths}, "
-          f"{classes} classes, {count_params(s.net) / 1e6:.1f} M supernet parameters")
-    conv = nn.Conv2d(256, 256, 3, padding=1, bias=False)        # what the device can do at best
-    call = latency.prepare(conv, [(2, 256, 64, 128)], device)
-    ms = latency.measure_many({"conv": call}, device)["conv"]["median"]
-    print(f"one large 3x3 convolution alone: {2 * 64 * 128 * 9 * 256 ** 2 / ms / 1e6:.0f} G MACs/s")
-    entries = latency_entries(cfg, classes, cfg.search_size)
-    model = LatencyModel(cfg, dict.fromkeys(entries, 1.0), classes, device)     # any table: speed
-    w123 = [1 / 3] * 3
-    steps = {"pretraining step": lambda: pretrain_step(s.net, s.archs, batch(), s.w, generator,
-                                                       cfg),
-             "search step": lambda: search_step(
-                 s.net, s.archs, batch(), batch(), (s.w, *s.a), generator, cfg,
-                 lambda weights: s.lam * relaxed_latency(model, weights, w123))}
-
-    def timed(step, plain):
-        for ops in cells:
-            if plain:       # an attribute of the object goes before the method of its class
-                ops.forward = lambda x, half, alpha, j, ops=ops: plain_ops(ops, x, alpha, j)
-            else:
-                vars(ops).pop("forward", None)
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    peak = {}
-    for plain in (False, True):                             # the smaller first: peaks only grow
-        for step in steps.values():
-            timed(step, plain)
-        peak[plain] = common.peak_memory(device)
-    times = {(name, plain): [] for name in steps for plain in peak}
-    for _ in range(5):
-        for (name, plain), seen in times.items():
-            seen.append(timed(steps[name], plain))
-    for (name, plain), seen in times.items():
-        seen.sort()
-        print(f"{name:17s} {'plain' if plain else 'as here':8s} median {seen[2]:.2f} s of 5 in "
-              f"turn ({seen[0]:.2f} to {seen[-1]:.2f}), peak memory {peak[plain]:.2f} GiB",
-              flush=True)
+    generator = random.Random(cfg.seed)
+    archs = [random_architecture(cfg, generator) for _ in range(cfg.correlation)]
+    estimates = [table_latency(arch, ms, classes) for arch in archs]
+    calls = {i: latency.prepare(FasterSeg(arch, classes), [(1, 3, *cfg.frame)], device)
+             for i, arch in enumerate(archs)}
+    measured = [t["median"] for t in latency.measure(calls, device).values()]
+    r = statistics.correlation(estimates, measured)
+    print(f"{len(archs)} random networks, {min(measured):.1f} to {max(measured):.1f} ms: Pearson "
+          f"r = {r:.4f} (paper, Figure 3: 0.993)")
+    common.plot(Path(cfg.out) / "latency_correlation.png",
+                f"Table against measurement, r = {r:.4f}", "sum of entries (ms)", "measured (ms)",
+                {"random network": list(zip(estimates, measured))}, dots=True, diagonal=True)
+    return {"pearson_r": r, "table_ms": estimates, "measured_ms": measured}
 
 
 def export_network(cfg):
     """--export FILE: the folded network as a torch.export program for pictures of --frame."""
-    classes = open_loader(cfg, cfg.split)[0].num_classes
-    path = cfg.weights or folder_of(cfg, cfg.network) / "best.pt"
-    net = restore(cfg, cfg.network, classes, torch.device("cpu"), path)
-    error = common.export(net, cfg.frame, cfg.export)
-    print(f"{cfg.export}: torch.export program for 1x3x{cfg.frame[0]}x{cfg.frame[1]}, largest "
-          f"difference to the network {error:.1e}\nrun it anywhere: "
-          f"torch.export.load('{cfg.export}').module()(image)")
+    classes = open_split(cfg, cfg.split).num_classes
+    net = restore(cfg, cfg.weights or folder_of(cfg) / "best.pt", classes, torch.device("cpu"))
+    if rank() == 0:
+        common.export(net, cfg.frame, cfg.export)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1720,66 +1593,51 @@ def export_network(cfg):
 STAGES = {"search": "pretrain the supernet, search, derive; writes arch.json",
           "train": "train --network from scratch (and its teacher)",
           "eval": "mIoU and pictures of a trained network",
-          "bench": "parameters, MACs and measured latency",
-          "bench-search": "time and memory of a pretraining and a search step, against the plain "
-                          "formulation"}
+          "bench": "parameters, MACs and measured latency"}
 
 
-def check(cfg):
-    """Refuse early what cannot work."""
-    if cfg.layers < 4:
-        raise InputError(f"--layers {cfg.layers}: three rates need 4 layers or more")
-    if not cfg.widths or len(set(cfg.widths)) < len(cfg.widths) or min(cfg.widths) < 1:
-        raise InputError("--widths needs different positive numbers, e.g. 4 6 8 10 12")
-    if cfg.stem_chi < 1 or cfg.branches not in (1, 2):
-        raise InputError("--stem-chi must be positive and --branches 1 or 2")
-    if not 0 < cfg.held_out < 1 or cfg.pretrain_epochs < 0 or cfg.search_epochs < 0:
-        raise InputError("--held-out is a share between 0 and 1, epochs are not negative")
-    if min(*cfg.search_size, *cfg.frame) < 32 or min(cfg.search_scale, cfg.tau) <= 0:
-        raise InputError("--search-size and --frame need 32 pixels a side or more, --search-scale "
-                         "and --tau must be positive")
-    if cfg.search_batch < 1 or cfg.label_stride < 1:
-        raise InputError("--search-batch and --label-stride must be 1 or more")
-    if cfg.latency_weights != "auto":
-        three_weights(cfg.latency_weights)
-    cfg.widths = tuple(sorted(cfg.widths))                  # everything below counts on the order
-
-
-def check_batches(cfg, stages):
-    """BN needs two values a channel: the coarsest map is a zoomed one at rate 32."""
-    for stage, flag, batch, size in (("search", "search-", cfg.search_batch, cfg.search_size),
-                                     ("train", "", cfg.batch_size, cfg.size)):
+def check(cfg, stages):
+    """Refuse early what cannot work; what relates two settings."""
+    cfg.widths = tuple(sorted(cfg.widths))                  # everything counts on the order
+    if len(set(cfg.widths)) < len(cfg.widths) or cfg.stem_chi not in cfg.widths:
+        raise InputError(f"--widths {cfg.widths} must differ, and contain --stem-chi "
+                         f"{cfg.stem_chi}: a skip hands on the stem's width")
+    if cfg.eq3_w and (len(cfg.eq3_w) != 3 or abs(sum(cfg.eq3_w) - 1) > 1e-6):
+        raise InputError("--eq3-w needs three numbers that sum to 1, as 0.1 0.8 0.1")
+    if cfg.correlation and ("bench" not in stages or cfg.correlation < 3):
+        raise InputError("--correlation needs --bench and 3 networks or more")
+    if cfg.compile and "search" in stages:
+        raise InputError("--compile is for --train, --eval and --bench: the slices of the supernet "
+                         "write their gradients themselves, which torch.compile cannot follow; run "
+                         "--search alone without it")
+    for stage, flag, batch, size in (
+            ("search", "--search-batch", cfg.search_batch, cfg.search_size),
+            ("train", "--batch-size", cfg.batch_size, cfg.size)):
         if stage in stages and batch % world_size():
-            raise InputError(f"--{flag}batch{'-size' * (not flag)} {batch} does not divide over "
-                             f"{world_size()} processes")
+            raise InputError(f"{flag} {batch} does not divide over {world_size()} processes")
+        # BN needs two values a channel: the coarsest map is a zoomed one at rate 32.
         values = batch // world_size() * math.prod(math.ceil(d / 64) for d in size)
         if stage in stages and values < 2:
-            raise InputError(f"--{flag}size {size[0]} {size[1]} leaves BN a single value at 1/64 "
-                             "of the resolution; take a larger crop or batch")
+            raise InputError(f"crops of {size[0]}x{size[1]} leave BN a single value at 1/64 of the "
+                             f"resolution; take larger ones, or a larger {flag}")
 
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "fastersg", STAGES, QUICK, __doc__, argv)
-    check(cfg)
     device = common.setup(cfg)
-    check_batches(cfg, stages)
-    if "bench-search" not in stages:
-        common.write_config(cfg, stages)
+    check(cfg, stages)
+    common.write_config(cfg, stages, device)
     if stages & {"train", "eval"}:
-        open_split(cfg, "val", cfg.size)                    # missing? say so before hours of search
+        open_split(cfg, "val")                              # missing? say so before hours of search
     if "search" in stages:
         search(cfg, device)
     if "train" in stages:
         train(cfg, device)
     if "eval" in stages:
         evaluate_network(cfg, device)
-    if rank() == 0 and "bench" in stages:
+    if "bench" in stages:
         bench(cfg, device)
-    if "bench-search" in stages:
-        if world_size() > 1:
-            raise InputError("--bench-search measures a single process; run it without torchrun")
-        bench_search(cfg, device)
-    if rank() == 0 and cfg.export:
+    if cfg.export:
         export_network(cfg)
 
 
