@@ -27,7 +27,7 @@ The idea in five lines:
     sigma              cfg.sigma                           pruning threshold, Section 3.3
 
     python sparsemask.py --search                3 minutes of one core, 1.1 GiB
-    python sparsemask.py --train --eval          the found network, retrained: as long
+    python sparsemask.py --train --eval          the found network, retrained
     python sparsemask.py --bench                 10 seconds: Table 1's decoders, exact counts
 """
 import copy
