@@ -5090,7 +5090,7 @@ METHODS = {
         (("--search --resume --beta 0.02", "--beta"), ("--search --tau 1", "--tau"),
          ("--search --target 1.5", "--target"), ("--train --arch none.json", "none.json"),
          ("--search --seed 5", "--seed"), ("--search --target 0.001", "fewest channels")),
-        apart=5e-6),                    # ten steps
+        "--drop-path 0 --lr 1e-3", 5e-5),       # drop path draws otherwise on each rank
     "mtp": Method(
         mtp,
         "--preset quick --cls-batch 8 --size 32 64 --batch-size 4 --dense-cls-epochs 1 "
