@@ -71,14 +71,6 @@ def _refused(call, *words):
     raise AssertionError(f"not refused; expected a message with {words}")
 
 
-def run_script(script, *flags, code=0, before=()):
-    """A script as a user starts it; returns (stdout, stderr)."""
-    done = subprocess.run([sys.executable, *before, str(HERE / script), *map(str, flags)],
-                          capture_output=True, text=True, timeout=280)
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout, done.stderr
-
-
 def call_main(module, *flags):
     """module.main in this process, which saves the imports; returns what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -2552,71 +2544,6 @@ def test_fastersg_planted_skips_and_reach():
 # fastersg.py as a process
 # ---------------------------------------------------------------------------------------------
 
-TINY = ("--dataset folder --num-classes 3 --layers 4 --widths 2 4 --stem-chi 2 --search-size 32 64 "
-        "--search-scale 1 --search-batch 2 --search-steps 2 --pretrain-epochs 1 --search-epochs 2 "
-        "--held-out 0.2 --frame 32 64 --arch-lr 0.05").split()
-TINY_TRAIN = "--size 32 64 --epochs 2 --batch-size 4 --lr 0.02".split()
-
-
-def tiny_set(root):
-    """12 + 4 pictures of three classes: a bright disc and a dark bar on grey ground."""
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 12), ("val", 4)):
-        for i in range(n):
-            y, x = np.mgrid[:32, :64]
-            cy, cx, bar = rng.integers(8, 24), rng.integers(8, 56), rng.integers(0, 56)
-            bars = np.where(abs(x - bar) < 3, 2, 0)
-            label = np.where((y - cy) ** 2 + (x - cx) ** 2 < 50, 1, bars)
-            grey = np.array([120, 220, 30])[label] + rng.integers(-20, 20, (32, 64))
-            for folder, values, suffix in (("images", grey, ".png"), ("labels", label, ".png")):
-                path = Path(root, split, folder, f"{i}{suffix}")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(values.astype(np.uint8)).save(path)
-    return str(root)
-
-
-def run(*flags, script="fastersg.py", before=(), code=0):
-    """Run a script as a user does; returns (stdout, stderr) and checks the exit code."""
-    done = subprocess.run([sys.executable, *before, str(HERE / script), *map(str, flags)],
-                          capture_output=True, text=True, timeout=280)
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout, done.stderr
-
-
-def refused(*flags, words=(), script="fastersg.py"):
-    """The command ends with exit code 2 and one sentence on stderr that holds all words."""
-    _, stderr = run(*flags, code=2, script=script)
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in stderr and len(lines) == 1, stderr
-    for word in words:
-        assert str(word) in lines[0], f"'{word}' is missing in: {lines[0]}"
-
-
-def state_of(path):
-    """All tensors of a checkpoint, flat."""
-    flat = {}
-    def visit(value, name):
-        if isinstance(value, torch.Tensor):
-            flat[name] = value
-        elif isinstance(value, (dict, list)):
-            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
-                visit(v, f"{name}.{k}")
-    visit(torch.load(path, weights_only=True), "")
-    return flat
-
-
-def killed(flags, checkpoint, script="fastersg.py"):
-    """Start a run, kill -9 it soon after `checkpoint` appears."""
-    process = subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.time() + 120
-    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    _, stderr = process.communicate()
-    assert checkpoint.exists(), stderr.decode()
-
-
 def test_fastersg_ablations_from_the_command_line():
     """Rows of Table 3 (one branch, one width), Figure 4(a), and the published network elsewhere."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -4158,8 +4085,8 @@ def test_bilevel_architectures_are_checked():
 
 def test_bilevel_controls_and_sweep_from_the_command_line():
     """Every method chooses after the same epoch; --train takes --arch; --sweep fills its table."""
-    with tempfile.TemporaryDirectory() as tmp, mock.patch.object(
-            bilevel_prune, "SWEEP", {"beta": (0.01, 1.0), "target": (0.3,)}):
+    with (tempfile.TemporaryDirectory() as tmp,
+          mock.patch.object(bilevel_prune, "SWEEP", {"beta": (0.01, 1.0), "target": (0.3,)})):
         out = Path(tmp, "r")
         base = ["--dataset", "folder", "--num-classes", "3", "--data-root",
                 three_classes(Path(tmp, "set")), "--out", out, *(
@@ -5025,6 +4952,7 @@ class Method:
     files: str                          # what these stages leave in --out
     words: tuple                        # what they print
     refusals: tuple                     # (stages and flags, words of the message) on a finished run
+    endless: str = "--search-epochs 9999"       # makes a search last for hours
     ranks: str = ""                     # further flags of a search on two ranks
     apart: float = 1e-6                 # how far float32 takes two ranks from one, relatively
     around: object = contextlib.nullcontext
@@ -5078,7 +5006,7 @@ METHODS = {
          ("--search --arch x.json", "--arch"), ("--train --arch none.json", "none.json"),
          ("--search --task edges", "edges", "folder"), ("--search --batch-size 1", "--batch-size"),
          ("--search --lr-decoder 1e30", "not finite", "step")),
-        "--search-epochs 1"),
+        ranks="--search-epochs 1"),
     "bilevel_prune": Method(
         bilevel_prune,
         "--network tiny --size 32 64 --frame 32 64 --epochs 1 --search-epochs 2 "
@@ -5102,6 +5030,7 @@ METHODS = {
         ("dose", "pruned mIoU", "top-1", "40.18 M"),
         (("--search --resume --alpha1 0.5", "--alpha1"), ("--search --percentile 100", "--perc"),
          ("--train --arch none.json", "none.json"), ("--search --rho 0.5", "--rho")),
+        "--dense-cls-epochs 9999",
         "--dense-cls-lr 1e-4 --dense-lr 1e-4 --search-cls-lr 1e-4 --search-lr 1e-4", 5e-6, narrow),
 }
 
@@ -5113,8 +5042,9 @@ def contents(folder):
             for p in paths}
 
 
-def assert_same_run(a, b, what):
-    a, b = contents(a), contents(b)
+def assert_same_run(a, folder, what):
+    """The contents `a` of a run are those of the folder."""
+    b = contents(folder)
     assert a.keys() == b.keys(), (what, a.keys() ^ b.keys())
     for path, value in a.items():
         if isinstance(value, str):
@@ -5147,10 +5077,11 @@ def killed_at_every_rename(name):
         finally:
             os.replace = rename
         assert len(states) > 4 and any(folder.rglob("*.tmp") for folder, _ in states)
+        finished = contents(whole)
         for folder, target in states:
             flags[flags.index("--out") + 1] = folder
             call_main(method.module, "--search", "--train", "--resume", *flags)
-            assert_same_run(whole, folder, f"killed before {folder.name} ({target})")
+            assert_same_run(finished, folder, f"killed before {folder.name} ({target})")
 
 
 def finished_run(name):
@@ -5183,21 +5114,42 @@ def finished_run(name):
 
 
 def killed_for_real(name):
-    """A true SIGKILL of a true process once the search has stored its first epoch, then --resume."""
+    """SIGKILL once the search has stored its first epoch, then --resume: bit for bit the whole run."""
     method = METHODS[name]
-    with tempfile.TemporaryDirectory() as tmp:
+    with tempfile.TemporaryDirectory() as tmp, method.around():
         whole, killed = Path(tmp, "runs", "whole"), Path(tmp, "runs", "killed")
         flags = method.flags(tmp, killed)
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / f"{name}.py"), "--search", *map(str, flags)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and not (list(killed.rglob("last.pt"))):
+        if (child := os.fork()) == 0:
+            try:
+                call_main(method.module, "--search", *flags)
+            finally:
+                os._exit(1)
+        while not list(killed.rglob("last.pt")):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "ended without a checkpoint"
             time.sleep(0.01)
-        process.kill()
-        assert list(killed.rglob("last.pt")), process.communicate()[1].decode()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         call_main(method.module, "--search", "--resume", *flags)
         call_main(method.module, "--search", *method.flags(tmp, whole))
-        assert_same_run(whole, killed, "SIGKILL")
+        assert_same_run(contents(whole), killed, "SIGKILL")
+
+
+def stopped_by_a_scheduler(name):
+    """The script as a user starts it, in a process of its own; SIGTERM ends it like Ctrl-C."""
+    method = METHODS[name]
+    with tempfile.TemporaryDirectory() as tmp:
+        out = Path(tmp, "runs")
+        process = subprocess.Popen(
+            [sys.executable, HERE / f"{name}.py", "--search", *method.flags(tmp, out),
+             *method.endless.split()],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not list(out.rglob("last.pt")):
+            time.sleep(0.01)
+        process.terminate()
+        _, stderr = process.communicate()
+        assert process.returncode == 130, stderr
+        assert stderr == "interrupted; the same command with --resume continues\n"
+        assert list(out.rglob("last.pt")) and not list(out.rglob("*.tmp"))
 
 
 def on_frozen_statistics(x, mean, var, weight, bias, training, momentum, eps):
@@ -5247,14 +5199,15 @@ def test_bilevel_prune_two_ranks_hold_the_same_weights():
         on_two_ranks(lambda rank: call_main(method.module, "--search", *flags))
 
 
-for check in (killed_at_every_rename, killed_for_real, finished_run, two_ranks_are_one):
+for check in (killed_at_every_rename, killed_for_real, stopped_by_a_scheduler, finished_run,
+              two_ranks_are_one):
     for name in METHODS:
         if (check, name) != (two_ranks_are_one, "bilevel_prune"):
             globals()[f"test_{name}_{check.__name__}"] = functools.partial(check, name)
 
 # Started first, so that none of them comes late: in part of the name.
-LONGEST = ("killed_at_every_rename", "finished_run", "planted", "killed_for_real", "two_ranks",
-           "ablations", "stages", "derived")
+LONGEST = ("killed_at_every_rename", "finished_run", "scheduler", "planted", "killed_for_real",
+           "two_ranks", "ablations", "stages", "controls", "derived")
 
 
 # ---------------------------------------------------------------------------------------------
