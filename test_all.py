@@ -5036,23 +5036,25 @@ METHODS = {
 
 
 def contents(folder):
-    """{relative path: tensors, or text} of the checkpoints and the architecture in a run folder."""
+    """{relative path: bytes} of the checkpoints and architectures in a run folder."""
     paths = [p for p in Path(folder).rglob("*") if p.suffix == ".pt" or p.name == "arch.json"]
-    return {str(p.relative_to(folder)): tensors_of(p) if p.suffix == ".pt" else p.read_text()
-            for p in paths}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
-def assert_same_run(a, folder, what):
-    """The contents `a` of a run are those of the folder."""
-    b = contents(folder)
-    assert a.keys() == b.keys(), (what, a.keys() ^ b.keys())
-    for path, value in a.items():
-        if isinstance(value, str):
-            assert value == b[path], f"{path} differs: {what}"
+def differences(a, b):
+    """How two contents differ: {path, or path.key of a tensor: largest difference, or inf}."""
+    apart = dict.fromkeys(a.keys() ^ b.keys(), math.inf)
+    for path in (a.keys() & b.keys()):
+        if a[path] == b[path]:
             continue
-        assert value.keys() == b[path].keys()
-        for key, tensor in value.items():
-            assert torch.equal(tensor, b[path][key]), f"{path}{key} differs: {what}"
+        x, y = (tensors_of(io.BytesIO(side[path])) if path.endswith(".pt") else {} for side in (a, b))
+        if not x or x.keys() != y.keys():
+            apart[path] = math.inf
+        for key in x.keys() & y.keys():
+            if not torch.equal(x[key], y[key]):
+                far = (x[key].double() - y[key].double()).abs()
+                apart[path + key] = float((far / x[key].double().abs().max().clamp(min=1)).max())
+    return apart
 
 
 def killed_at_every_rename(name):
@@ -5081,7 +5083,8 @@ def killed_at_every_rename(name):
         for folder, target in states:
             flags[flags.index("--out") + 1] = folder
             call_main(method.module, "--search", "--train", "--resume", *flags)
-            assert_same_run(finished, folder, f"killed before {folder.name} ({target})")
+            apart = differences(finished, contents(folder))
+            assert not apart, f"killed before {folder.name} ({target}): {apart}"
 
 
 def finished_run(name):
@@ -5105,12 +5108,7 @@ def finished_run(name):
         for command, *words in method.refusals:
             flags = method.flags(tmp, out, train="--train" in command)
             _refused(lambda: call_main(method.module, *flags, *command.split()), *words)
-        after = contents(out)
-        assert before.keys() == after.keys()
-        for path, value in before.items():      # a refusal leaves everything in place
-            same = value == after[path] if isinstance(value, str) else all(
-                torch.equal(t, after[path][key]) for key, t in value.items())
-            assert same, path
+        assert contents(out) == before          # a refusal leaves everything in place
 
 
 def killed_for_real(name):
@@ -5131,7 +5129,7 @@ def killed_for_real(name):
         os.waitpid(child, 0)
         call_main(method.module, "--search", "--resume", *flags)
         call_main(method.module, "--search", *method.flags(tmp, whole))
-        assert_same_run(contents(whole), killed, "SIGKILL")
+        assert differences(contents(whole), contents(killed)) == {}
 
 
 def stopped_by_a_scheduler(name):
@@ -5172,16 +5170,8 @@ def two_ranks_are_one(name):
         flags = [*method.flags(tmp, two), "--scales", "1", "1", *method.ranks.split()]
         call_main(method.module, "--search", *flags, "--out", one)
         on_two_ranks(lambda rank: call_main(method.module, "--search", *flags))
-        a, b = contents(one), contents(two)
-        assert a.keys() == b.keys()
-        for path, value in a.items():
-            if isinstance(value, str):
-                assert value == b[path], path
-                continue
-            for key, tensor in value.items():
-                x, y = tensor.double(), b[path][key].double()
-                far = float((x - y).abs().max()) if x.numel() else 0
-                assert far <= method.apart * max(1, float(x.abs().max())), (path, key, far)
+        apart = differences(contents(one), contents(two))
+        assert max(apart.values(), default=0) <= method.apart, apart
 
 
 def test_bilevel_prune_two_ranks_hold_the_same_weights():
