@@ -19,6 +19,7 @@ A paper's search is written out in its own file, on top of Run:
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -59,7 +60,7 @@ STAGES = ("dense", "search", "train", "eval")
 SEGMENTATION_SETS = data.set_names("segmentation")
 
 
-def opt(default, help, stage="", choices=None, low=None, high=None):
+def opt(default, help, stage="", choices=None, low=-math.inf, high=math.inf):
     """A dataclass field that is also a flag --name-of-field.
 
     stage: the first of STAGES that depends on it, "" if none does. low, high: the range, ends
@@ -74,6 +75,8 @@ class BaseConfig:
     """What all four files need. A paper's Config adds its own fields, among them size (training
     crop H W), scales (smallest and largest random scale), batch_size and epochs."""
     out: str = opt("", "run folder [runs/<method>]")
+    preset: str = opt("", "quick: minutes on a CPU, the default on synthetic data; paper: the "
+                      "paper's values", choices=("quick", "paper"))
     resume: bool = opt(False, "continue each stage from its last.pt")
     seed: int = opt(0, "of weights, samples and data order", "dense", low=0)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
@@ -102,8 +105,7 @@ def flag(name):
 
 
 def add_flag(parser, f, hint):
-    kind = {"help": f"{f.metadata['help']} [{f.default}]".replace("%", "%%"),
-            "default": argparse.SUPPRESS}
+    kind = {"help": f"{f.metadata['help']} [{f.default}]".replace("%", "%%")}
     if hint is bool:
         kind["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(hint) is tuple:
@@ -111,16 +113,13 @@ def add_flag(parser, f, hint):
         kind.update(type=item, nargs="+" if rest == [...] else 1 + len(rest), metavar="N")
     else:
         kind.update(type=hint, choices=f.metadata["choices"])
-        if not kind["choices"]:
-            kind["metavar"] = f.name.upper()
-    parser.add_argument(flag(f.name), **kind)
+    parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind)
 
 
 def check_range(f, value):
     """InputError unless each number of the field lies in its range; NaN lies in none."""
-    low, high = f.metadata["low"], f.metadata["high"]
-    low, high = -1e300 if low is None else low, 1e300 if high is None else high
     for number in value if isinstance(value, tuple) else (value,):
+        low, high = f.metadata["low"], f.metadata["high"]
         if isinstance(number, (int, float)) and not low <= number <= high:
             raise InputError(f"{flag(f.name)} {number} is out of range: {low:g} to {high:g}")
 
@@ -138,16 +137,14 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for stage, text in stages.items():
         parser.add_argument(f"--{stage}", action="store_true", help=text)
-    parser.add_argument("--preset", choices=("quick", "paper"), help="quick: minutes on a CPU, "
-                        "default on synthetic data; paper: the paper's values")
     hints = typing.get_type_hints(config_class)
     options = [f for f in fields(config_class) if "help" in f.metadata]
     for f in options:
         add_flag(parser, f, hints[f.name])
     given = vars(parser.parse_args(argv))
     chosen = {stage for stage in stages if given.pop(stage)}
-    preset = given.pop("preset") or (
-        "quick" if given.get("dataset", "synthetic") == "synthetic" else "paper")
+    synthetic = given.get("dataset", "synthetic") == "synthetic"
+    preset = given.setdefault("preset", "quick" if synthetic else "paper")
     if not chosen and "export" not in given:
         parser.print_help()
         raise InputError(f"choose a stage, for example: python {method}.py --{next(iter(stages))}")
@@ -203,7 +200,7 @@ def run_main(main):
         print("interrupted; the same command with --resume continues", file=sys.stderr)
         sys.exit(130)
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -228,19 +225,20 @@ def setup(cfg):
     the sampler. A scheduler's WORLD_SIZE alone starts nothing: only torchrun does.
     """
     launched = dist.is_torchelastic_launched()
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
+    kind, _, index = cfg.device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or index and not (kind == "cuda" and index.isdigit()):
         raise InputError(f"--device {cfg.device} is not supported; use auto, cpu, cuda or cuda:N")
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {cfg.device}, but torch sees no GPU; use --device cpu")
-    if launched and ":" in cfg.device:
+    if launched and index:
         raise InputError(f"--device {cfg.device} would put all processes of torchrun on one GPU; "
                          "use --device cuda")
     device = torch.device("cpu")
-    if cfg.device != "cpu" and torch.cuda.is_available():
-        index = cfg.device.partition(":")[2] or (os.environ["LOCAL_RANK"] if launched else 0)
-        if int(index) >= torch.cuda.device_count():
+    if kind != "cpu" and torch.cuda.is_available():
+        index = int(index or (os.environ["LOCAL_RANK"] if launched else 0))
+        if index >= torch.cuda.device_count():
             raise InputError(f"there is no GPU {index}: torch sees {torch.cuda.device_count()}")
-        device = torch.device("cuda", int(index))
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -375,12 +373,12 @@ def read_json(path, what):
     """The JSON object in `path`, a dict; `what` names it in the message of the InputError."""
     try:
         value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
     except FileNotFoundError:
         raise InputError(f"there is no {what} at {path}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable {what}: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a readable {what}: it holds no JSON object")
     return value
 
 
@@ -433,9 +431,8 @@ def load_checkpoint(path, need=("model",)):
 def load_state_dict(path):
     """The state_dict in a file of any program: bare, or under "state_dict" or "model"."""
     state = load_checkpoint(path, ())
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    if isinstance(state, dict):
+        state = state.get("state_dict", state.get("model", state))
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} holds no state_dict, that is no dict of tensors")
     return state
@@ -513,10 +510,10 @@ class Run:
     def progress(self):
         spent = max(time.perf_counter() - self.began, 1e-9)
         steps_left = self.steps * (self.total - self.epoch) - self.step
-        minutes, seconds = divmod(int(spent / max(self.done, 1) * steps_left), 60)
+        minutes = spent / max(self.done, 1) * steps_left / 60
         losses = " ".join(f"{name} {float(value):.3f}" for name, value in self.terms.items())
         return (f"{self.name} epoch {self.epoch + 1}/{self.total} it {self.step}/{self.steps} "
-                f"{losses} {self.images / spent:.1f} img/s ETA {minutes}:{seconds:02d} "
+                f"{losses} {self.images / spent:.1f} img/s ETA {minutes:.1f} min "
                 f"{peak_memory(self.device):.2f} GiB")
 
     def check(self, **terms):
@@ -539,9 +536,7 @@ class Run:
         sum(terms.values()).backward()
         average_gradients(parameters)                   # a NaN of one rank now stops all of them
         norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-        self.check(**terms)
-        if not norm.isfinite():
-            self.check(**terms, gradient_norm=norm)
+        self.check(**terms, gradient=norm)
         optimizer.step()
 
     def end_epoch(self, score=None, note="", **record):
@@ -608,15 +603,14 @@ def train_or_load(run, *how):
     if state and state["epoch"] < run.total and not run.cfg.resume:
         raise InputError(f"{path} has {state['epoch']} of {run.total} epochs: continue it with "
                          "--resume, or delete it")
-    if state.get("epoch", -1) < run.total:
+    if state.get("epoch") != run.total:
         fit(run, *how)
-    else:
-        run.values = state["values"]
-        if rank() == 0:
-            print(f"{run.name}: trained already with these settings, taken from {run.folder}")
-    best = run.folder / "best.pt"
-    load_weights(run.parts["model"], load_checkpoint(best)["model"], best)
-    return run.values["best"]
+    elif rank() == 0:
+        print(f"{run.name}: trained already with these settings, taken from {run.folder}")
+    path = run.folder / "best.pt"
+    best = load_checkpoint(path, ("model", "score"))
+    load_weights(run.parts["model"], best["model"], path)
+    return best["score"]
 
 
 def poly(optimizer, steps, power=0.9):
@@ -632,8 +626,8 @@ def poly(optimizer, steps, power=0.9):
 def classifier(name, weights="none"):
     """torchvision.models.<name>, e.g. mobilenet_v2 or resnet50, with its 1000-class head.
 
-    weights: "none" (random), "imagenet" (torchvision's own, downloaded once) or the path of a
-    state_dict of the whole network, or of its `features` alone; a head in the file is left out.
+    weights: "none" (random), "imagenet" (torchvision's own, downloaded once) or a file for
+    load_backbone. InputError if there is no network, or the file does not fit.
     """
     try:
         net = get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
@@ -645,7 +639,8 @@ def classifier(name, weights="none"):
 
 
 def load_backbone(net, path):
-    """Load the file's state_dict into a torchvision classifier, all but its head; returns it."""
+    """Load a torchvision classifier, all but its head; returns the state_dict in the file, which
+    may be of the whole network or of its `features` alone."""
     state, own = load_state_dict(path), net.state_dict()
     for key in own:
         if not key.startswith(("fc.", "classifier.")):
@@ -664,22 +659,19 @@ def narrowed(layer, out=None, into=None):
     depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
     if depthwise and not layer.groups == layer.in_channels == layer.out_channels:
         raise ValueError(f"cannot cut channels out of a convolution of {layer.groups} groups")
-    for name, kept in layer.state_dict().items():
-        if kept.ndim:                                       # all but BN's count of batches
-            kept = kept if out is None else kept[out]
-            if into is not None and kept.ndim > 1 and not depthwise:
-                kept = kept[:, into]
-            old = getattr(layer, name)
-            setattr(small, name, nn.Parameter(kept.clone(), old.requires_grad) if isinstance(
-                old, nn.Parameter) else kept.clone())
+    for tensor in (*small.parameters(), *small.buffers()):
+        if tensor.ndim and out is not None:                 # ndim 0: BN's count of batches
+            tensor.data = tensor.data[out]
+        if tensor.ndim > 1 and into is not None and not depthwise:
+            tensor.data = tensor.data[:, into]
     if isinstance(layer, nn.BatchNorm2d):
         small.num_features = len(small.running_mean)
     elif isinstance(layer, nn.Linear):
         small.out_features, small.in_features = small.weight.shape
     else:
-        small.out_channels = len(small.weight)
-        small.in_channels = small.out_channels if depthwise else small.weight.shape[1]
-        small.groups = small.out_channels if depthwise else 1
+        small.out_channels, small.in_channels = small.weight.shape[:2]
+        if depthwise:
+            small.in_channels = small.groups = small.out_channels
     return small
 
 
@@ -693,13 +685,11 @@ def fold_bn(model):
     for module in list(model.modules()):
         if hasattr(module, "fold_norms"):
             module.fold_norms()
-        previous = previous_name = None
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d) and (
-                    child.num_features == previous.out_channels):
-                setattr(module, previous_name, fuse_conv_bn_eval(previous, child))
-                setattr(module, name, nn.Identity())
-            previous, previous_name = child, name
+        for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and (
+                    norm.num_features == conv.out_channels):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
     return model
 
 
@@ -728,12 +718,10 @@ def export(model, size, path):
     folded, image = fold_bn(model).cpu(), torch.randn(1, 3, *size)
     with torch.no_grad():
         program = torch.export.export(folded, (image,))
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.export.save(program, file)
-        apart = (torch.export.load(path).module()(image) - folded(image)).abs().max()
-    print(f"{path}: torch.export program for 1x3x{size[0]}x{size[1]}, largest difference to the "
-          f"network {float(apart):.1e}\nrun it anywhere: "
-          f"torch.export.load('{path}').module()(image)")
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.export.save(program, file)
+    print(f"{path}: torch.export program; run it on an image (1, 3, {size[0]}, {size[1]}) by\n"
+          f"  torch.export.load('{path}').module()(image)")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -742,10 +730,10 @@ def export(model, size, path):
 
 
 def cross_entropy(logits, label):
-    """Mean over the pixels that are not IGNORE. logits (B, K, H, W), label (B, H, W)."""
-    if not (label != IGNORE).any():                       # the mean over nothing would be NaN
-        return logits.sum() * 0
-    return F.cross_entropy(logits.float(), label, ignore_index=IGNORE)
+    """Mean over the pixels that are not IGNORE, 0 if none is. logits (B, K, H, W), label (B, H, W).
+    """
+    total = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="sum")
+    return total / (label != IGNORE).sum().clamp(min=1)     # torch's mean over nothing is NaN
 
 
 class ConfusionMatrix:
@@ -769,14 +757,9 @@ class ConfusionMatrix:
         """Mean IoU over the classes that occur in label or prediction; absent ones are excluded."""
         return float(self.iou().nanmean())
 
-    def pixel_accuracy(self):
-        return float(self.matrix.double().diag().sum() / self.matrix.sum())
-
 
 def enlarged(logits, size):
     """(B, K, h, w) -> (B, K, *size), bilinear."""
-    if logits.shape[-2:] == size:
-        return logits
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
@@ -805,10 +788,9 @@ def evaluate(model, loader, num_classes, device, amp=False, scales=(1.0,), flip=
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         with autocast(device, amp):
-            if tuple(scales) == (1.0,) and not flip:        # no softmax: the largest stays it
-                scores = enlarged(model(images).float(), labels.shape[-2:])
-            else:
-                scores = probabilities(model, images, labels.shape[-2:], scales, flip)
+            single = tuple(scales) == (1.0,) and not flip   # needs no softmax, and its memory
+            scores = enlarged(model(images).float(), labels.shape[-2:]) if single else (
+                probabilities(model, images, labels.shape[-2:], scales, flip))
         matrix.update(labels, scores.argmax(1))
     model.train(training)
     sum_over_ranks(matrix.matrix)
@@ -840,8 +822,7 @@ def report_segmentation(name, kind, matrix, images, cfg, folder):
     """Print the IoU of each class and the means; log them. kind: which of the mIoUs it is."""
     for thing, iou in zip(images.class_names, matrix.iou().tolist()):
         print(f"  {thing:24s} {'absent' if math.isnan(iou) else f'{100 * iou:6.2f}'}")
-    print(f"{name}: {kind} mIoU on {cfg.split} {100 * matrix.miou():.2f}, pixel accuracy "
-          f"{100 * matrix.pixel_accuracy():.2f}")
+    print(f"{name}: {kind} mIoU on {cfg.split} {100 * matrix.miou():.2f}")
     log_record(folder, stage="eval", split=cfg.split, miou=matrix.miou())
 
 
@@ -888,39 +869,31 @@ def canvas(title, width, height):
     return image, pen, ImageFont.load_default(size=12)
 
 
-def plot(path, title, x_label, y_label, series, dots=False, diagonal=False):
-    """Save lines, or dots. series: {name: [(x, y), ...]}; points that are not finite are skipped.
-
-    diagonal: one range for both axes and the line y = x. Colours repeat after ten series.
-    """
-    series = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-              for name, points in series.items()}
-    xs = [x for points in series.values() for x, _ in points] or [0, 1]
-    ys = [y for points in series.values() for _, y in points] or [0, 1]
-    xs, ys = (xs + ys, xs + ys) if diagonal else (xs, ys)
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+def plot(path, title, x_label, y_label, series, dots=False):
+    """Save lines, or dots. series: {name: [(x, y), ...]}; a point that is not finite is left out,
+    one must be left; colours repeat after ten series."""
+    series = {name: [p for p in line if all(map(math.isfinite, p))]
+              for name, line in series.items()}
+    points = torch.tensor([point for line in series.values() for point in line])       # (N, 2)
+    low, high = points.amin(0).tolist(), points.amax(0).tolist()
     image, pen, font = canvas(title, 900, 440)
-    left, top, right, bottom = 70, 56, 640, 390
+    left, top, right, bottom = frame = 70, 56, 640, 390
 
     def at(x, y):
-        return (left + (x - x0) / (x1 - x0 or 1) * (right - left),
-                bottom - (y - y0) / (y1 - y0 or 1) * (bottom - top))
+        return (left + (x - low[0]) / (high[0] - low[0] or 1) * (right - left),
+                bottom - (y - low[1]) / (high[1] - low[1] or 1) * (bottom - top))
 
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = at(x0 + share * (x1 - x0), y0 + share * (y1 - y0))
-        pen.line((x, top, x, bottom), FAINT)
-        pen.line((left, y, right, y), FAINT)
-        pen.text((x, bottom + 6), f"{x0 + share * (x1 - x0):.4g}", INK, font, "mt")
-        pen.text((left - 8, y), f"{y0 + share * (y1 - y0):.4g}", INK, font, "rm")
-    pen.text((left, top - 8), y_label, INK, font, "ls")
-    pen.text(((left + right) / 2, bottom + 28), x_label, INK, font, "mt")
-    if diagonal:
-        pen.line((left, bottom, right, top), FAINT, 3)
-    for k, (name, points) in enumerate(series.items()):
-        colour = COLOURS[k % len(COLOURS)]
+    pen.rectangle(frame, outline=FAINT)
+    for place, text, anchor in (
+            ((left, bottom + 6), f"{low[0]:.4g}", "lt"), ((right, bottom + 6), f"{high[0]:.4g}", "rt"),
+            ((left - 8, bottom), f"{low[1]:.4g}", "rs"), ((left - 8, top), f"{high[1]:.4g}", "rt"),
+            ((left, top - 8), y_label, "ls"), (((left + right) / 2, bottom + 28), x_label, "mt")):
+        pen.text(place, text, INK, font, anchor)
+    for k, (name, line) in enumerate(series.items()):
+        colour, places = COLOURS[k % len(COLOURS)], [at(*point) for point in line]
         if not dots:
-            pen.line([at(*point) for point in points], colour, 2, joint="curve")
-        for x, y in (at(*point) for point in points if dots or len(points) == 1):
+            pen.line(places, colour, 2, joint="curve")
+        for x, y in places if dots or len(places) == 1 else ():
             pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour, "white")
         pen.rectangle((right + 20, top + 20 * k, right + 30, top + 20 * k + 10), colour)
         pen.text((right + 38, top + 20 * k - 1), name, INK, font)
@@ -928,23 +901,22 @@ def plot(path, title, x_label, y_label, series, dots=False, diagonal=False):
 
 
 def heat_map(path, title, row_names, column_names, values):
-    """Save a table of numbers in [0, 1], white = 0 to blue = 1, NaN = grey.
+    """Save a table of numbers, white = 0 (or less) to blue = 1 (or more), NaN = grey.
 
-    values: (rows, columns), in the order of the names.
+    values: (rows, columns), in the order of the names; of many columns not every one is named.
     """
-    values = torch.as_tensor(values, dtype=torch.float32)
-    font, rows, columns = ImageFont.load_default(size=12), len(row_names), len(column_names)
+    values = np.array(values, float)[..., None].clip(0, 1)                  # (rows, columns, 1)
+    colours = np.where(np.isnan(values), 200, 255 + values * (np.array([8, 48, 107]) - 255))
+    font, left, top, cell_h = ImageFont.load_default(size=12), 150, 56, 16
     widest = max(font.getlength(str(name)) + 8 for name in column_names)
-    cell_w, cell_h, left, top = max(10, min(widest, 900 // columns)), 16, 150, 56
-    image, pen, font = canvas(title, left + cell_w * columns + 12, top + cell_h * rows + 12)
+    cell_w = int(max(10, min(widest, 900 // len(column_names))))
+    cells = Image.fromarray(colours.round().astype(np.uint8)).resize(
+        (cell_w * len(column_names), cell_h * len(row_names)), Image.Resampling.NEAREST)
+    image, pen, font = canvas(title, left + cells.width + 12, top + cells.height + 12)
+    image.paste(cells, (left, top))
     for i, name in enumerate(row_names):
         pen.text((left - 6, top + cell_h * (i + 0.5)), str(name), INK, font, "rm")
-        for j, value in enumerate(values[i].clamp(0, 1).tolist()):
-            colour = tuple(round(255 + value * (deep - 255)) for deep in (8, 48, 107)) if (
-                value == value) else "#c8c8c8"
-            x, y = left + cell_w * j, top + cell_h * i
-            pen.rectangle((x, y, x + cell_w, y + cell_h), colour, FAINT)
-    for j in range(0, columns, math.ceil(widest / cell_w)):         # names that have room
+    for j in range(0, len(column_names), math.ceil(widest / cell_w)):
         pen.text((left + cell_w * (j + 0.5), top - 4), str(column_names[j]), INK, font, "ms")
     save_png(image, path)
 

@@ -1140,8 +1140,9 @@ def toy_run(tmp, epochs=3, stop=None, lr=0.1, net=None, stale=(), **settings):
                           lambda m: float(sum(p.detach().norm() for p in m.parameters())))
     said = out.getvalue().splitlines()
     if common.rank() == 0:              # the last epoch's line: nothing is left to do
-        assert re.fullmatch(rf"toy epoch {epochs}/{epochs} it 3/3 loss \d+\.\d+ \d+\.\d img/s "
-                            r"ETA 0:00 \d+\.\d\d GiB \| val \d+\.\d\d", said[-1]), said[-1]
+        assert re.fullmatch(
+            rf"toy epoch {epochs}/{epochs} it 3/3 loss \d+\.\d+ gradient \d+\.\d+ \d+\.\d img/s "
+            r"ETA 0\.0 min \d+\.\d\d GiB \| val \d+\.\d\d", said[-1]), said[-1]
     return net, best
 
 
@@ -1359,7 +1360,6 @@ def test_confusion_matrix_against_loops():
         union = sum(a == k or b == k for a, b in pairs)
         ious.append(sum(a == k and b == k for a, b in pairs) / union)
     assert abs(matrix.miou() - sum(ious) / 4) < 1e-12 and matrix.iou().isnan().tolist()[4:] == [1, 1]
-    assert abs(matrix.pixel_accuracy() - sum(a == b for a, b in pairs) / len(pairs)) < 1e-12
 
 
 def test_cross_entropy_leaves_out_void():
@@ -1430,24 +1430,15 @@ def test_plots():
         assert len(y) > 20 and abs(x.mean() - right) < 3
         assert abs(y.mean() - (rows.min() + bottom) / 2) < 4
         assert len(where(path, green)[0]) == 0 < len(where(path, green, 900)[0]), "legend only"
-        common.plot(path, "", "x", "y", {"a": [(0, 0), (10, 40)], "b": [(20, 20)]}, dots=True,
-                    diagonal=True)
+        common.plot(path, "", "x", "y", {"a": [(0, 0), (10, 40)], "b": [(20, 20)]}, dots=True)
         (y, x), (v, u) = where(path, blue), where(path, orange)
-        rows, columns = where(path, common.FAINT)           # the grid: from 0 to 40 on both axes
-        left, *_, right = np.nonzero(np.bincount(columns) > 100)[0]
-        top, *_, bottom = np.nonzero(np.bincount(rows) > 100)[0]
+        rows, columns = where(path, common.FAINT)           # the frame: 0 to 20, 0 to 40
+        left, right = np.nonzero(np.bincount(columns) > 100)[0]
+        top, bottom = np.nonzero(np.bincount(rows) > 100)[0]
         high = x[y < (top + bottom) / 2]
-        assert abs(high.mean() - (left + 0.25 * (right - left))) < 4, "(10, 40)"
-        assert abs(u.mean() - (left + right) / 2) < 4 and abs(v.mean() - (top + bottom) / 2) < 4
-        pixels = Image.open(path)
-
-        def at(a, b):
-            return pixels.getpixel((round(left + a * (right - left)),
-                                    40 + round(bottom - b * (bottom - top))))
-        assert at(0.6, 0.6) == (220, 220, 220) and at(0.6, 0.4) == (255, 255, 255), "y = x"
-        for series in ({}, {"a": []}, {"a": [(0, 3), (1, 3)]}, {"a": [(math.nan, 1)]}):
-            common.plot(path, "", "", "", series)
-        assert os.listdir(path.parent) == ["a.png"]
+        assert abs(high.mean() - (left + right) / 2) < 4, "(10, 40)"
+        assert abs(u.mean() - right) < 4 and abs(v.mean() - (top + bottom) / 2) < 4
+        assert len(where(path, blue)[0]) < 400, "two dots, no line"
 
 
 def test_heat_map_and_bars():
@@ -2246,7 +2237,7 @@ def test_fastersg_figure_3_correlates_table_and_clock():
     assert abs(found["pearson_r"] - 1) < 1e-9 and found["table_ms"] == estimates
     (series, kinds), = plots
     assert series["random network"] == [(e, 2 * e + 1) for e in estimates]
-    assert kinds == {"dots": True, "diagonal": True}
+    assert kinds == {"dots": True}
 
 
 def test_fastersg_random_control():
