@@ -41,7 +41,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 
 import common
 import data
@@ -116,7 +115,7 @@ class Config(BaseConfig):
                              "away from the initial statistics)", "search", low=0, high=1)
     network: str = opt("found", "what --train, --eval and --export work on: found is --arch; "
                        "random_like is random, of about the size of --arch", "train", NETWORKS)
-    arch: str = opt("", "arch.json, or the release's mask as .npy [<out>/arch.json]", "train")
+    arch: str = opt("", "arch.json [<out>/arch.json]", "train")
     init: str = opt("", "checkpoint to start --train from: derived.pt of the search, or the "
                     "earlier step of 5.1", "train")
     train_split: str = opt("", "split for --train [trainval of bsds500, else train]; voc has "
@@ -128,7 +127,6 @@ class Config(BaseConfig):
     thresholds: int = opt(99, "thresholds of the edge scores, as in the benchmark", "eval", low=1)
     frame: tuple[int, int] = opt((512, 512), "picture H W of --bench and --export (PAPER Table 1)",
                                  low=32)
-    beside: str = opt("", "arch.json of another search, drawn beside this one as in Figure 5")
 
 
 # Minutes on two cores. Two hundred steps cannot make w binary at the paper's learning rate of w, so
@@ -258,28 +256,8 @@ def check_connectivity(value, L, where):
     return connectivity
 
 
-def from_release_mask(mask, where):
-    """The release's bool mask (L, L, 2) -> connectivity.
-
-    Row r is stage D_{L-r}; [r, c, 0] is E_{L-c}, [r, 0, 1] is G, [r, c, 1] is D_{L+1-c}.
-    """
-    L = len(ENCODERS["mobilenet_v2"][0])
-    if mask.dtype != bool or mask.shape != (L, L, 2):
-        raise InputError(f"{where} is not a mask of the release: {mask.dtype} of shape "
-                         f"{mask.shape}, expected bool (9, 9, 2), which is MobileNet-V2's")
-    names = [[f"E{L - c}" for c in range(L)], ["G"] + [f"D{L + 1 - c}" for c in range(1, L)]]
-    inputs = {f"D{L - r}": [names[kind][c] for c, kind in np.argwhere(mask[r])] for r in range(L)}
-    return check_connectivity({stage: found for stage, found in inputs.items() if found}, L, where)
-
-
 def read_connectivity(path):
-    """(encoder name, connectivity) of an arch.json or of the release's .npy mask."""
-    if str(path).endswith(".npy"):
-        try:
-            mask = np.asarray(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"cannot read the mask {path} ({error})") from None
-        return "mobilenet_v2", from_release_mask(mask, path)
+    """(encoder name, connectivity) of an arch.json."""
     value = common.read_json(path, "arch.json")
     if value.get("encoder") not in ENCODERS:
         raise InputError(f"{path} does not name its encoder ({', '.join(ENCODERS)}); run --search")
@@ -362,13 +340,24 @@ def random_like(connectivity, encoder, generator):
             return drawn
 
 
-def named_connectivity(name, encoder):
-    """One of Table 1's for any encoder: patterns anew, the released one transferred."""
+def connectivity_of(cfg):
+    """The connectivity that --network and --arch name, for cfg.encoder."""
+    strides = ENCODERS[cfg.encoder][0]
+    L, generator = len(strides), torch.Generator().manual_seed(cfg.seed)
     patterns = {"unet": unet, "sparseacn": sparse_acn, "fdn": fully_dense}
-    strides = ENCODERS[encoder][0]
-    if name in patterns:
-        return patterns[name](len(strides))
-    return transfer(RELEASED, ENCODERS["mobilenet_v2"][0], strides)
+    if cfg.network in patterns:
+        return patterns[cfg.network](L)
+    if cfg.network in ("random", "random_rule"):
+        return random_connectivity(L, generator, cfg.network == "random_rule")
+    path = cfg.arch or str(Path(cfg.out) / "arch.json")
+    old, connectivity = ("mobilenet_v2", RELEASED) if cfg.network == "released" else (
+        read_connectivity(path))
+    if old != cfg.encoder:
+        moved = transfer(connectivity, ENCODERS[old][0], strides)
+        connectivity = check_connectivity(moved, L, f"{path}, moved from {old}")
+    if cfg.network == "random_like":
+        return random_like(connectivity, cfg.encoder, generator)
+    return connectivity
 
 
 # ---------------------------------------------------------------------------------------------
@@ -381,24 +370,9 @@ def f_up(x, size):
 
     A 1x1 map, such as G's, becomes a constant one.
     """
-    if x.shape[-2:] == size:
-        return x
     if x.shape[-2:] == (1, 1):
         return x.expand(*x.shape[:2], *size)            # a view: no memory until it is summed
-    if x.device.type == "cpu" and torch.is_grad_enabled() and size[0] >= 4 * x.shape[-2] and (
-            not torch.is_autocast_enabled("cpu")):
-        # The same, as bilinear is linear along each axis: A x B^T. On a CPU, F.interpolate takes
-        # two to four times as long, forward and backward: a tenth of a search step.
-        a, b = (ramp(n, m).to(x) for n, m in zip(x.shape[-2:], size))
-        return a @ (x @ b.T)
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
-
-
-def ramp(n, m):
-    """(m, n): row i holds the weights of n equidistant samples at the i-th of m places between
-    them, corners on corners."""
-    position = torch.linspace(0, n - 1, m, dtype=torch.float64)[:, None]
-    return (1 - (position - torch.arange(n)).abs()).clamp(min=0)
 
 
 class Encoder(nn.Module):
@@ -484,7 +458,8 @@ class Decoder(nn.Module):
             t: nn.Conv2d(channels[t], width * len(readers), 1, bias=False)
             for t, readers in self.readers.items()})
         self.link_norm = nn.ModuleDict({
-            t: nn.BatchNorm2d(conv.out_channels) for t, conv in self.conv.items() if search and bn})
+            t: nn.BatchNorm2d(conv.out_channels) if bn else nn.Identity()
+            for t, conv in self.conv.items() if search})
         self.norm = nn.ModuleDict({stage: nn.BatchNorm2d(width) for stage in connectivity})
 
     def slot(self, stage, t):
@@ -495,20 +470,13 @@ class Decoder(nn.Module):
     def links(self, t, x, w):
         """w_l^t bn_l^t(conv_l^t(t)) for every reader l of t: {stage: (B, width, h_t, w_t)}."""
         z = self.conv[t](self.act(x))                   # (B, width * readers, h_t, w_t)
-        if w is not None:
-            w_t = torch.stack([w[stage][self.connectivity[stage].index(t)]
-                               for stage in self.readers[t]]).repeat_interleave(self.width)
-            if t in self.link_norm:
-                # w bn(z), written as the BN whose affine parameters are w times as large: a
-                # product would store one map more for the backward pass of every connection.
-                norm = self.link_norm[t]
-                z = functional_call(norm, {"weight": w_t * norm.weight, "bias": w_t * norm.bias}, z)
-            else:
-                z = w_t[:, None, None] * z
+        if w is not None:                               # Eq. (4): w_l^t bn_l^t(conv_l^t(t))
+            w_t = torch.stack([w[stage, t] for stage in self.readers[t]])
+            z = w_t.repeat_interleave(self.width)[:, None, None] * self.link_norm[t](z)
         return dict(zip(self.readers[t], z.split(self.width, 1)))
 
     def forward(self, features, w=None):
-        """w: {stage: (|T_l|,)}, or None for the pruned form, in which w and bn_l^t are gone."""
+        """w: {(stage l, t): w_l^t}, or None for the pruned form, in which w and bn_l^t are gone."""
         features, links = dict(features), {}
         for stage, inputs in self.connectivity.items():                     # D_L .. D_1
             sums = {}                                   # (h, w) -> what has this size, summed
@@ -516,11 +484,11 @@ class Decoder(nn.Module):
                 if t not in links:
                     links[t] = self.links(t, features[t], w)
                 z = links[t].pop(stage)                 # (B, width, h_t, w_t)
-                size = z.shape[-2:]
-                sums[size] = sums[size] + z if size in sums else z
+                in_size = z.shape[-2:]
+                sums[in_size] = sums[in_size] + z if in_size in sums else z
             # f_up is linear, so what has one size is up-sampled once: (B, width, h_l, w_l).
-            size = features["E" + stage[1:]].shape[-2:]
-            features[stage] = self.norm[stage](sum(f_up(z, size) for z in sums.values()))
+            out_size = features["E" + stage[1:]].shape[-2:]
+            features[stage] = self.norm[stage](sum(f_up(z, out_size) for z in sums.values()))
         return self.act(features["D1"])
 
 
@@ -657,9 +625,14 @@ class FullyDenseNet(nn.Module):
         # w is returned, not kept: the loss has to see the very noise that this pass saw, also when
         # a synchronised or compiled twin of this module is what ran.
         w = self.drawn_w()
-        d1 = self.decoder(self.encoder(images), {stage: self.top * v for stage, v in w.items()})
+        d1 = self.decoder(self.encoder(images), self.factors(w))            # (B, width, H/2, W/2)
         logits = f_up(self.classifier(d1), images.shape[-2:])               # (B, K, H, W)
         return (logits, w) if self.training else logits
+
+    def factors(self, w):
+        """{stage: (|T_l|,)} w in [0, 1] -> {(stage l, t): what Eq. (4) multiplies with}."""
+        return {(stage, t): self.top * w_lt for stage, w_l in w.items()
+                for t, w_lt in zip(self.decoder.connectivity[stage], w_l)}
 
     def drawn_w(self):
         """{stage: (|T_l|,)} what a pass uses: w in [0, 1], noisy w (release), or k ones."""
@@ -682,7 +655,7 @@ class FullyDenseNet(nn.Module):
         """{stage: {t: w in [0, 1]}} as numbers, for pruning, pictures and arch.json."""
         rows = {}
         for stage, inputs in self.decoder.connectivity.items():
-            values = (self.w[stage].detach() / self.top).tolist()
+            values = (self.w[stage] / self.top).tolist()
             rows[stage] = {t: round(value, 6) for t, value in zip(inputs, values)}
         return rows
 
@@ -748,11 +721,9 @@ def search_connectivity(net, loader, run, cfg, score):
     sgd, schedule = run.parts["optimizer"], run.parts["schedule"]
     forward = common.training_form(net.train(), cfg, run.device)
     for epoch in run.epochs():
-        # OURS, off unless --warmup is given: w rests at 1/2 while the network begins to learn. D_i
-        # is at first a random mixture of what D_1 reads directly too, so that its connections to
-        # decoder stages lose against those to the encoder before lambda matters: --lam 0 shows it,
-        # with a trained encoder too. A head start takes half of that away; a larger learning rate
-        # of the decoder, a frozen encoder, or no BN after the sum do little.
+        # OURS, off unless --warmup is given: w rests at 1/2 while the network begins to learn. A
+        # decoder stage is at first a random mixture of features that D_1 reads directly too, and
+        # its connections lose against theirs before lambda matters (with --lam 0 as well).
         for w_l in net.w.values():
             w_l.requires_grad_(epoch >= cfg.warmup)
 
@@ -824,16 +795,15 @@ def inherit(net, connectivity):
                            net.decoder.width)
     pruned.to(net.classifier.weight)                        # its device and dtype
     pruned.classifier.load_state_dict(net.classifier.state_dict())
-    old, new, used = net.decoder, pruned.decoder, net.drawn_w()
+    old, new, factors = net.decoder, pruned.decoder, net.factors(net.drawn_w())
     for stage, inputs in connectivity.items():
         new.norm[stage].load_state_dict(old.norm[stage].state_dict())
         for t in inputs:
-            w = net.top * used[stage][old.connectivity[stage].index(t)]
-            weight = w * old.conv[t].weight[old.slot(stage, t)]             # (width, C_t, 1, 1)
-            if t in old.link_norm:
-                a, b = scale_and_shift(old.link_norm[t], old.slot(stage, t))
-                weight = a[:, None, None, None] * weight
+            w, slot, a = factors[stage, t], old.slot(stage, t), torch.ones(1).to(old.conv[t].weight)
+            if isinstance(old.link_norm[t], nn.BatchNorm2d):                # not with --no-bn
+                a, b = scale_and_shift(old.link_norm[t], slot)              # (width,) each
                 new.norm[stage].running_mean -= w * b
+            weight = w * a[:, None, None, None] * old.conv[t].weight[slot]  # (width, C_t, 1, 1)
             new.conv[t].weight[new.slot(stage, t)] = weight
     return pruned.eval()
 
@@ -842,9 +812,10 @@ def search(cfg, device):
     """--search: writes arch.json, derived.pt and pictures."""
     images, loader = open_data(cfg, "train", train=True)
     _, val_loader = open_data(cfg, "val")
-    net = place(FullyDenseNet(
-        Encoder(cfg.encoder, cfg.weights_encoder), images.num_classes, cfg.width, cfg.bn,
-        cfg.w_range, cfg.k if cfg.loss == "maskconnect" else 0), cfg, device)
+    encoder = Encoder(cfg.encoder, cfg.weights_encoder)
+    k = cfg.k if cfg.loss == "maskconnect" else 0
+    net = FullyDenseNet(encoder, images.num_classes, cfg.width, cfg.bn, cfg.w_range, k)
+    net = place(net, cfg, device)
     sgd, schedule = poly_sgd(net, cfg, cfg.search_epochs * len(loader))
     run = common.Run("search", "search", cfg, device, cfg.out, cfg.search_epochs,
                      stale=("arch.json", "derived.pt"), model=net, optimizer=sgd,
@@ -857,9 +828,9 @@ def search(cfg, device):
     w, miou = net.connection_weights(), {"supernet": score(net), "derived": score(derived)}
     arch = {"encoder": cfg.encoder, "connectivity": connectivity, "task": cfg.task,
             "dataset": cfg.dataset, "loss": cfg.loss, "w": w}
-    common.write_text(Path(cfg.out) / "arch.json", readable_json(arch))
-    about = {**run.settings, "arch": named_network(cfg.encoder, connectivity)}
-    run.save("derived.pt", model=derived.state_dict(), settings=about)
+    common.write_text(Path(cfg.out) / "arch.json", json.dumps(arch, indent=1))
+    run.save("derived.pt", model=derived.state_dict(),
+             settings={**run.settings, "arch": connectivity})
     if rank() == 0:
         report_search(cfg, w, connectivity, derived, miou)
         draw_search(cfg, w, connectivity)
@@ -911,41 +882,13 @@ def decoder_params(net):
     return count_params(net) - count_params(net.encoder)
 
 
-def readable_json(arch):
-    """JSON with one row a stage: "D8": ["E9", "G"]."""
-    rows = []
-    for key, value in arch.items():
-        text = json.dumps(value)
-        if isinstance(value, dict):
-            inner = [f"\n  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
-            text = "{" + ",".join(inner) + "}"
-        rows.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(rows) + "}\n"
-
-
-def read_weights(path, encoder):
-    """(loss, {stage: {t: w}}) of the arch.json of a search on the same encoder."""
-    value, every = common.read_json(path, "arch.json"), fully_dense(len(ENCODERS[encoder][0]))
-    w = value.get("w")
-    if not isinstance(w, dict) or {stage: tuple(row) for stage, row in w.items()
-                                   if isinstance(row, dict)} != every:
-        raise InputError(f"{path} holds no weights w of a search on {encoder}; --beside takes the "
-                         "arch.json that --search wrote")
-    return value.get("loss"), w
-
-
 def draw_search(cfg, w, connectivity):
     """connectivity.png (Figure 3), weights.png (Figure 5), weights_over_time.png."""
     out, columns = Path(cfg.out), sources(1, len(w))
-    links = sum(map(len, connectivity.values()))
     draw_connectivity(out / "connectivity.png", connectivity, cfg.encoder,
-                      f"{links} connections kept, loss {cfg.loss}")
-    rows, title = dict(w), f"w after the search, loss {cfg.loss}"
-    if cfg.beside:
-        loss, other = read_weights(cfg.beside, cfg.encoder)
-        rows |= {f"{stage}, {loss}": row for stage, row in other.items()}
-    common.heat_map(out / "weights.png", title, list(rows), columns,
-                    [[row.get(t, math.nan) for t in columns] for row in rows.values()])
+                      f"{sum(map(len, connectivity.values()))} connections, loss {cfg.loss}")
+    common.heat_map(out / "weights.png", f"w after the search, loss {cfg.loss}", list(w), columns,
+                    [[row.get(t, math.nan) for t in columns] for row in w.values()])
     log = common.read_log(cfg.out, "search")
     links = [(stage, t) for stage, row in w.items() for t in row]
     common.heat_map(out / "weights_over_time.png", "w of every connection after each epoch",
@@ -1021,42 +964,20 @@ def poly_sgd(net, cfg, steps):
     return sgd, common.poly(sgd, steps, cfg.poly)
 
 
-def find_connectivity(cfg):
-    """The connectivity that --network and --arch name, for cfg.encoder."""
-    generator, strides = torch.Generator().manual_seed(cfg.seed), ENCODERS[cfg.encoder][0]
-    if cfg.network in ("random", "random_rule"):
-        return random_connectivity(len(strides), generator, cfg.network == "random_rule")
-    if cfg.network not in ("found", "random_like"):
-        return named_connectivity(cfg.network, cfg.encoder)
-    path = cfg.arch or str(Path(cfg.out) / "arch.json")
-    old, connectivity = read_connectivity(path)
-    if old != cfg.encoder:
-        moved = transfer(connectivity, ENCODERS[old][0], strides)
-        connectivity = check_connectivity(moved, len(strides), f"{path}, moved from {old}")
-    if cfg.network == "random_like":
-        return random_like(connectivity, cfg.encoder, generator)
-    return connectivity
+def decoder_of(cfg):
+    """What --network names: a connectivity, or the name of a baseline that has none. A checkpoint
+    stores it, so that it is not taken for another network's."""
+    return cfg.network if cfg.network in ("fcn", "deeplabv3") else connectivity_of(cfg)
 
 
 def build(cfg, classes, weights="none"):
     """The network that --network names."""
-    encoder = Encoder(cfg.encoder, weights)
-    if cfg.network == "fcn":
+    encoder, decoder = Encoder(cfg.encoder, weights), decoder_of(cfg)
+    if decoder == "fcn":
         return FCN(encoder, classes)
-    if cfg.network == "deeplabv3":
+    if decoder == "deeplabv3":
         return DeepLabV3(encoder, classes, cfg.width)
-    return SparseMaskNet(find_connectivity(cfg), encoder, classes, cfg.width)
-
-
-def named_network(encoder, decoder):
-    """What a checkpoint says about its network, so that it is not taken for another's."""
-    return f"{encoder} {json.dumps(decoder)}"
-
-
-def name_of(cfg):
-    """named_network of what --network names; reads arch.json."""
-    baseline = cfg.network in ("fcn", "deeplabv3")
-    return named_network(cfg.encoder, cfg.network if baseline else find_connectivity(cfg))
+    return SparseMaskNet(decoder, encoder, classes, cfg.width)
 
 
 def folder_of(cfg):
@@ -1106,7 +1027,7 @@ def train(cfg, device):
     net = place(net, cfg, device)
     sgd, schedule = poly_sgd(net, cfg, cfg.epochs * len(loader))
     run = common.Run(cfg.network, "train", cfg, device, folder_of(cfg), cfg.epochs,
-                     about={"arch": name_of(cfg)}, model=net, optimizer=sgd, schedule=schedule)
+                     about={"arch": decoder_of(cfg)}, model=net, optimizer=sgd, schedule=schedule)
 
     def loss_terms(forward, images, labels):
         return {"task": task_loss(forward(images), labels, cfg.task)}
@@ -1141,16 +1062,12 @@ class SaliencyScores:
         self.curves, self.counts = np.zeros((2, 256)), np.zeros(3)
 
     def update(self, saliency, mask):
-        saliency, mask = np.asarray(saliency, np.float64), np.asarray(mask) > 0
-        if saliency.shape != mask.shape or not (saliency >= 0).all() or not (saliency <= 1).all():
-            raise ValueError(f"saliency {saliency.shape} must lie in [0, 1] and have the mask's "
-                             f"shape {mask.shape}")
-        # The pixels at or above k / 255, for all k at once: a histogram summed from its end. The
-        # small number keeps k / 255 itself, stored as float32, in bin k.
-        bins = np.floor(saliency * 255 + 1e-4).astype(int)
-        above, hit = (np.bincount(pixels, minlength=256)[::-1].cumsum()[::-1]
-                      for pixels in (bins.ravel(), bins[mask]))
-        self.curves += hit / np.maximum(above, 1), hit / max(mask.sum(), 1)
+        saliency, mask = np.asarray(saliency, np.float64).ravel(), np.asarray(mask).ravel() > 0
+        # The small number keeps k / 255 itself, stored as float32, at threshold k.
+        for k in range(256):
+            salient = saliency >= k / 255 - 1e-6
+            hit = (salient & mask).sum()
+            self.curves[:, k] += hit / max(salient.sum(), 1), hit / max(mask.sum(), 1)
         self.counts += np.abs(saliency - mask).mean(), 1, mask.any()
 
     def reduce(self, sum_over_ranks):
@@ -1170,9 +1087,8 @@ def restore(cfg, classes, device):
     """The trained network in eval mode; InputError if the checkpoint is another network's."""
     path = checkpoint_of(cfg)
     state = common.load_checkpoint(path, ("model", "settings"))
-    if state["settings"].get("arch") != name_of(cfg):
-        raise InputError(f"{path} was trained for another connectivity or encoder than this "
-                         "command names; train again or name its own --arch, --network, --encoder")
+    wanted = {"encoder": cfg.encoder, "arch": decoder_of(cfg)}
+    common.require_same(state["settings"], wanted, path)
     net = build(cfg, classes)
     common.load_weights(net, state["model"], path)
     return place(net.eval(), cfg, device)
@@ -1290,10 +1206,8 @@ def check_files(cfg, stages):
         common.open_split(cfg, eval_split(cfg), cfg.task)
     if cfg.init and "search" not in stages:
         common.load_checkpoint(cfg.init)
-    if cfg.beside:
-        read_weights(cfg.beside, cfg.encoder)
     if (stages & {"train", "eval"} or cfg.export) and not searched:
-        name_of(cfg)                                        # reads arch.json
+        decoder_of(cfg)                                     # reads arch.json
     if ("eval" in stages or cfg.export) and not stages & {"train", "search"}:
         common.load_checkpoint(checkpoint_of(cfg))
 

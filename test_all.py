@@ -2603,16 +2603,15 @@ def plain_decoder(decoder, features, w):
     features = dict(features)
     for stage, inputs in decoder.connectivity.items():
         size, total = features["E" + stage[1:]].shape[-2:], 0
-        for j, t in enumerate(inputs):
+        for t in inputs:
             slot = decoder.slot(stage, t)
             z = F.conv2d(decoder.act(features[t]), decoder.conv[t].weight[slot])
-            if t in decoder.link_norm:
-                norm = decoder.link_norm[t]
+            if isinstance(norm := decoder.link_norm[t], nn.BatchNorm2d):
                 z = F.batch_norm(z, norm.running_mean[slot], norm.running_var[slot],
                                  norm.weight[slot], norm.bias[slot], norm.training,
                                  norm.momentum, norm.eps)
             z = F.interpolate(z, size, mode="bilinear", align_corners=True)
-            total = total + w[stage][j] * z
+            total = total + w[stage, t] * z
         features[stage] = decoder.norm[stage](total)
     return decoder.act(features["D1"])
 
@@ -2629,7 +2628,7 @@ def test_sparsemask_fused_decoder_equals_the_plain_one():
             net.load_state_dict(start)
             leaves = {k: v.clone().requires_grad_() for k, v in features.items()}
             net.zero_grad()
-            out = decoder(leaves, dict(net.w))
+            out = decoder(leaves, net.factors(net.w))
             (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
             grads = {k: p.grad for k, p in [*net.decoder.named_parameters(), *net.w.items(),
                                             *leaves.items()] if p.requires_grad}
@@ -2768,7 +2767,8 @@ def test_sparsemask_decoder_counts():
         with torch.device("meta"):
             net = network(sparsemask.Encoder("mobilenet_v2"))
         assert sparsemask.decoder_params(net) == params
-    moved = sparsemask.named_connectivity("released", "resnet101")
+    moved = sparsemask.connectivity_of(replace(
+        sparsemask.Config(), network="released", encoder="resnet101"))
     assert 6.8e6 < decoder_size(moved, "resnet101", 512) < 6.9e6    # Table 2: 7 M, at width 512
 
 
@@ -2875,18 +2875,6 @@ def test_sparsemask_random_connectivities():
 
 def test_sparsemask_connectivity_files():
     with tempfile.TemporaryDirectory() as tmp:
-        path = Path(tmp, "mask.npy")
-        mask = np.zeros((9, 9, 2), bool)                # facts: row r is D_{9-r}, column c E_{9-c}
-        mask[1, 0] = mask[8, 0] = True                  # D8, D1 <- E9, G
-        mask[2, [2, 0], [0, 1]] = mask[3, [3, 0], [0, 1]] = True    # D7 <- E7, G; D6 <- E6, G
-        mask[8, [8, 3, 2, 1], 0] = True                 # D1 <- E1, E6, E7, E8
-        mask[8, [2, 3, 4], 1] = True                    # D1 <- D8, D7, D6
-        np.save(path, mask)
-        assert sparsemask.read_connectivity(path) == ("mobilenet_v2", sparsemask.RELEASED)
-        for wrong, word in ((mask[:5, :5], "(5, 5, 2)"), (np.array([{"a": 1}], object), ""),
-                            (mask.astype(float), "float64")):
-            np.save(path, wrong)
-            _refused(lambda: sparsemask.read_connectivity(path), path, word)
         path = Path(tmp, "arch.json")
         for encoder, connectivity, *words in (
                 ("mobilenet_v2", {"D1": ["E1"], "D10": ["E9"]}, "D10"),
@@ -2902,9 +2890,6 @@ def test_sparsemask_connectivity_files():
                 ("alexnet", {"D1": ["E1"]}, "encoder")):
             path.write_text(json.dumps({"encoder": encoder, "connectivity": connectivity}))
             _refused(lambda: sparsemask.read_connectivity(path), path, *words)
-        rows = sparsemask.readable_json({"encoder": "vgg16", "connectivity": {"D1": ("E1", "G")}})
-        assert '"D1": ["E1", "G"]' in rows
-        assert json.loads(rows)["connectivity"] == {"D1": ["E1", "G"]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3234,12 +3219,6 @@ def test_sparsemask_saliency_extremes():
     scores.update(np.zeros((4, 4)), np.zeros((4, 4)))   # an empty mask, nothing found: P is halved
     want = 1.3 * 0.5 / (0.3 * 0.5 + 1)
     assert abs(scores.result()["F_beta"] - want) < 1e-9
-    for wrong in (np.full((4, 4), 1.1), np.full((4, 4), np.nan), np.zeros((4, 5))):
-        try:
-            scores.update(wrong, np.zeros((4, 4)))
-        except ValueError:
-            continue
-        raise AssertionError("accepted")
 
 
 SPARSE_TINY = ("--dataset folder --num-classes 3 --size 33 65 --batch-size 4 --width 4 --lam 0.3 "
@@ -3266,9 +3245,8 @@ def test_sparsemask_derived_network_and_ablations():
                              "--epochs", 1, "--eval-scales", 0.75, 1, "--flip")
             assert f"{name}: retrained mIoU on val" in said
         _refused(lambda: call_main(sparsemask, "--eval", *base, "--network", "unet", "--weights",
-                                   path), "another connectivity")
-        first = shutil.copy(Path(tmp, "arch.json"), Path(tmp, "first.json"))
-        for flags in (["--loss", "l1", "--l1", "0.01", "--no-bn", "--beside", first],
+                                   path), "derived.pt was made with --arch")
+        for flags in (["--loss", "l1", "--l1", "0.01", "--no-bn"],
                       ["--loss", "maskconnect", "--k", "3", "--simplify"],
                       ["--loss", "task", "--w-range", "release"]):
             said = call_main(sparsemask, "--search", *base, "--search-epochs", 1, *flags)
@@ -3307,10 +3285,6 @@ def test_sparsemask_refuses_wrong_input():
         _refused(lambda: call_main(sparsemask, "--train", *lone), "arch.json")
         _refused(lambda: call_main(sparsemask, "--eval", "--network", "unet", *lone),
                  "unet/best.pt")
-        w = {"D1": {"E1": 1.0}}
-        for w in (w, {"D1": 3}, 3):
-            Path(tmp, "arch.json").write_text(json.dumps({"encoder": "vgg16", "w": w}))
-            _refused(lambda: sparsemask.read_weights(Path(tmp, "arch.json"), "vgg16"), "--beside")
 
 
 # ---------------------------------------------------------------------------------------------
