@@ -97,8 +97,6 @@ class Config(BaseConfig):
                  low=1)
     bn: bool = opt(True, "BN on every connection, Eq. (4); --no-bn is the ablation of 4.2",
                    "search")
-    w_range: str = opt("paper", "paper: w in [0, 1]; release: noisy w in [0, 2], halved for the "
-                       "loss and for pruning", "search", ("paper", "release"))
     sigma: float = opt(0.001, "connections with w below it are dropped (PAPER 4.1)", "search",
                        low=1e-9, high=0.999)
     simplify: bool = opt(False, "after the paper's rules, drop duplicate and subset stages "
@@ -467,16 +465,20 @@ class Decoder(nn.Module):
         first = self.width * self.readers[t].index(stage)
         return slice(first, first + self.width)
 
+    def position(self, stage, t):
+        """Which element of w[stage] is w_l^t."""
+        return self.connectivity[stage].index(t)
+
     def links(self, t, x, w):
         """w_l^t bn_l^t(conv_l^t(t)) for every reader l of t: {stage: (B, width, h_t, w_t)}."""
         z = self.conv[t](self.act(x))                   # (B, width * readers, h_t, w_t)
         if w is not None:                               # Eq. (4): w_l^t bn_l^t(conv_l^t(t))
-            w_t = torch.stack([w[stage, t] for stage in self.readers[t]])
+            w_t = torch.stack([w[stage][self.position(stage, t)] for stage in self.readers[t]])
             z = w_t.repeat_interleave(self.width)[:, None, None] * self.link_norm[t](z)
         return dict(zip(self.readers[t], z.split(self.width, 1)))
 
     def forward(self, features, w=None):
-        """w: {(stage l, t): w_l^t}, or None for the pruned form, in which w and bn_l^t are gone."""
+        """w: {stage l: (|T_l|,)}, or None for the pruned form, in which w and bn_l^t are gone."""
         features, links = dict(features), {}
         for stage, inputs in self.connectivity.items():                     # D_L .. D_1
             sums = {}                                   # (h, w) -> what has this size, summed
@@ -597,22 +599,21 @@ class FullyDenseNet(nn.Module):
     w: {stage: (|T_l|,)} in [0, 1], in the order of T_l: how much of a connection there is, between
     none and all. "Relax w to be a continuous number between 0 and 1" (3.2) is all there is to it;
     that w says anything about importance is due to bn_l^t, without which a convolution could undo
-    a small w with large weights. w_range "release" (OFFICIAL-CODE): the parameters lie in [0, 2]
-    and are multiplied in as they are, with noise; whoever else reads w sees half of it.
+    a small w with large weights. (OFFICIAL-CODE, not offered here: noisy w in [0, 2], halved for
+    the loss and for pruning.)
     k: MaskConnect's number of inputs, 0 for the paper's method.
     """
 
-    def __init__(self, encoder, num_classes=21, width=64, bn=True, w_range="paper", k=0):
+    def __init__(self, encoder, num_classes=21, width=64, bn=True, k=0):
         super().__init__()
         self.encoder, self.k = encoder, k
         connectivity = fully_dense(len(encoder.channels))
         self.decoder = Decoder(connectivity, feature_channels(encoder.channels), encoder.act,
                                width, True, bn)
         self.classifier = nn.Conv2d(width, num_classes, 1)
-        self.top, self.noise = (2.0, 0.05) if w_range == "release" else (1.0, 0.0)
         # OURS: w starts in the middle of its range, as the release's does (1 of [0, 2]). There the
         # binary part of Eq. (2) has no gradient yet: task loss and sparse part take sides first.
-        self.w = nn.ParameterDict({stage: nn.Parameter(torch.full((len(inputs),), self.top / 2))
+        self.w = nn.ParameterDict({stage: nn.Parameter(torch.full((len(inputs),), 0.5))
                                    for stage, inputs in connectivity.items()})
         # OFFICIAL-CODE: BN's gamma and beta are fixed while searching, or they would do w's work
         # of scaling a connection; at (1, 0) in the decoder, as pre-trained in the encoder.
@@ -622,41 +623,31 @@ class FullyDenseNet(nn.Module):
                 module.bias.requires_grad_(False)
 
     def forward(self, images):
-        # w is returned, not kept: the loss has to see the very noise that this pass saw, also when
-        # a synchronised or compiled twin of this module is what ran.
-        w = self.drawn_w()
-        d1 = self.decoder(self.encoder(images), self.factors(w))            # (B, width, H/2, W/2)
+        # w is returned, not kept: the loss has to see what this pass used, also when a synchronised
+        # or compiled twin of this module is what ran.
+        w = self.used_w()
+        d1 = self.decoder(self.encoder(images), w)                          # (B, width, H/2, W/2)
         logits = f_up(self.classifier(d1), images.shape[-2:])               # (B, K, H, W)
         return (logits, w) if self.training else logits
 
-    def factors(self, w):
-        """{stage: (|T_l|,)} w in [0, 1] -> {(stage l, t): what Eq. (4) multiplies with}."""
-        return {(stage, t): self.top * w_lt for stage, w_l in w.items()
-                for t, w_lt in zip(self.decoder.connectivity[stage], w_l)}
-
-    def drawn_w(self):
-        """{stage: (|T_l|,)} what a pass uses: w in [0, 1], noisy w (release), or k ones."""
-        w = {stage: parameter / self.top for stage, parameter in self.w.items()}
-        if self.k:
-            return {stage: k_inputs(v, self.k, self.training) for stage, v in w.items()}
-        if self.noise and self.training:        # the release adds noise in evaluation too: a slip
-            return {stage: (v + self.noise * torch.randn_like(v)).clamp(0, 1)
-                    for stage, v in w.items()}
-        return w
+    def used_w(self):
+        """{stage l: (|T_l|,)} what Eq. (4) multiplies with: w, or k ones a stage (MaskConnect)."""
+        if not self.k:
+            return dict(self.w)
+        return {stage: k_inputs(w, self.k, self.training) for stage, w in self.w.items()}
 
     @torch.no_grad()
     def clamp(self):
-        """After an optimizer step: w back into its range. OFFICIAL-CODE; PAPER 3.2 says "between 0
-        and 1" and not how."""
+        """After an optimizer step: w back into [0, 1]. OFFICIAL-CODE; PAPER 3.2 says "between 0 and
+        1" and not how."""
         for w in self.w.values():
-            w.clamp_(0, self.top)
+            w.clamp_(0, 1)
 
     def connection_weights(self):
-        """{stage: {t: w in [0, 1]}} as numbers, for pruning, pictures and arch.json."""
+        """{stage: {t: w}} as numbers, for pruning, pictures and arch.json."""
         rows = {}
         for stage, inputs in self.decoder.connectivity.items():
-            values = (self.w[stage] / self.top).tolist()
-            rows[stage] = {t: round(value, 6) for t, value in zip(inputs, values)}
+            rows[stage] = {t: round(w, 6) for t, w in zip(inputs, self.w[stage].tolist())}
         return rows
 
 
@@ -757,14 +748,17 @@ def search_connectivity(net, loader, run, cfg, score):
 
 
 def kept_inputs(w, cfg):
-    """Rule (1) of Section 3.3: {stage: {t: w in [0, 1]}} -> {stage: the t with w >= sigma}.
+    """Rule (1) of Section 3.3: {stage: {t: w}} -> {stage: the t with w >= sigma}.
 
     MaskConnect's are the k largest of a stage.
     """
-    if cfg.loss == "maskconnect":
-        best = {stage: sorted(row, key=row.get, reverse=True)[:cfg.k] for stage, row in w.items()}
-        return {stage: tuple(t for t in row if t in best[stage]) for stage, row in w.items()}
-    return {stage: tuple(t for t in row if row[t] >= cfg.sigma) for stage, row in w.items()}
+    kept = {}
+    for stage, row in w.items():
+        chosen = [t for t in row if row[t] >= cfg.sigma]
+        if cfg.loss == "maskconnect":
+            chosen = sorted(row, key=row.get, reverse=True)[:cfg.k]
+        kept[stage] = tuple(t for t in row if t in chosen)
+    return kept
 
 
 def prune(w, cfg):
@@ -795,15 +789,16 @@ def inherit(net, connectivity):
                            net.decoder.width)
     pruned.to(net.classifier.weight)                        # its device and dtype
     pruned.classifier.load_state_dict(net.classifier.state_dict())
-    old, new, factors = net.decoder, pruned.decoder, net.factors(net.drawn_w())
+    old, new, used = net.decoder, pruned.decoder, net.used_w()
     for stage, inputs in connectivity.items():
         new.norm[stage].load_state_dict(old.norm[stage].state_dict())
         for t in inputs:
-            w, slot, a = factors[stage, t], old.slot(stage, t), torch.ones(1).to(old.conv[t].weight)
+            w, slot = used[stage][old.position(stage, t)], old.slot(stage, t)
+            weight = w * old.conv[t].weight[slot]                           # (width, C_t, 1, 1)
             if isinstance(old.link_norm[t], nn.BatchNorm2d):                # not with --no-bn
                 a, b = scale_and_shift(old.link_norm[t], slot)              # (width,) each
                 new.norm[stage].running_mean -= w * b
-            weight = w * a[:, None, None, None] * old.conv[t].weight[slot]  # (width, C_t, 1, 1)
+                weight = a[:, None, None, None] * weight
             new.conv[t].weight[new.slot(stage, t)] = weight
     return pruned.eval()
 
@@ -814,8 +809,7 @@ def search(cfg, device):
     _, val_loader = open_data(cfg, "val")
     encoder = Encoder(cfg.encoder, cfg.weights_encoder)
     k = cfg.k if cfg.loss == "maskconnect" else 0
-    net = FullyDenseNet(encoder, images.num_classes, cfg.width, cfg.bn, cfg.w_range, k)
-    net = place(net, cfg, device)
+    net = place(FullyDenseNet(encoder, images.num_classes, cfg.width, cfg.bn, k), cfg, device)
     sgd, schedule = poly_sgd(net, cfg, cfg.search_epochs * len(loader))
     run = common.Run("search", "search", cfg, device, cfg.out, cfg.search_epochs,
                      stale=("arch.json", "derived.pt"), model=net, optimizer=sgd,
@@ -896,32 +890,29 @@ def draw_search(cfg, w, connectivity):
                     [[r["w"][stage][t] for r in log] for stage, t in links])
 
 
-SOURCE_COLOURS = {"E": "#3c6ebe", "G": "#c8781e", "D": "#288c46"}
-
-
 def draw_connectivity(path, connectivity, encoder, title):
     """As Figure 3: encoder on the left, decoder on the right, finest stage on top; what was dropped
     is pale."""
-    strides, L = ENCODERS[encoder][0], len(ENCODERS[encoder][0])
+    strides = ENCODERS[encoder][0]
+    L = len(strides)
     image, pen, font = common.canvas(title, 820, 60 + 46 * (L + 1))
     centre = {"G": (190, 60 + 46 * L)}
     for l in range(1, L + 1):
         centre[f"E{l}"], centre[f"D{l}"] = (190, 14 + 46 * l), (520, 14 + 46 * l)
+        pen.text((146, 14 + 46 * l), f"1/{strides[l - 1]}", common.INK, font, "rm")
     for stage, inputs in connectivity.items():
         for t in inputs:
             (x0, y0), (x1, y1) = centre[t], centre[stage]
-            # Between decoder stages an arc on the right, not through the boxes.
-            bulge = 60 + 30 * (level(t) - level(stage)) if t[0] == "D" else 0
-            x0, x1 = x0 + 34, x1 + (34 if bulge else -34)
-            pen.line([(x0 + (x1 - x0) * s + 3 * bulge * s * (1 - s), y0 + (y1 - y0) * s)
-                      for s in np.linspace(0, 1, 41)], SOURCE_COLOURS[t[0]], 2)
+            if t[0] == "D":                             # an arc on the right, not through the boxes
+                bulge = 45 + 23 * (level(t) - level(stage))
+                pen.arc((x0 + 34 - bulge, y1, x0 + 34 + bulge, y0), -90, 90, "#288c46", 2)
+            else:
+                pen.line((x0 + 34, y0, x1 - 34, y1), "#c8781e" if t == "G" else "#3c6ebe", 2)
     used = {t for inputs in connectivity.values() for t in inputs} | set(connectivity)
     for name, (x, y) in centre.items():
-        colour = SOURCE_COLOURS[name[0]] if name in used else common.FAINT
+        colour = common.INK if name in used else common.FAINT
         pen.rounded_rectangle((x - 34, y - 14, x + 34, y + 14), 6, "white", colour, 2)
-        pen.text((x, y), name, common.INK if name in used else common.FAINT, font, "mm")
-        if name[0] == "E":
-            pen.text((x - 44, y), f"1/{strides[level(name) - 1]}", common.INK, font, "rm")
+        pen.text((x, y), name, colour, font, "mm")
     common.save_png(image, path)
 
 # ---------------------------------------------------------------------------------------------
@@ -1190,8 +1181,6 @@ def check(cfg, stages):
         raise InputError("--search writes an arch.json of its own, in --out; leave out --arch")
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
-    if cfg.loss == "maskconnect" and cfg.w_range == "release":
-        raise InputError("--loss maskconnect multiplies by ones, not by --w-range release")
     if stages & {"search", "train"} and rank() == 0 and any(side % 32 != 1 for side in cfg.size):
         print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features will lie "
               "up to a cell, 32 pixels, from where they belong")

@@ -2594,7 +2594,7 @@ def dense_net(**options):
     net = sparsemask.FullyDenseNet(sparsemask.Encoder("mobilenet_v2"), 3, 8, **options).double()
     shake_norms(net.decoder)
     for w in net.w.values():
-        nn.init.uniform_(w, 0.1, net.top)
+        nn.init.uniform_(w, 0.1, 1)
     return net
 
 
@@ -2611,7 +2611,7 @@ def plain_decoder(decoder, features, w):
                                  norm.weight[slot], norm.bias[slot], norm.training,
                                  norm.momentum, norm.eps)
             z = F.interpolate(z, size, mode="bilinear", align_corners=True)
-            total = total + w[stage, t] * z
+            total = total + w[stage][decoder.connectivity[stage].index(t)] * z
         features[stage] = decoder.norm[stage](total)
     return decoder.act(features["D1"])
 
@@ -2628,7 +2628,7 @@ def test_sparsemask_fused_decoder_equals_the_plain_one():
             net.load_state_dict(start)
             leaves = {k: v.clone().requires_grad_() for k, v in features.items()}
             net.zero_grad()
-            out = decoder(leaves, net.factors(net.w))
+            out = decoder(leaves, dict(net.w))
             (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
             grads = {k: p.grad for k, p in [*net.decoder.named_parameters(), *net.w.items(),
                                             *leaves.items()] if p.requires_grad}
@@ -2644,10 +2644,10 @@ def test_sparsemask_fused_decoder_equals_the_plain_one():
 
 def test_sparsemask_derived_equals_relaxed():
     """The supernet's output is that of the pruned network: with what was dropped at 0 and the rest
-    anywhere, with nothing dropped, in the release's range, without BN, under MaskConnect."""
+    anywhere, with nothing dropped, without BN, under MaskConnect."""
     cfg = sparsemask.Config()
-    for seed, (options, share) in enumerate((({}, 0.5), ({}, 0.0), ({"w_range": "release"}, 0.4),
-                                             ({"bn": False}, 0.6), ({"k": 2}, 0.5))):
+    for seed, (options, share) in enumerate((({}, 0.5), ({}, 0.0), ({"bn": False}, 0.6),
+                                             ({"k": 2}, 0.5))):
         net = dense_net(**options).eval()
         generator = torch.Generator().manual_seed(seed)
         for w in net.w.values():
@@ -2685,13 +2685,10 @@ def test_sparsemask_what_w_multiplies():
     used = sparsemask.k_inputs(torch.zeros(4), 2, False)
     kept = sparsemask.kept_inputs(tied, cfg)["D1"]
     assert [t in kept for t in sparsemask.sources(1, 2)] == used.bool().tolist()
-    net = sparsemask.FullyDenseNet(sparsemask.Encoder("mobilenet_v2"), 2, 2, w_range="release")
-    assert all((w == 0.5).all() for w in net.eval().drawn_w().values())     # no noise in evaluation
-    drawn = torch.cat([v for _ in range(40) for v in net.train().drawn_w().values()])
-    assert abs(drawn.std() - 0.05) < 0.005 and abs(drawn.mean() - 0.5) < 0.005
+    net = sparsemask.FullyDenseNet(sparsemask.Encoder("mobilenet_v2"), 2, 2)
+    assert all((w == 0.5).all() for w in net.used_w().values())
     net.w["D1"].data[:2] = torch.tensor([-1.0, 3.0])
     net.clamp()
-    assert net.w["D1"][:2].tolist() == [0, 2]
     assert list(net.connection_weights()["D1"].values())[:3] == [0, 1, 0.5]
     assert not any(m.weight.requires_grad for m in net.modules() if isinstance(m, nn.BatchNorm2d))
 
@@ -3078,9 +3075,9 @@ def before_a_step(**changes):
     """A FullyDenseNet that has made no step, its PlantedLabels of one batch, settings."""
     torch.manual_seed(0)
     cfg = replace(sparsemask.Config(), lr_encoder=0.1, lr_decoder=0.1, lr_w=0.1, **changes)
-    net = sparsemask.FullyDenseNet(DrawnFeatures(), 2, 4, w_range=cfg.w_range)
+    net = sparsemask.FullyDenseNet(DrawnFeatures(), 2, 4)
     for w in net.w.values():
-        nn.init.uniform_(w, 0.1 * net.top, 0.9 * net.top)
+        nn.init.uniform_(w, 0.1, 0.9)
     return net, PlantedLabels(net.encoder, ("E3",), steps=1), cfg
 
 
@@ -3117,8 +3114,8 @@ def test_sparsemask_search_step_against_equations_2_and_3():
                 assert abs(moved + 0.1 * slope) < 1e-4, (loss, stage, j, moved, slope)
 
 
-def test_sparsemask_search_step_in_other_ranges():
-    """Warm-up: w rests. The release's range: the loss sees half of w. Always: w is clamped."""
+def test_sparsemask_warm_up_and_clamp():
+    """Warm-up: w rests. Always: w is clamped."""
     net, loader, cfg = before_a_step(warmup=1)
     before = copy.deepcopy(net.w.state_dict())
     kernel = net.decoder.conv["E1"].weight.clone()
@@ -3128,11 +3125,6 @@ def test_sparsemask_search_step_in_other_ranges():
     net, loader, cfg = before_a_step(warmup=1)
     run_search(net, loader, cfg, epochs=2)
     assert not any(torch.equal(w, before[stage]) for stage, w in net.w.items())
-    net, loader, cfg = before_a_step(w_range="release", loss="l1", l1=1.0)
-    net.noise = 0.0
-    total = sum(float(w.detach().sum()) for w in net.w.values())
-    _, _, (record,) = run_search(net, loader, cfg, epochs=1)
-    assert abs(record["l1"] - total / 2) < 1e-4
     net, loader, cfg = before_a_step(lam=50.0)
     run_search(net, loader, cfg, epochs=1)
     values = torch.cat(list(net.w.values()))
@@ -3140,8 +3132,8 @@ def test_sparsemask_search_step_in_other_ranges():
 
 
 def test_sparsemask_search_trains_through_a_twin():
-    """On several GPUs the step runs in common.synchronised(net): what the loss reads, noise
-    included, has to come from what that returns. Here the twin's BNs stay plain, as on a CPU
+    """On several GPUs the step runs in common.synchronised(net): what the loss reads has to
+    come from what that returns. Here the twin's BNs stay plain, as on a CPU
     synchronised ones refuse to work."""
     calls, results = [], []
 
@@ -3157,7 +3149,7 @@ def test_sparsemask_search_trains_through_a_twin():
         return forward
 
     for form in (twin_of, lambda net, cfg, device: net):
-        net, loader, cfg = before_a_step(w_range="release", loss="l1", l1=1.0)
+        net, loader, cfg = before_a_step(loss="l1", l1=1.0)
         plain, common.training_form = common.training_form, form
         try:
             _, _, (record,) = run_search(net, loader, cfg, epochs=1)
@@ -3248,7 +3240,7 @@ def test_sparsemask_derived_network_and_ablations():
                                    path), "derived.pt was made with --arch")
         for flags in (["--loss", "l1", "--l1", "0.01", "--no-bn"],
                       ["--loss", "maskconnect", "--k", "3", "--simplify"],
-                      ["--loss", "task", "--w-range", "release"]):
+                      ["--loss", "task"]):
             said = call_main(sparsemask, "--search", *base, "--search-epochs", 1, *flags)
             supernet, small = re.search(r"supernet (\S+), derived (\S+);", said).groups()
             assert supernet == small or "--simplify" in flags, (flags, said)
@@ -3259,7 +3251,6 @@ def test_sparsemask_refuses_wrong_input():
             ("search", {"batch_size": 1}, "--batch-size"), ("search", {"arch": "x"}, "--arch"),
             ("train", {"task": "edges", "image_scale": 0.5}, "--image-scale"),
             ("search", {"task": "edges", "dataset": "voc"}, "edges"),
-            ("search", {"loss": "maskconnect", "w_range": "release"}, "--w-range"),
             ("search", {"warmup": 50}, "--warmup")):
         cfg = replace(sparsemask.Config(), **wrong)
         _refused(lambda: sparsemask.check(cfg, {stage}), word)
