@@ -847,13 +847,15 @@ def draw_segmentations(net, images, cfg, device, folder, count=4):
     Pixels without a label show the picture alone.
     """
     samples, tiles = data.Samples(images, data.eval_transform(cfg.image_scale)), []
-    classes, colours = torch.arange(images.num_classes), [tuple(c) for c in images.palette]
+    colours = [tuple(c) for c in images.palette]
     for i in np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist():
         x, label = samples[0, i]                                        # (3, H, W), (H', W')
         guess = enlarged(net(x[None].to(device)).float(), label.shape).argmax(1)[0].cpu()
         picture = data.v2.functional.pil_to_tensor(images[i][0])        # (3, H', W')
-        tiles += [picture] + [draw_segmentation_masks(picture, y == classes[:, None, None], 0.6, colours)
-                              for y in (label, guess)]
+        tiles.append(picture)
+        for classes in (label, guess):                                  # (H', W')
+            masks = classes == torch.arange(images.num_classes)[:, None, None]
+            tiles.append(draw_segmentation_masks(picture, masks, 0.6, colours))
     height, width = tiles[0].shape[1:]          # of the first picture, though sets may mix sizes
     tiles = [data.v2.functional.resize(tile, [240, 240 * width // height]) for tile in tiles]
     sheet = make_grid(torch.stack(tiles), nrow=3, padding=4, pad_value=255)
@@ -885,8 +887,8 @@ def plot(path, title, x_label, y_label, series, dots=False):
 
     pen.rectangle(frame, outline=FAINT)
     for place, text, anchor in (
-            ((left, bottom + 6), f"{low[0]:.4g}", "lt"), ((right, bottom + 6), f"{high[0]:.4g}", "rt"),
-            ((left - 8, bottom), f"{low[1]:.4g}", "rs"), ((left - 8, top), f"{high[1]:.4g}", "rt"),
+            ((left, bottom + 6), f"{low[0]:.4g}", "lt"), ((left - 8, bottom), f"{low[1]:.4g}", "rs"),
+            ((right, bottom + 6), f"{high[0]:.4g}", "rt"), ((left - 8, top), f"{high[1]:.4g}", "rt"),
             ((left, top - 8), y_label, "ls"), (((left + right) / 2, bottom + 28), x_label, "mt")):
         pen.text(place, text, INK, font, anchor)
     for k, (name, line) in enumerate(series.items()):

@@ -45,8 +45,7 @@ import torch.nn.functional as F
 import common
 import data
 import latency
-from common import BaseConfig, InputError, autocast, count_params, evaluate, opt, place, rank
-from common import world_size
+from common import BaseConfig, InputError, evaluate, opt, place, rank
 from data import IGNORE, torchvision
 
 # ---------------------------------------------------------------------------------------------
@@ -116,9 +115,9 @@ class Config(BaseConfig):
     arch: str = opt("", "arch.json [<out>/arch.json]", "train")
     init: str = opt("", "checkpoint to start --train from: derived.pt of the search, or the "
                     "earlier step of 5.1", "train")
-    train_split: str = opt("", "split for --train [trainval of bsds500, else train]; voc has "
-                           "trainvoc and trainval for the later steps of 5.1", "train")
-    split: str = opt("", "split for --eval [test of msra_b and bsds500, else val]", "eval")
+    train_split: str = opt("", "split for --train [trainval of bsds500, else train: PAPER 5.3]; "
+                           "voc has trainvoc and trainval for the later steps of 5.1", "train")
+    split: str = opt("", "split for --eval [test of msra_b, bsds500, else val: PAPER 5.3]", "eval")
     eval_scales: tuple[float, ...] = opt((1.0,), "scales for --eval, averaged (PAPER 5.1)", "eval",
                                          low=0.05, high=16)
     flip: bool = opt(False, "average over mirrored pictures in --eval (PAPER 5.1)", "eval")
@@ -719,7 +718,7 @@ def search_connectivity(net, loader, run, cfg, score):
             w_l.requires_grad_(epoch >= cfg.warmup)
 
         for images, labels in run.batches(loader):                          # Figure 1b
-            with autocast(run.device, cfg.amp):
+            with common.autocast(run.device, cfg.amp):
                 logits, w = forward(images)             # (B, K, H, W), {stage: (|T_l|,)}
 
             binary = sparse = l1 = 0
@@ -873,7 +872,7 @@ def report_search(cfg, w, connectivity, derived, miou):
 
 def decoder_params(net):
     """Parameters that are not the encoder's, as the paper counts them."""
-    return count_params(net) - count_params(net.encoder)
+    return common.count_params(net) - common.count_params(net.encoder)
 
 
 def draw_search(cfg, w, connectivity):
@@ -927,7 +926,7 @@ def open_data(cfg, split, train=False):
                                         common.open_split(cfg, split, cfg.task), transform)
     if train and len(loader.sampler) < 2:
         raise InputError(f"split {split} of {cfg.dataset} has {len(images)} picture for "
-                         f"{world_size()} process(es); each needs 2, as BN sees one value a "
+                         f"{common.world_size()} process(es); each needs 2, as BN sees one value a "
                          "picture at G")
     return images, loader
 
@@ -944,14 +943,10 @@ def poly_sgd(net, cfg, steps):
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = cfg.bn_momentum or min(0.1, max(3e-4, 10 / steps))
-    groups = {"encoder": [], "decoder": [], "w": []}
-    for name, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            part = name.split(".")[0]
-            groups[part if part in groups else "decoder"].append(parameter)
-    rates = {"encoder": cfg.lr_encoder, "decoder": cfg.lr_decoder, "w": cfg.lr_w or cfg.lr_decoder}
-    sgd = torch.optim.SGD([{"params": groups[part], "lr": rates[part]} for part in groups],
-                          momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    rates = {"encoder": cfg.lr_encoder, "w": cfg.lr_w or cfg.lr_decoder}
+    groups = [{"params": [parameter], "lr": rates.get(name.split(".")[0], cfg.lr_decoder)}
+              for name, parameter in net.named_parameters() if parameter.requires_grad]
+    sgd = torch.optim.SGD(groups, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
     return sgd, common.poly(sgd, steps, cfg.poly)
 
 
@@ -988,14 +983,6 @@ def start_from(net, path):
     common.load_weights(net, state, path)
 
 
-def train_split(cfg):
-    return cfg.train_split or ("trainval" if cfg.dataset == "bsds500" else "train")  # PAPER 5.3
-
-
-def eval_split(cfg):
-    return cfg.split or ("test" if cfg.dataset in ("msra_b", "bsds500") else "val")  # PAPER 5.3
-
-
 def checkpoint_of(cfg):
     """The best epoch; of edges the last (OURS: mIoU, which tells the best, says little there)."""
     return Path(cfg.weights or folder_of(cfg) / ("last.pt" if cfg.task == "edges" else "best.pt"))
@@ -1009,7 +996,7 @@ def train(cfg, device):
     OFFICIAL-CODE trains a third time, 50 epochs on VOC's own 1,464 pictures at a tenth of the
     learning rates, where the paper quotes 73.18: --init with --train-split trainvoc.
     """
-    images, loader = open_data(cfg, train_split(cfg), train=True)
+    images, loader = open_data(cfg, cfg.train_split, train=True)
     _, val_loader = open_data(cfg, "val")
     torch.manual_seed(cfg.seed)
     net = build(cfg, images.num_classes, "none" if cfg.init else cfg.weights_encoder)
@@ -1087,24 +1074,24 @@ def restore(cfg, classes, device):
 
 def evaluate_network(cfg, device):
     """--eval: mIoU, or the scores of Tables 5 and 6, and pictures."""
-    cfg = replace(cfg, split=eval_split(cfg))
     images, loader = open_data(cfg, cfg.split)
     net, folder = restore(cfg, images.num_classes, device), folder_of(cfg)
     forward = torch.compile(net) if cfg.compile else net
     if cfg.task == "segmentation":
         matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp, cfg.eval_scales,
                           cfg.flip)
-        kind = "derived" if Path(cfg.weights).name == "derived.pt" else "retrained"
-        if rank() == 0:
-            common.report_segmentation(cfg.network, kind, matrix, images, cfg, folder)
     else:
         scores = map_scores(cfg, forward, images, loader, device)
-        if rank() == 0:
-            common.log_record(folder, stage="eval", split=cfg.split, **scores)
-            print(f"{cfg.network} on {cfg.split}, {len(images)} pictures: "
-                  + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-    if rank() == 0:
-        common.draw_segmentations(net, images, cfg, device, folder)
+    if rank() != 0:
+        return
+    if cfg.task == "segmentation":
+        kind = "derived" if Path(cfg.weights).name == "derived.pt" else "retrained"
+        common.report_segmentation(cfg.network, kind, matrix, images, cfg, folder)
+    else:
+        common.log_record(folder, stage="eval", split=cfg.split, **scores)
+        print(f"{cfg.network} on {cfg.split}, {len(images)} pictures: "
+              + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    common.draw_segmentations(net, images, cfg, device, folder)
 
 
 @torch.no_grad()
@@ -1112,7 +1099,7 @@ def map_scores(cfg, net, images, loader, device):
     """Saliency: F_beta, MAE. Edges: ODS, OIS, AP, R50 after non-maximum suppression (5.3)."""
     scores = SaliencyScores() if cfg.task == "saliency" else data.EdgeScores(cfg.thresholds)
     for (pixels, labels), (_, i) in zip(loader, list(loader.sampler)):
-        with autocast(device, cfg.amp):
+        with common.autocast(device, cfg.amp):
             p = common.probabilities(net, pixels.to(device), labels.shape[-2:], cfg.eval_scales,
                                      cfg.flip)                              # (1, 2, H, W)
         likely = p[0, 1].double().cpu().numpy()                             # (H, W) in [0, 1]
@@ -1173,10 +1160,10 @@ def check(cfg, stages):
     if cfg.task == "edges" and cfg.image_scale != 1:
         raise InputError("--image-scale does not go with --task edges: an edge map has no other "
                          "resolution than its picture")
-    share = cfg.batch_size / world_size()
+    share = cfg.batch_size / common.world_size()
     if stages & {"search", "train"} and (share < 2 or share % 1):
-        raise InputError(f"--batch-size {cfg.batch_size} over {world_size()} processes: each needs "
-                         "the same number and 2 or more, as BN sees one value a picture at G")
+        raise InputError(f"--batch-size {cfg.batch_size} over {common.world_size()} processes: each "
+                         "needs the same number, 2 or more, as BN sees one value a picture at G")
     if "search" in stages and cfg.arch:
         raise InputError("--search writes an arch.json of its own, in --out; leave out --arch")
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
@@ -1188,13 +1175,12 @@ def check(cfg, stages):
 
 def check_files(cfg, stages):
     """Refuse before hours of work what a later stage would find missing."""
-    searched = "search" in stages and cfg.network in ("found", "random_like")
-    if "train" in stages:
-        common.open_split(cfg, train_split(cfg), cfg.task)
-    if "eval" in stages:
-        common.open_split(cfg, eval_split(cfg), cfg.task)
+    for stage, split in (("train", cfg.train_split), ("eval", cfg.split)):
+        if stage in stages:
+            common.open_split(cfg, split, cfg.task)
     if cfg.init and "search" not in stages:
         common.load_checkpoint(cfg.init)
+    searched = "search" in stages and cfg.network in ("found", "random_like")
     if (stages & {"train", "eval"} or cfg.export) and not searched:
         decoder_of(cfg)                                     # reads arch.json
     if ("eval" in stages or cfg.export) and not stages & {"train", "search"}:
@@ -1204,6 +1190,8 @@ def check_files(cfg, stages):
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "sparsemask", STAGES, QUICK, __doc__, argv)
     device = common.setup(cfg)
+    cfg.train_split = cfg.train_split or ("trainval" if cfg.dataset == "bsds500" else "train")
+    cfg.split = cfg.split or ("test" if cfg.dataset in ("msra_b", "bsds500") else "val")
     check(cfg, stages)
     check_files(cfg, stages)
     common.write_config(cfg, stages, device)
@@ -1216,7 +1204,7 @@ def main(argv=None):
     if rank() == 0 and "bench" in stages:
         bench(cfg, device)
     if rank() == 0 and cfg.export:
-        classes = common.open_split(cfg, eval_split(cfg), cfg.task).num_classes
+        classes = common.open_split(cfg, cfg.split, cfg.task).num_classes
         common.export(restore(cfg, classes, torch.device("cpu")), cfg.frame, cfg.export)
 
 
