@@ -887,9 +887,12 @@ def plot(path, title, x_label, y_label, series, dots=False):
 
     pen.rectangle(frame, outline=FAINT)
     for place, text, anchor in (
-            ((left, bottom + 6), f"{low[0]:.4g}", "lt"), ((left - 8, bottom), f"{low[1]:.4g}", "rs"),
-            ((right, bottom + 6), f"{high[0]:.4g}", "rt"), ((left - 8, top), f"{high[1]:.4g}", "rt"),
-            ((left, top - 8), y_label, "ls"), (((left + right) / 2, bottom + 28), x_label, "mt")):
+            ((left, bottom + 6), f"{low[0]:.4g}", "lt"),
+            ((right, bottom + 6), f"{high[0]:.4g}", "rt"),
+            ((left - 8, bottom), f"{low[1]:.4g}", "rs"),
+            ((left - 8, top), f"{high[1]:.4g}", "rt"),
+            ((left, top - 8), y_label, "ls"),
+            (((left + right) / 2, bottom + 28), x_label, "mt")):
         pen.text(place, text, INK, font, anchor)
     for k, (name, line) in enumerate(series.items()):
         colour, places = COLOURS[k % len(COLOURS)], [at(*point) for point in line]

@@ -1162,8 +1162,8 @@ def check(cfg, stages):
                          "resolution than its picture")
     share = cfg.batch_size / common.world_size()
     if stages & {"search", "train"} and (share < 2 or share % 1):
-        raise InputError(f"--batch-size {cfg.batch_size} over {common.world_size()} processes: each "
-                         "needs the same number, 2 or more, as BN sees one value a picture at G")
+        raise InputError(f"--batch-size {cfg.batch_size} over {common.world_size()} processes: "
+                         "each needs the same number, 2 or more: BN sees one value a picture at G")
     if "search" in stages and cfg.arch:
         raise InputError("--search writes an arch.json of its own, in --out; leave out --arch")
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
