@@ -130,7 +130,7 @@ class Config(BaseConfig):
 # the quick preset takes a larger one (OURS), with the paper's lambda. Its encoder is untrained, so
 # do not read much into what it finds.
 QUICK = dict(size=(65, 129), batch_size=8, epochs=8, search_epochs=4, weights_encoder="none",
-             lr_w=1.0, lr_encoder=0.05, frame=(129, 257), scales=(0.75, 1.5), thresholds=19)
+             lr_w=2.0, lr_encoder=0.05, frame=(129, 257), scales=(0.75, 1.5), thresholds=19)
 
 # ---------------------------------------------------------------------------------------------
 # 2. Connectivities: {"D8": ("E9", "G"), ...}, a stage and its inputs, deepest stage first
