@@ -104,15 +104,15 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def add_flag(parser, f, hint):
+def add_flag(parser, f):
     kind = {"help": f"{f.metadata['help']} [{f.default}]".replace("%", "%%")}
-    if hint is bool:
+    if f.type is bool:
         kind["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(hint) is tuple:
-        item, *rest = typing.get_args(hint)
+    elif typing.get_origin(f.type) is tuple:
+        item, *rest = typing.get_args(f.type)
         kind.update(type=item, nargs="+" if rest == [...] else 1 + len(rest), metavar="N")
     else:
-        kind.update(type=hint, choices=f.metadata["choices"])
+        kind.update(type=f.type, choices=f.metadata["choices"])
     parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind)
 
 
@@ -137,10 +137,9 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for stage, text in stages.items():
         parser.add_argument(f"--{stage}", action="store_true", help=text)
-    hints = typing.get_type_hints(config_class)
     options = [f for f in fields(config_class) if "help" in f.metadata]
     for f in options:
-        add_flag(parser, f, hints[f.name])
+        add_flag(parser, f)
     given = vars(parser.parse_args(argv))
     chosen = {stage for stage in stages if given.pop(stage)}
     synthetic = given.get("dataset", "synthetic") == "synthetic"
@@ -153,8 +152,7 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
     for f in options:
         stage = f.metadata["stage"]
         if f.name in given and stage and STAGES.index(stage) > max(reached):
-            raise InputError(f"{flag(f.name)} matters to --{stage} only: add --{stage}, or leave "
-                             "it out")
+            raise InputError(f"{flag(f.name)} matters to --{stage} only: add that, or leave it out")
     values = {**(quick if preset == "quick" else {}), **given}
     cfg = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     for f in options:
@@ -183,9 +181,8 @@ def require_same(stored, wanted, path):
     """InputError naming the first setting under which `path` was made differently."""
     for name, value in wanted.items():
         if stored.get(name) != value:
-            old, new = str(stored.get(name))[:60], str(value)[:60]
-            raise InputError(f"{path} was made with {flag(name)} {old}, now it is {new}; give the "
-                             "same settings, or another --out")
+            raise InputError(f"{path} was made with {flag(name)} {str(stored.get(name))[:60]}, now "
+                             f"it is {str(value)[:60]}; give the same, or another --out")
 
 
 def run_main(main):
@@ -257,9 +254,8 @@ def sum_over_ranks(tensor):
 def average(tensors):
     """Replace each tensor by its mean over all ranks: one message for all of them."""
     if tensors and world_size() > 1:
-        flat = sum_over_ranks(torch.cat([t.flatten() for t in tensors])) / world_size()
-        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(mean.view_as(t))
+        total = sum_over_ranks(nn.utils.parameters_to_vector(tensors))
+        nn.utils.vector_to_parameters(total / world_size(), tensors)
 
 
 def average_gradients(parameters):
@@ -601,8 +597,7 @@ def train_or_load(run, *how):
     """
     state, path = run.stored(), run.folder / "last.pt"
     if state and state["epoch"] < run.total and not run.cfg.resume:
-        raise InputError(f"{path} has {state['epoch']} of {run.total} epochs: continue it with "
-                         "--resume, or delete it")
+        raise InputError(f"{path} is unfinished: continue it with --resume, or delete it")
     if state.get("epoch") != run.total:
         fit(run, *how)
     elif rank() == 0:
