@@ -19,7 +19,6 @@ A paper's search is written out in its own file, on top of Run:
 import argparse
 import contextlib
 import copy
-import itertools
 import json
 import math
 import os
@@ -31,7 +30,6 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -75,8 +73,7 @@ class BaseConfig:
     """What all four files need. A paper's Config adds its own fields, among them size (training
     crop H W), scales (smallest and largest random scale), batch_size and epochs."""
     out: str = opt("", "run folder [runs/<method>]")
-    preset: str = opt("", "quick: minutes on a CPU, the default on synthetic data; paper: the "
-                      "paper's values", choices=("quick", "paper"))
+    preset: str = opt("", "[quick on synthetic data, else paper]", choices=("quick", "paper"))
     resume: bool = opt(False, "continue each stage from its last.pt")
     seed: int = opt(0, "of weights, samples and data order", "dense", low=0)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
@@ -108,8 +105,8 @@ def add_flag(parser, f):
     kind = {"help": f"{f.metadata['help']} [{f.default}]".replace("%", "%%")}
     if f.type is bool:
         kind["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(f.type) is tuple:
-        item, *rest = typing.get_args(f.type)
+    elif hasattr(f.type, "__args__"):                   # tuple[int, int] or tuple[float, ...]
+        item, *rest = f.type.__args__
         kind.update(type=item, nargs="+" if rest == [...] else 1 + len(rest), metavar="N")
     else:
         kind.update(type=f.type, choices=f.metadata["choices"])
@@ -157,11 +154,9 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
     cfg = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     for f in options:
         check_range(f, getattr(cfg, f.name))
-    if cfg.scales[0] > cfg.scales[1]:
-        raise InputError("--scales needs the smaller factor first")
+    cfg.scales = tuple(sorted(cfg.scales))
     cfg.out = cfg.out or f"runs/{method}"
-    stage_flags = {f"--{stage}" for stage in stages} | {"--resume"}
-    cfg.flags = shlex.join(word for word in argv if word not in stage_flags)
+    cfg.flags = shlex.join(w for w in argv if w.removeprefix("--") not in {*stages, "resume"})
     return chosen, cfg
 
 
@@ -222,21 +217,18 @@ def setup(cfg):
     the sampler. A scheduler's WORLD_SIZE alone starts nothing: only torchrun does.
     """
     launched = dist.is_torchelastic_launched()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind, _, index = cfg.device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or index and not (kind == "cuda" and index.isdigit()):
-        raise InputError(f"--device {cfg.device} is not supported; use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {cfg.device}, but torch sees no GPU; use --device cpu")
-    if launched and index:
-        raise InputError(f"--device {cfg.device} would put all processes of torchrun on one GPU; "
-                         "use --device cuda")
-    device = torch.device("cpu")
-    if kind != "cpu" and torch.cuda.is_available():
-        index = int(index or (os.environ["LOCAL_RANK"] if launched else 0))
-        if index >= torch.cuda.device_count():
-            raise InputError(f"there is no GPU {index}: torch sees {torch.cuda.device_count()}")
-        device = torch.device("cuda", index)
+    usable = kind in ("cuda", "auto") and not (launched and index)  # one GPU for all ranks: refused
+    index = index or (os.environ["LOCAL_RANK"] if launched else "0")
+    if cfg.device == "cpu" or cfg.device == "auto" and not gpus:
+        device = torch.device("cpu")
+    elif usable and index.isdigit() and int(index) < gpus:
+        device = torch.device("cuda", int(index))
         torch.cuda.set_device(device)
+    else:
+        raise InputError(f"--device {cfg.device} cannot be used: torch sees {gpus} GPUs; choose "
+                         "auto, cpu, cuda or, without torchrun, cuda:N")
     if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
@@ -279,21 +271,15 @@ def barrier():
         dist.barrier()
 
 
-def synchronised(model):
-    """A twin of the model whose BNs see the batches of all ranks; for GPUs.
-
-    Twin and model share parameters and buffers, so training one trains the other, and the model
-    keeps plain BNs, which can be folded, cut and run on a CPU.
-    """
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, shared))
-
-
 def training_form(model, cfg, device):
-    """The model to call in a training step: synchronised on several GPUs, compiled if asked for.
-    It shares its parameters with `model`."""
+    """The model to call in a training step; it shares parameters and buffers with `model`.
+
+    On several GPUs a twin whose BNs see the batches of all ranks: so the model itself keeps plain
+    BNs, which can be folded, cut and run on a CPU. Compiled if asked for.
+    """
     if world_size() > 1 and device.type == "cuda":
-        model = synchronised(model)
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, shared))
     return torch.compile(model) if cfg.compile else model
 
 
@@ -318,8 +304,8 @@ def peak_memory(device):
     """Most memory held so far, GiB: on the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    unit = 1 if sys.platform == "darwin" else 1024        # ru_maxrss: bytes on macOS, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held / 2 ** (30 if sys.platform == "darwin" else 20)     # in bytes on macOS, else in KiB
 
 
 def device_name(device):
@@ -418,17 +404,16 @@ def load_checkpoint(path, need=("model",)):
     except Exception as error:        # torch raises many types for a truncated or foreign file
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a readable checkpoint (truncated?): {reason}") from None
-    for key in need:
-        if not isinstance(checkpoint, dict) or key not in checkpoint:
-            raise InputError(f"{path} is not a checkpoint of this program: it has no '{key}'")
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= set(need):
+        raise InputError(f"{path} is not a checkpoint of this program: it has no "
+                         f"{', '.join(need) or 'state_dict'}")
     return checkpoint
 
 
 def load_state_dict(path):
     """The state_dict in a file of any program: bare, or under "state_dict" or "model"."""
     state = load_checkpoint(path, ())
-    if isinstance(state, dict):
-        state = state.get("state_dict", state.get("model", state))
+    state = state.get("state_dict", state.get("model", state))
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} holds no state_dict, that is no dict of tensors")
     return state
@@ -466,23 +451,20 @@ class Run:
                  **parts):
         self.name, self.cfg, self.device, self.folder = name, cfg, device, Path(folder)
         self.total, self.steps, self.parts, self.stale = epochs, steps, parts, stale
-        self.settings = settings_of(cfg, stage, **(about or {}))
+        self.settings, self.resume = settings_of(cfg, stage, **(about or {})), cfg.resume
         self.epoch, self.step, self.values, self.terms = 0, 0, {}, {}
 
-    def stored(self):
-        """last.pt as a dict, {} if there is none; InputError if it was made under other terms."""
-        path = self.folder / "last.pt"
-        if not path.exists():
-            return {}
-        state = load_checkpoint(path, ("epoch", "settings", "values", *self.parts))
-        require_same(state["settings"], self.settings, path)
-        return state
-
     def epochs(self):
-        """Yields the epochs that are left to do: all, or with --resume those after last.pt."""
-        state = self.stored() if self.cfg.resume else {}
-        for key, part in self.parts.items() if state else ():
-            load_weights(part, state[key], self.folder / "last.pt")
+        """Yields the epochs that are left to do: all, or with --resume those after last.pt.
+        InputError if that was made under other terms."""
+        path, state = self.folder / "last.pt", {}
+        if self.resume and path.exists():
+            state = load_checkpoint(path, ("epoch", "settings", "values", *self.parts))
+            require_same(state["settings"], self.settings, path)
+            for key, part in self.parts.items():
+                load_weights(part, state[key], path)
+        if state.get("epoch") == self.total and rank() == 0:
+            print(f"{self.name}: trained already with these settings, taken from {self.folder}")
         self.values, self.fresh = dict(state.get("values", {})), not state
         self.began, self.images, self.done, self.shown = time.perf_counter(), 0, 0, 0.0
         for self.epoch in range(state.get("epoch", 0), self.total):
@@ -588,24 +570,16 @@ def fit(run, loss_terms, loader, score, clip=0.0):
 
 
 def train_or_load(run, *how):
-    """A network that several commands share, such as a teacher: best.pt if it is there, else
-    fit(run, *how) and then its best.pt. run.parts "model" ends with these weights. Returns the
-    best score.
+    """A network that several commands share, such as a teacher: fit(run, *how) once, and from then
+    on what this left. run.parts "model" ends with the best epoch's weights. Returns its score.
 
-    InputError if what is there was made under other settings, or is unfinished and --resume is not
-    given: it may be hours of work.
+    What was interrupted is continued, as under --resume: it may be hours of work. InputError if it
+    was made under other settings.
     """
-    state, path = run.stored(), run.folder / "last.pt"
-    if state and state["epoch"] < run.total and not run.cfg.resume:
-        raise InputError(f"{path} is unfinished: continue it with --resume, or delete it")
-    if state.get("epoch") != run.total:
-        fit(run, *how)
-    elif rank() == 0:
-        print(f"{run.name}: trained already with these settings, taken from {run.folder}")
-    path = run.folder / "best.pt"
-    best = load_checkpoint(path, ("model", "score"))
-    load_weights(run.parts["model"], best["model"], path)
-    return best["score"]
+    run.resume = True
+    score, path = fit(run, *how), run.folder / "best.pt"
+    load_weights(run.parts["model"], load_checkpoint(path)["model"], path)
+    return score
 
 
 def poly(optimizer, steps, power=0.9):
@@ -680,7 +654,8 @@ def fold_bn(model):
     for module in list(model.modules()):
         if hasattr(module, "fold_norms"):
             module.fold_norms()
-        for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+        children = list(module.named_children())
+        for (name, conv), (norm_name, norm) in zip(children, children[1:]):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and (
                     norm.num_features == conv.out_channels):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
@@ -715,8 +690,7 @@ def export(model, size, path):
         program = torch.export.export(folded, (image,))
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file)
-    print(f"{path}: torch.export program; run it on an image (1, 3, {size[0]}, {size[1]}) by\n"
-          f"  torch.export.load('{path}').module()(image)")
+    print(f"run it anywhere: torch.export.load('{path}').module()(image of {(1, 3, *size)})")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -842,15 +816,13 @@ def draw_segmentations(net, images, cfg, device, folder, count=4):
     Pixels without a label show the picture alone.
     """
     samples, tiles = data.Samples(images, data.eval_transform(cfg.image_scale)), []
-    colours = [tuple(c) for c in images.palette]
+    colours, classes = [tuple(c) for c in images.palette], torch.arange(images.num_classes)
     for i in np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist():
         x, label = samples[0, i]                                        # (3, H, W), (H', W')
         guess = enlarged(net(x[None].to(device)).float(), label.shape).argmax(1)[0].cpu()
         picture = data.v2.functional.pil_to_tensor(images[i][0])        # (3, H', W')
-        tiles.append(picture)
-        for classes in (label, guess):                                  # (H', W')
-            masks = classes == torch.arange(images.num_classes)[:, None, None]
-            tiles.append(draw_segmentation_masks(picture, masks, 0.6, colours))
+        masks = [y == classes[:, None, None] for y in (label, guess)]   # (K, H', W') each
+        tiles += [picture, *(draw_segmentation_masks(picture, m, 0.6, colours) for m in masks)]
     height, width = tiles[0].shape[1:]          # of the first picture, though sets may mix sizes
     tiles = [data.v2.functional.resize(tile, [240, 240 * width // height]) for tile in tiles]
     sheet = make_grid(torch.stack(tiles), nrow=3, padding=4, pad_value=255)
@@ -907,16 +879,15 @@ def heat_map(path, title, row_names, column_names, values):
     """
     values = np.array(values, float)[..., None].clip(0, 1)                  # (rows, columns, 1)
     colours = np.where(np.isnan(values), 200, 255 + values * (np.array([8, 48, 107]) - 255))
-    font, left, top, cell_h = ImageFont.load_default(size=12), 150, 56, 16
-    widest = max(font.getlength(str(name)) + 8 for name in column_names)
-    cell_w = int(max(10, min(widest, 900 // len(column_names))))
+    left, top, cell_h = 150, 56, 16
+    cell_w = max(10, min(64, 900 // len(column_names)))
     cells = Image.fromarray(colours.round().astype(np.uint8)).resize(
         (cell_w * len(column_names), cell_h * len(row_names)), Image.Resampling.NEAREST)
     image, pen, font = canvas(title, left + cells.width + 12, top + cells.height + 12)
     image.paste(cells, (left, top))
     for i, name in enumerate(row_names):
         pen.text((left - 6, top + cell_h * (i + 0.5)), str(name), INK, font, "rm")
-    for j in range(0, len(column_names), math.ceil(widest / cell_w)):
+    for j in range(0, len(column_names), math.ceil(64 / cell_w)):
         pen.text((left + cell_w * (j + 0.5), top - 4), str(column_names[j]), INK, font, "ms")
     save_png(image, path)
 
