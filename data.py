@@ -159,6 +159,7 @@ class Scene:
         self.draw("polygon", corners, colour, label)
 
     def ground(self, left, right, colour, label, t0=0, t1=3):
+        """A strip of ground; left, right: metres from the road's middle; to below the picture."""
         self.slab((left, 0), (right, 0), t0, t1, colour, label)
 
     def paint(self, name, x, y, unit):
@@ -406,10 +407,10 @@ class FilePairs:
 
 
 def check_pairs(dataset, limit=64):
-    """Open `limit` evenly spaced pairs before hours of training -> number of pairs opened.
+    """Read `limit` evenly spaced pairs before hours of training -> number of pairs read.
 
-    Damage elsewhere surfaces when training reads it, as an InputError naming the file too.
-    Generated pictures cannot be damaged: 0.
+    Raises InputError naming the file. Damage in the others surfaces when training reads them, as
+    the same InputError. Generated pictures cannot be damaged: 0.
     """
     if not isinstance(dataset, FilePairs):
         return 0
@@ -1036,6 +1037,7 @@ class EdgeScores:
         self.counts, self.best = np.zeros((4, thresholds)), np.zeros(4)
 
     def update(self, probability, annotations):
+        """Count one picture. Raises ValueError: shapes that differ, a value that is not finite."""
         probability, truth = np.asarray(probability), np.asarray(annotations, bool)
         if truth.shape[1:] != probability.shape or not np.isfinite(probability).all():
             raise ValueError(f"edge map {probability.shape} must be finite (H, W), and its "

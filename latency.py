@@ -49,7 +49,8 @@ def milliseconds(call, repeats, device):
 @torch.no_grad()
 def measure(calls, device, rounds=15):
     """Time candidates in turn. calls: dict name -> function without arguments; device: where they
-    run. Returns dict name -> {"median", "p90", "samples"}, in ms.
+    run. Returns dict name -> {"median", "p90", "samples"}, the first two in ms. Leaves
+    torch.backends.cudnn.benchmark on.
     """
     device = torch.device(device)
     repeats, samples = {}, {name: [] for name in calls}
@@ -141,6 +142,7 @@ def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
 
     entries: dict entry -> (function that makes the module, [input shapes]). The table is stored
     after every chunk, so an interrupted run continues. Under torchrun rank 0 measures for all.
+    Raises InputError: a stored table that is damaged or of other conditions.
     """
     about = conditions(device, torch.float32, frame)
     path, ms = table_path(folder, about), {}

@@ -152,7 +152,7 @@ def scratch():
 
 
 def put(path, content):
-    """Write text or bytes; or rows of numbers as a grey picture; or (H, W) as one that is brown."""
+    """Write text; or a list or array as a picture; or for a tuple (H, W) a picture all brown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
         path.write_text(content)
@@ -251,15 +251,15 @@ def test_data_voc_takes_the_labels_of_sbd_where_they_are():
 
 
 def test_data_labels_are_indices_and_masks_are_brightness():
-    rows = np.array([[0, 2, 255]], np.uint8)
-    indexed, black_white = Image.fromarray(rows), Image.fromarray(rows // 2 * 2)
+    indexed, grey = (Image.fromarray(np.array([row], np.uint8)) for row in
+                     ([0, 2, 255], [0, 200, 255]))
     indexed.putpalette([(7 * k + 3) % 256 for k in range(768)])
     with scratch() as root:
         _, label = own_folder(root)
         indexed.save(label)
         assert label_of(open_files("folder", root, classes=3)) == [[0, 2, 255]]
         for mode in ("L", "1", "P"):
-            black_white.point(lambda value: 100 * value).convert(mode).save(label)
+            grey.convert(mode).save(label)
             (root / "train/labels").rename(root / "train/masks")
             assert label_of(open_files("msra_b", root)) == [[0, 1, 1]], mode
             (root / "train/masks").rename(root / "train/labels")
@@ -308,23 +308,20 @@ def test_data_damaged_pairs_are_refused_by_name():
     with scratch() as root:
         image, label = own_folder(root)
         own = open_files("folder", root, classes=3)
-        for call in (lambda: data.check_pairs(own), lambda: own[0]):
-            call()
-            for content, words in (([[0, 1, 77]], ["77"]), ([[0, 1]], [image, "(3, 1)", "(2, 1)"]),
-                                   ("no picture", ["cannot read"])):
-                put(label, content)
-                _refused(call, label, *words)
-            put(label, np.zeros((64, 48)))
-            for kind in ("png", "jpeg"):
-                Image.fromarray(noise).save(image, format=kind)
-                whole = image.read_bytes()
-                image.write_bytes(whole + bytes(4))  # some cameras fill up blocks
-                call()
-                image.write_bytes(whole[:len(whole) // 2])
-                _refused(call, image, "cannot read")
-            image.unlink()
-            _refused(call, image, "cannot read")
-            own_folder(root)
+        assert data.check_pairs(own) == 1
+        for content, words in (([[0, 1, 77]], ["77"]), ([[0, 1]], [image, "(3, 1)", "(2, 1)"]),
+                               ("no picture", ["cannot read"])):
+            put(label, content)
+            _refused(lambda: data.check_pairs(own), label, *words)
+        put(label, np.zeros((64, 48)))
+        for kind in ("png", "jpeg"):
+            Image.fromarray(noise).save(image, format=kind)
+            data.check_pairs(own)
+            whole = image.read_bytes()
+            image.write_bytes(whole[:len(whole) // 2])
+            _refused(lambda: data.check_pairs(own), image, "cannot read")
+        image.unlink()
+        _refused(lambda: own[0], image, "cannot read")
 
 
 def test_data_check_opens_an_even_sample():
@@ -354,33 +351,31 @@ def test_data_imagefolder_tree():
         _refused(lambda: pictures[0], root / "train/cat/1.png")
 
 
-def test_data_edges_of_several_annotators():
+def test_data_consensus_of_annotators():
     # Annotators, and the label where 0, 1, 2 ... of them marked the pixel.
-    rule = {1: [0, 1], 2: [0, 1, 1], 3: [0, 255, 1, 1], 4: [0, 255, 1, 1, 1],
-            5: [0, 255, 255, 1, 1, 1], 11: [0, 255, 255, 1, 1, 1, 1]}
+    for count, label in ((1, [0, 1]), (2, [0, 1, 1]), (3, [0, 255, 1, 1]), (4, [0, 255, 1, 1, 1]),
+                         (5, [0, 255, 255, 1, 1, 1]), (9, [0, 255, 255, *7 * [1]])):
+        marks = [np.arange(count + 1)[None] > k for k in range(count)]
+        assert data.consensus(marks).tolist() == [label]
+
+
+def test_data_edges_of_several_annotators():
     with scratch() as root:
-        put(root / "train/p1_7.jpg", (1, 2))
-        put(root / "train_edges/p1_7_0.png", [[0, 9]])  # no second annotator of p1
         put(root / "train_edges/p1_note.png", "no annotation")
-        for count, label in rule.items():
-            put(root / f"train/p{count}.jpg", (1, len(label)))
+        # p1_7_0 is no second annotator of p1; p2 has eleven, and only one who saw an edge at 1.
+        for name, count in (("train/p1", 1), ("train/p1_7", 1), ("train/p2", 11), ("val/q", 1)):
+            put(root / f"{name}.jpg", (1, 3))
             for k in range(count):
-                votes = [(vote > k) * (40 + k) for vote in range(len(label))]
-                put(root / f"train_edges/p{count}_{k}.png", [votes])
-        put(root / "val/q.jpg", (1, 2))
-        put(root / "val_edges/q_0.png", [[0, 9]])
+                path = root / f"{name.replace('/', '_edges/')}_{k}.png"
+                put(path, [[0, 9 * (k == 10 or count == 1), 255]])
         pairs = open_files("bsds500", root, "trainval")
-        place = {path.stem: i for i, path in enumerate(pairs.images)}
-        assert list(place) == ["p1", "p11", "p1_7", "p2", "p3", "p4", "p5", "q"]
-        for count, label in rule.items():
-            marks = pairs.annotations(place[f"p{count}"])
-            assert len(marks) == count and label_of(pairs, place[f"p{count}"]) == [label]
-            assert marks[0].sum() == len(label) - 1
-            assert marks[0].dtype == bool and marks[0].shape == (1, len(label))
-        assert label_of(pairs, place["p1_7"]) == label_of(pairs, place["q"]) == [[0, 1]]
-        put(root / "train_edges/p2_1.png", [[0, 1]])
-        for call in (lambda: data.check_pairs(pairs), lambda: pairs[place["p2"]]):
-            _refused(call, "p2_1.png", "(2, 1)", root / "train/p2.jpg", "(3, 1)")
+        assert [path.stem for path in pairs.images] == ["p1", "p1_7", "p2", "q"]
+        assert [len(pairs.annotations(i)) for i in range(4)] == [1, 1, 11, 1]
+        assert [label_of(pairs, i)[0][1] for i in range(4)] == [1, 1, 255, 1]
+        assert [label_of(pairs, i)[0][::2] for i in range(4)] == 4 * [[0, 1]]
+        assert pairs.annotations(2)[0].dtype == bool and pairs.annotations(2)[0].shape == (1, 3)
+        put(path.with_name("q_1.png"), [[0, 1]])
+        _refused(lambda: data.check_pairs(pairs), "q_1.png", "(2, 1)", root / "val/q.jpg", "(3, 1)")
 
 
 def synthetic(task, size=(64, 96), split="train", seed=0):
@@ -404,7 +399,7 @@ def test_data_synthetic_sets_depend_on_seed_split_and_index_only():
 
 
 # Of each class of the scenes: its share in %, its mean brightness, and the mean step between
-# neighbours of that class, as they were when the searches of docs/results.md ran.
+# neighbours of that class. Other scenes would make searches incomparable with earlier ones.
 SCENES = np.array([
     (17.86, 152, 3.1), (24.57, 98, 11.5), (27.07, 112, 9.8), (9.58, 103, 9.2),
     (2.69, 110, 5.4), (4.80, 66, 16.8), (7.27, 75, 18.2), (1.00, 91, 9.1),
@@ -690,7 +685,7 @@ def test_data_edge_augmentation_keeps_thin_lines():
         assert over(0, 0) > max(over(-4, 0), over(4, 0), over(0, -4), over(0, 4)), case
         # All of the picture is there, an odd row and column apart; what the turn adds is ignored.
         area = int(60 * factor) * int(74 * factor)
-        assert abs(inside.sum() / area - 1) < (0.1 if step % 4 else 1e-6), case
+        assert abs(inside.sum() / area - 1) < (0.03 if step % 4 else 1e-6), case
         assert inside.all() if step % 4 == 0 else inside.float().mean() < 0.9, case
     label = torch.zeros(20, 30, dtype=torch.uint8)
     label[4, 3] = 1  # near the left end; counter-clockwise it comes to lie near the lower one
@@ -700,16 +695,13 @@ def test_data_edge_augmentation_keeps_thin_lines():
     assert set(turned(label, 0.5, 22.5)[1].unique().tolist()) == {1, 255}  # the edge wins
 
 
-def test_data_edge_transform_through_the_loader():
-    loader = data.make_loader(synthetic("edges", (48, 64)), range(6),
-                              data.edge_transform((40, 40)), 3, True, seed=2)
-    for (images, labels), (again, same) in zip(loader, loader):
-        assert images.shape == (3, 3, 40, 40) and labels.shape == (3, 40, 40)
-        assert images.dtype == torch.float32 and labels.dtype == torch.int64
-        assert torch.equal(images, again) and torch.equal(labels, same)
+def test_data_edge_transform():
+    image, label = data.Samples(synthetic("edges"), data.edge_transform((40, 50)))[0, 0]
+    assert image.shape == (3, 40, 50) and set(label.unique().tolist()) == {0, 1, 255}
     sizes, everywhere = [], coded(np.ones((40, 60), int))  # a picture that is edge all over
     for image, label in drawn(data.edge_transform((120, 120)), 60, everywhere):
-        assert set(label.unique().tolist()) == {1, 255}
+        assert label.shape == (120, 120) and set(label.unique().tolist()) == {1, 255}
+        assert image.dtype == torch.float32 and label.dtype == torch.int64
         # One pixel away from the picture, as those at its turned border are mixed.
         outside = F.max_pool2d((label == 1).float()[None], 3, 1, 1)[0] == 0
         assert image[:, outside].abs().max() < 0.03  # the mean colour
@@ -721,12 +713,11 @@ def test_data_edge_transform_through_the_loader():
 def test_data_nms_against_a_loop():
     image = np.random.default_rng(3).random((24, 31))
 
-    def triangle(picture, radius):  # the filter as a double loop over a mirrored picture
-        padded, out = np.pad(picture, radius, mode="symmetric"), np.zeros_like(picture)
-        kernel = [radius + 1 - abs(k) for k in range(-radius, radius + 1)]
-        for i, j in np.ndindex(2 * radius + 1, 2 * radius + 1):
-            out += kernel[i] * kernel[j] * padded[i:i + 24, j:j + 31] / (radius + 1) ** 4
-        return out
+    def triangle(picture, radius):
+        ramp = torch.tensor([radius + 1.0 - abs(k) for k in range(-radius, radius + 1)]).double()
+        kernel = ramp.outer(ramp) / (radius + 1) ** 4
+        padded = torch.from_numpy(np.pad(picture, radius, mode="symmetric"))
+        return F.conv2d(padded[None, None], kernel[None, None])[0, 0].numpy()
 
     edge, kept = triangle(image, 1), np.zeros((24, 31))
     dy, dx = np.gradient(triangle(edge, 4))
@@ -787,7 +778,10 @@ def test_data_thin_against_a_loop():
 
 
 def greedy(prediction, truth, radius):
-    """Pair by pair: shortest first, then by offset (dy, dx), then by pixel -> two masks."""
+    """Pair by pair: shortest first, then by offset (dy, dx), then by pixel -> two masks.
+
+    One to one by construction; and a pair that stays free on both sides would have been taken.
+    """
     offsets = [(int(a - y), int(b - x), y, x) for y, x in np.argwhere(prediction)
                for a, b in np.argwhere(truth) if np.hypot(a - y, b - x) <= radius]
     matched, matched_truth = np.zeros_like(prediction), np.zeros_like(truth)
@@ -797,40 +791,16 @@ def greedy(prediction, truth, radius):
     return matched, matched_truth
 
 
-def largest_matching(prediction, truth, radius):
-    """Number of pairs by Kuhn's augmenting paths, one pixel after the other."""
-    truths, partner = [tuple(t) for t in np.argwhere(truth)], {}
-
-    def place(y, x, seen):
-        for a, b in truths:
-            if np.hypot(a - y, b - x) <= radius and (a, b) not in seen:
-                seen.add((a, b))
-                if (a, b) not in partner or place(*partner[a, b], seen):
-                    partner[a, b] = y, x
-                    return True
-        return False
-
-    return sum(place(y, x, set()) for y, x in np.argwhere(prediction))
-
-
-def test_data_matching_is_one_to_one_and_maximal():
-    rng, pairs, possible = np.random.default_rng(0), 0, 0
+def test_data_matching_is_one_to_one_and_nearest_first():
+    rng = np.random.default_rng(0)
     for trial in range(16):
         radius = (0.5, 1, 2.3, 3)[trial % 4]
         prediction = rng.random((13, 12)) < 0.12
         truths = rng.random((2, 13, 12)) < (0.05, 0.3)[trial // 4 % 2]
         matches = data.match_edges(prediction, truths, radius)
         assert matches[0].shape == matches[1].shape == truths.shape
-        for truth, matched, matched_truth in zip(truths, *matches):
-            expected = greedy(prediction, truth, radius)
-            assert np.array_equal((matched, matched_truth), expected)
-            # All that is marked can be paired among itself, and nothing that is left over.
-            count = largest_matching(matched, matched_truth, radius)
-            assert count == matched.sum() == matched_truth.sum()
-            assert not largest_matching(prediction & ~matched, truth & ~matched_truth, radius)
-            pairs += count
-            possible += largest_matching(prediction, truth, radius)
-    assert 0.85 * possible < pairs < possible
+        for truth, *matched in zip(truths, *matches):
+            assert np.array_equal(matched, greedy(prediction, truth, radius))
 
 
 def test_data_edge_scores_at_the_extremes():
@@ -852,17 +822,9 @@ def test_data_edge_scores_at_the_extremes():
     # Found up to the threshold 0.5, in one of two pictures.
     assert np.allclose(scored(nothing, line * 0.55)[:2], 2 / 3)
     for probability, marks in ((nothing[1:], [line]), (nothing + np.nan, [line]), (nothing, line)):
-        try:
+        with contextlib.suppress(ValueError):
             data.EdgeScores(9).update(probability, marks)
             raise AssertionError("not refused")
-        except ValueError as error:
-            assert "(H, W)" in str(error)
-
-
-def edge_pictures():
-    rng = np.random.default_rng(7)
-    for _ in range(3):
-        yield rng.random((15, 20)) ** 3, [rng.random((15, 20)) < s for s in (0.05, 0.1)]
 
 
 def measures(row):
@@ -871,19 +833,15 @@ def measures(row):
     return r, p, 2 * p * r / (p + r) if p + r else 0
 
 
-def linear(points, where):
-    """Linear between measured points (x, y), 0 outside."""
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 <= where <= x1:
-            return y0 + (where - x0) / (x1 - x0) * (y1 - y0)
-    return 0
-
-
 def test_data_edge_scores_against_loops():
     """Counts per threshold and annotation, thinning and matching by loops; then the measures."""
-    scores, tables = data.EdgeScores(7, tolerance=0.1), []
-    for probability, truth in edge_pictures():
+    rng, tables = np.random.default_rng(7), []
+    scores, *ranks = (data.EdgeScores(7, tolerance=0.1) for _ in range(3))
+    for i in range(3):
+        probability = rng.random((15, 20)) ** 3
+        truth = [rng.random((15, 20)) < share for share in (0.05, 0.1)]
         scores.update(probability, truth)
+        ranks[i % 2].update(probability, truth)
         rows = []
         for k in range(1, 8):
             edge = thinned(probability >= k / 8)
@@ -893,18 +851,21 @@ def test_data_edge_scores_against_loops():
         tables.append(rows)
     tables = np.array(tables, float)  # (pictures, thresholds, 4)
     assert np.array_equal(scores.counts, tables.sum(0).T)
-    curve, ods = [measures(row) for row in tables.sum(0)], 0
-    for (r0, p0, _), (r1, p1, _) in zip(curve, curve[1:]):
-        for a in np.linspace(0, 1, 100):
-            r, p = r0 + a * (r1 - r0), p0 + a * (p1 - p0)
-            ods = max(ods, 2 * p * r / (p + r))
+    recall, precision, _ = np.transpose([measures(row) for row in tables.sum(0)])
+    share = np.linspace(0, 1, 100)[:, None]  # between two thresholds
+    r, p = (curve[:-1] + share * np.diff(curve) for curve in (recall, precision))
     best = sum(max(rows, key=lambda row: measures(row)[2]) for rows in tables)
-    samples = [linear(sorted((r, p) for r, p, _ in curve), k / 100) for k in range(101)]
-    ap = (sum(samples) - samples[0] / 2 - samples[100] / 2) / 100  # end samples count half
-    by_precision, result = sorted((p, r) for r, p, _ in curve), scores.result()
-    r50 = linear(by_precision, max(by_precision[0][0], 0.5))
-    for name, expected in (("ODS", ods), ("OIS", measures(best)[2]), ("AP", ap), ("R50", r50)):
-        assert abs(result[name] - expected) < 1e-9 and expected < 0.95, name
+    order, steps = np.lexsort((precision, recall)), np.arange(101) / 100
+    samples = np.interp(steps, recall[order], precision[order], left=0, right=0)
+    order = np.lexsort((recall, precision))
+    expected = {"ODS": (2 * p * r / (p + r)).max(), "OIS": measures(best)[2],
+                "AP": (samples.sum() - samples[0] / 2 - samples[100] / 2) / 100,
+                "R50": np.interp(max(precision.min(), 0.5), precision[order], recall[order])}
+    result = scores.result()
+    for name, value in expected.items():
+        assert abs(result[name] - value) < 1e-9 and value < 0.95, name
+    others = iter((ranks[1].counts, ranks[1].best))  # two ranks add up to the whole
+    assert ranks[0].reduce(lambda values: values + next(others)).result() == result
 
 
 def test_data_average_precision_and_r50_on_a_curve_by_hand():
@@ -920,15 +881,6 @@ def test_data_average_precision_and_r50_on_a_curve_by_hand():
     assert abs(scores.result()["AP"] - 0.5 * 0.75) < 1e-9
     scores.counts[2:] = [[40] * 3, [100] * 3]  # precision never reaches 0.5
     assert scores.result()["R50"] == 0
-
-
-def test_data_edge_scores_add_up_over_ranks():
-    whole, *ranks = data.EdgeScores(4), data.EdgeScores(4), data.EdgeScores(4)
-    for i, (probability, truth) in enumerate(edge_pictures()):
-        whole.update(probability, truth)
-        ranks[i % 2].update(probability, truth)
-    others = iter((ranks[1].counts, ranks[1].best))
-    assert ranks[0].reduce(lambda values: values + next(others)).result() == whole.result()
 
 
 # ---------------------------------------------------------------------------------------------
