@@ -23,6 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 IGNORE = 255  # label value that neither the losses nor mIoU count
+UNKNOWN = -1  # in the tables from a label file's values to classes: a value that means nothing
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every encoder expects
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 # What Pillow raises on a broken file: no image, a broken PNG chunk, a bad header value, cut short.
@@ -247,7 +248,7 @@ class SyntheticScenes:
         """size: (H, W) in pixels. Raises InputError below 32, where poles and signs vanish."""
         if min(size) < 32:
             raise InputError(f"synthetic pictures of size {size} are below 32x32 pixels")
-        self.split, self.size, self.seed = split, tuple(size), seed
+        self.split, self.size, self.seed = split, size, seed
 
     def __len__(self):
         return self.lengths[self.split]
@@ -374,7 +375,7 @@ class FilePairs:
         self.images, self.labels = zip(*pairs)
         self.class_names, self.num_classes = tuple(class_names), len(class_names)
         self.palette, self.grey = palette, grey
-        self.table = np.full(256, -1, np.int16)  # -1: a value that means nothing
+        self.table = np.full(256, UNKNOWN, np.int16)
         classes = classes or {k: k for k in (*range(self.num_classes), IGNORE)}
         self.table[list(classes)] = list(classes.values())
 
@@ -400,9 +401,9 @@ class FilePairs:
             # Of a palette picture numpy reads the indices; convert("L") takes its brightness.
             values = np.asarray(label.convert("L") if self.grey else label, np.uint8)
         mapped = self.table[values]
-        if mapped.min() < 0:
-            raise InputError(f"label {path} holds {values[mapped < 0].max()}, neither one of the "
-                             f"{self.num_classes} classes nor ignore; correct one or the other")
+        if UNKNOWN in mapped:
+            raise InputError(f"label {path} holds {values[mapped == UNKNOWN].max()}, neither one of "
+                             f"the {self.num_classes} classes nor ignore; correct one or the other")
         return mapped.astype(np.uint8)
 
 
@@ -449,7 +450,7 @@ def camvid(root, split):
     names = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
     colours = _palette("#808080 #800000 #c0c080 #804080 #3c28de #808000 #c08080 #404080 #400080 "
                        "#404000 #0080c0")
-    classes = {k: k for k in (*range(11), IGNORE)} | {11: IGNORE}
+    classes = {k: k for k in (*range(len(names)), IGNORE)} | {11: IGNORE}
     return FilePairs(_pairs(root / split, root / f"{split}annot"), names, colours, classes)
 
 
@@ -888,7 +889,7 @@ def make_loader(dataset, indices, transform, batch_size, shuffle, workers=0, see
     """
     indices = range(len(dataset)) if indices is None else indices
     sampler = EpochSampler(indices, shuffle, seed, rank, world_size)
-    drop_last = shuffle and len(sampler) >= batch_size
+    drop_last = shuffle and len(sampler) // batch_size > 0
     return torch.utils.data.DataLoader(
         Samples(dataset, transform, seed), batch_size, sampler=sampler, num_workers=workers,
         drop_last=drop_last, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
@@ -1079,8 +1080,7 @@ class EdgeScores:
         if len(recalls) == 1:
             area = recall[0] * precision[0]
         precisions, first = np.unique(precision, return_index=True)
-        half = max(precisions[0], 0.5)
-        r50 = np.interp(half, precisions, recall[first], right=0)
+        r50 = np.interp(max(precisions[0], 0.5), precisions, recall[first], right=0)
         return {"ODS": scores.max(), "OIS": _f_measure(*_rates(self.best)), "AP": area, "R50": r50,
                 "threshold": fine[scores.argmax()]}
 
