@@ -402,8 +402,8 @@ class FilePairs:
             values = np.asarray(label.convert("L") if self.grey else label, np.uint8)
         mapped = self.table[values]
         if UNKNOWN in mapped:
-            raise InputError(f"label {path} holds {values[mapped == UNKNOWN].max()}, neither one of "
-                             f"the {self.num_classes} classes nor ignore; correct one or the other")
+            raise InputError(f"label {path} holds {values[mapped == UNKNOWN].max()}, neither one "
+                             f"of the {self.num_classes} classes nor ignore; correct one of both")
         return mapped.astype(np.uint8)
 
 
