@@ -10,7 +10,7 @@ real set is one function whose docstring shows where it comes from and the tree 
 own pictures go through `folder`, or copy a function of ten lines and add it to SETS.
 Every wrong input ends in an InputError of one sentence, raised as early as it can be known.
 """
-import re
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 IGNORE = 255  # label value that neither the losses nor mIoU count
+UNKNOWN = -1  # in the tables from a label file's values to classes: a value that means nothing
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every encoder expects
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 # What Pillow raises on a broken file: no image, a broken PNG chunk, a bad header value, cut short.
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-BLACK_WHITE = [(0, 0, 0), (255, 255, 255)]
 
 
 class InputError(Exception):
@@ -39,6 +39,14 @@ class InputError(Exception):
 
     def __init__(self, message):
         super().__init__(message.rpartition("InputError: ")[2].strip())
+
+
+def _palette(colours):
+    """-> [(red, green, blue), ...] of names or #rrggbb, separated by blanks."""
+    return [ImageColor.getrgb(colour) for colour in colours.split()]
+
+
+BLACK_WHITE = _palette("black white")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,11 +63,9 @@ class InputError(Exception):
 
 SCENE_CLASSES = tuple("sky building road pavement water grass tree pole sign car person".split())
 SKY, BUILDING, ROAD, PAVEMENT, WATER, GRASS, TREE, POLE, SIGN, CAR, PERSON = range(11)
-SCENE_PALETTE = [ImageColor.getrgb(name) for name in (
-    "steelblue", "maroon", "rebeccapurple", "orchid", "deepskyblue", "palegreen", "forestgreen",
-    "khaki", "gold", "mediumblue", "crimson")]
-VIVID = [ImageColor.getrgb(name) for name in (
-    "firebrick", "royalblue", "goldenrod", "gainsboro", "seagreen", "darkslategray")]
+SCENE_PALETTE = _palette("steelblue maroon rebeccapurple orchid deepskyblue palegreen forestgreen "
+                         "khaki gold mediumblue crimson")
+VIVID = _palette("firebrick royalblue goldenrod gainsboro seagreen darkslategray")
 
 # Standard deviation of the grain by label, in grey levels: of one pixel, and in patches of H/16.
 GRAIN = np.full((2, 256), [[9], [8]], np.float32)
@@ -98,17 +104,19 @@ SHAPES = """
 THINGS = {}  # name: [(shape, label, colour, (x, y) of its points), ...]
 for _row in SHAPES.strip().splitlines():
     _thing, _shape, _label, _colour, *_points = _row.split()
-    _label = dict(zip(SCENE_CLASSES, range(11))).get(_label, IGNORE)
-    _points = np.reshape(np.array(_points, float), (-1, 2))
+    _label = SCENE_CLASSES.index(_label) if _label in SCENE_CLASSES else IGNORE
+    _points = np.array(_points, float).reshape(-1, 2)
     THINGS.setdefault(_thing, []).append((_shape, _label, _colour, _points))
 OBJECTS = tuple(THINGS)[:8]  # what the pictures for classification show: all but the bin
 # Thing, the most of them in a picture, from where to where: 0 is the middle of the road, 1 its
 # curb, 2 the walls.
-PLACES = """
-    car  6 0.4 0.8    bus  2 0.4 0.8    tree        6 1.5 1.6    person 2 0.1 0.9
-    lamp 6 1.1 1.2    bin  4 1.3 1.5    round_sign  4 1.1 1.2    person 6 1.1 1.9
-                                        square_sign 4 1.1 1.2
-"""
+PLACES = (
+    ("car", 6, 0.4, 0.8), ("bus", 2, 0.4, 0.8),
+    ("tree", 6, 1.5, 1.6), ("person", 2, 0.1, 0.9),
+    ("lamp", 6, 1.1, 1.2), ("bin", 4, 1.3, 1.5),
+    ("round_sign", 4, 1.1, 1.2), ("person", 6, 1.1, 1.9),
+    ("square_sign", 4, 1.1, 1.2),
+)
 
 
 class Scene:
@@ -120,7 +128,7 @@ class Scene:
 
     def __init__(self, rng, height, width, background):
         self.rng, self.height, self.width = rng, height, width
-        self.image = Image.new("RGB", (width, height), background)
+        self.image = Image.new("RGB", (width, height), tuple(background))
         self.label = Image.new("L", (width, height), SKY)
         self.pens = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label)
         self.horizon = rng.uniform(0.36, 0.48) * height
@@ -131,9 +139,11 @@ class Scene:
 
     def colour(self, kind):
         """A colour of one of the kinds SHARED."""
-        grey, vivid = [self.rng.integers(75, 165)] * 3, VIVID[self.rng.integers(len(VIVID))]
+        # All numbers are drawn for every kind: what comes after does not depend on the kind.
+        grey = self.rng.integers(75, 165)
+        vivid = self.rng.choice(VIVID)
         base = {"stone": grey, "leaf": (75, 110, 50), "vivid": vivid}[kind]
-        return tuple((base + self.rng.integers(-18, 19, 3)).tolist())
+        return tuple(base + self.rng.integers(-18, 19, 3))
 
     def draw(self, shape, points, colour, label):
         """shape: rectangle, ellipse or polygon; points: x, y, x, y ... in pixels."""
@@ -146,8 +156,12 @@ class Scene:
 
     def slab(self, low, high, t0, t1, colour, label):
         """A piece of ground or wall between low and high, both (metres, up), from t0 to t1."""
-        corners = (*low, t0), (*high, t0), (*high, t1), (*low, t1)
-        self.draw("polygon", [self.at(*corner) for corner in corners], colour, label)
+        corners = self.at(*low, t0), self.at(*high, t0), self.at(*high, t1), self.at(*low, t1)
+        self.draw("polygon", corners, colour, label)
+
+    def ground(self, left, right, colour, label, t0=0, t1=3):
+        """A strip of ground; left, right: metres from the road's middle; to below the picture."""
+        self.slab((left, 0), (right, 0), t0, t1, colour, label)
 
     def paint(self, name, x, y, unit):
         """A thing that stands at pixel x, y; `unit`: pixels per metre there."""
@@ -159,14 +173,14 @@ class Scene:
 
     def finish(self):
         """Grain by class, a gradient of light, a colour cast -> (PIL RGB image, PIL 'L' label)."""
-        rng, label, size = self.rng, np.asarray(self.label), (self.width, self.height)
+        rng, label = self.rng, np.asarray(self.label)
         fine = rng.integers(-100, 101, label.shape, np.int8) / np.float32(58)  # variance 1
         patches = rng.integers(0, 256, (16, 16 * self.width // self.height + 1), np.uint8)
-        patches = Image.fromarray(patches).resize(size, Image.Resampling.BILINEAR)
+        patches = Image.fromarray(patches).resize(self.label.size, Image.Resampling.BILINEAR)
         coarse = (np.asarray(patches, np.float32) - 127.5) / 49
         grain = fine * GRAIN[0, label] + coarse * GRAIN[1, label]
-        slope = rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, self.width)
-        light = (rng.uniform(0.65, 1.15) + slope[:, None]) * rng.uniform(0.9, 1.1, 3)  # (W, 3)
+        slope = rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, self.width)[:, None]
+        light = (rng.uniform(0.65, 1.15) + slope) * rng.uniform(0.9, 1.1, 3)  # (W, 3)
         picture = (np.asarray(self.image) + grain[..., None]) * light.astype(np.float32)
         return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), self.label
 
@@ -190,35 +204,35 @@ def _draw_facades(scene, side):
 def _draw_ground(scene, water):
     """Skyline, both sides, road and lane marks."""
     rng, curb = scene.rng, scene.curb
-    scene.slab((-900, 0), (900, 0), 0, 3, scene.colour("stone"), PAVEMENT)
+    scene.ground(-900, 900, scene.colour("stone"), PAVEMENT)
     for x in np.arange(0, scene.width, scene.height / 9):
         small = scene.height / 128 * rng.uniform(1.0, 2.4)
         scene.paint(rng.choice(("house", "tree")), x, scene.horizon + 1, small)
     for side in (-1, 1):
-        scene.slab((side * curb, 0), (side * 90, 0), 0, 3, scene.colour("stone"), PAVEMENT)
+        scene.ground(side * curb, side * 90, scene.colour("stone"), PAVEMENT)
         if rng.random() < 0.5:
             _draw_facades(scene, side)
         else:
-            colour, label = ((water, WATER), (scene.colour("leaf"), GRASS))[rng.integers(2)]
-            scene.slab((side * (scene.wall - 0.8), 0), (side * 900, 0), 0, 3, colour, label)
+            leaf = scene.colour("leaf")
+            colour, label = (leaf, GRASS) if rng.integers(2) else (water, WATER)
+            scene.ground(side * (scene.wall - 0.8), side * 900, colour, label)
     asphalt = water if rng.random() < 0.4 else scene.colour("stone")
-    scene.slab((-curb, 0), (curb, 0), 0, 3, asphalt, ROAD)
+    scene.ground(-curb, curb, asphalt, ROAD)
     for metres in np.arange(1.5, 40, 4):
-        scene.slab((-0.08, 0), (0.08, 0), 3 / (metres + 2), 3 / metres, "gainsboro", ROAD)
+        scene.ground(-0.08, 0.08, "gainsboro", ROAD, 3 / (metres + 2), 3 / metres)
 
 
 def draw_scene(rng, height, width):
     """One street scene -> (PIL RGB image, PIL 'L' label), both height x width."""
     sky = np.array([150, 175, 205]) + rng.integers(-35, 36, 3)
-    scene = Scene(rng, height, width, tuple(sky.tolist()))
-    _draw_ground(scene, tuple((sky * 7 // 10).tolist()))
+    scene = Scene(rng, height, width, sky)
+    _draw_ground(scene, tuple(sky * 7 // 10))
     things = []
-    words = PLACES.split()
-    for name, most, low, high in zip(*(words[k::4] for k in range(4))):
-        for t in 0.07 + 0.45 * rng.random(rng.integers(0, int(most) + 1)) ** 2:
-            place = rng.uniform(float(low), float(high))
-            metres = np.interp(place, (0, 1, 2), (0, scene.curb, scene.wall))
-            things.append((t, metres * rng.choice((-1, 1)), name))
+    for name, most, low, high in PLACES:
+        count = rng.integers(most + 1)
+        for t in 0.07 + 0.45 * rng.random(count) ** 2:
+            place = np.interp(rng.uniform(low, high), (0, 1, 2), (0, scene.curb, scene.wall))
+            things.append((t, place * rng.choice((-1, 1)), name))
     for t, metres, name in sorted(things):  # far to near
         scene.paint(name, *scene.at(metres, 0, t), t * scene.unit)
     return scene.finish()
@@ -233,14 +247,11 @@ class SyntheticScenes:
     def __init__(self, split, size=(128, 256), seed=0):
         """size: (H, W) in pixels. Raises InputError below 32, where poles and signs vanish."""
         if min(size) < 32:
-            raise InputError(f"synthetic pictures of {size[0]}x{size[1]} are below 32x32 pixels")
-        self.split, self.size, self.seed = split, tuple(size), seed
+            raise InputError(f"synthetic pictures of size {size} are below 32x32 pixels")
+        self.split, self.size, self.seed = split, size, seed
 
     def __len__(self):
         return self.lengths[self.split]
-
-    def name(self, i):
-        return f"synthetic {self.split} {i}"
 
     def rng(self, i, stream):
         if not 0 <= i < len(self):
@@ -259,8 +270,9 @@ class SyntheticObjects(SyntheticScenes):
 
     def draw(self, i):
         """-> (PIL RGB image, PIL 'L' label as in the scenes)."""
-        rng, (height, width), name = self.rng(i, 1), self.size, OBJECTS[i % len(OBJECTS)]
-        scene = Scene(rng, height, width, tuple(rng.integers(70, 190, 3).tolist()))
+        rng, name = self.rng(i, 1), OBJECTS[i % len(OBJECTS)]
+        scene = Scene(rng, *self.size, rng.integers(70, 190, 3))
+        height, width = self.size
         ground = scene.colour(rng.choice(("leaf", "stone")))
         scene.draw("rectangle", (0, scene.horizon, width, height), ground, SKY)
         extent = max(points.max() for *_, points in THINGS[name])  # its height in metres
@@ -297,7 +309,8 @@ class SyntheticEdges(SyntheticScenes):
         return self._annotate(i, super().__getitem__(i)[1])
 
     def _annotate(self, i, label):
-        label, annotations = np.pad(label, ((0, 1), (0, 1)), mode="edge"), []
+        annotations = []
+        label = np.pad(label, (0, 1), mode="edge")
         here, right, below = label[:-1, :-1], label[:-1, 1:], label[1:, :-1]
         for seen in self.rng(i, 2).random((5, 256)) >= 0.15:
             border = (here != right) & seen[right] | (here != below) & seen[below]
@@ -317,13 +330,15 @@ def _require_folder(path, flag="--data-root"):
 
 
 def colour_map(num_classes):
-    """PASCAL VOC's colours: three bits of the class a step go to red, green, blue, high bit first.
+    """PASCAL VOC's colours: the bits of the class, low to high, are the high bits of red, green,
+    blue, then the next lower ones.
 
     All colours differ up to 256 classes, so sets without an official palette use it too.
     """
-    steps, classes = np.arange(8)[:, None], np.arange(num_classes)[:, None, None]
-    bits = classes >> (3 * steps + np.arange(3)) & 1  # (classes, 8, red green blue)
-    return [tuple(colour) for colour in (bits << (7 - steps)).sum(1).tolist()]
+    classes, colours = np.arange(num_classes), np.zeros((num_classes, 3), int)
+    for bit in range(8):
+        colours[:, bit % 3] += (classes >> bit & 1) << (7 - bit // 3)
+    return list(map(tuple, colours.tolist()))
 
 
 @contextmanager
@@ -347,29 +362,25 @@ class FilePairs:
 
     pairs: (image path, label path). classes: value in a label file -> class or IGNORE; by default
     the class itself and 255 = IGNORE. The value is a palette picture's index, or with grey=True
-    the brightness, which black-and-white masks need. advice: what to do about a colour label.
+    the brightness, which black-and-white masks need.
     Raises InputError naming the file: no label; later unreadable, colour label, a value that means
     nothing, sizes that differ.
     """
 
-    def __init__(self, pairs, class_names, palette, classes=None, grey=False,
-                 advice="convert it"):
+    def __init__(self, pairs, class_names, palette, classes=None, grey=False):
         for image, label in pairs:
             if not label.is_file():
                 raise InputError(f"image {image} has no label: {label} does not exist; "
                                  "add the label or remove the image")
         self.images, self.labels = zip(*pairs)
         self.class_names, self.num_classes = tuple(class_names), len(class_names)
-        self.palette, self.grey, self.advice = palette, grey, advice
-        self.table = np.full(256, -1, np.int16)  # -1: a value that means nothing
-        classes = classes or {**{k: k for k in range(self.num_classes)}, IGNORE: IGNORE}
+        self.palette, self.grey = palette, grey
+        self.table = np.full(256, UNKNOWN, np.int16)
+        classes = classes or {k: k for k in (*range(self.num_classes), IGNORE)}
         self.table[list(classes)] = list(classes.values())
 
     def __len__(self):
         return len(self.images)
-
-    def name(self, i):
-        return self.images[i].name
 
     def __getitem__(self, i):
         return read_rgb(self.images[i]), Image.fromarray(self.label(i))
@@ -382,36 +393,31 @@ class FilePairs:
         with _opened(image_path) as image, _opened(path) as label:
             if label.mode not in ("L", "P", "1"):
                 raise InputError(f"label {path} is a picture of mode {label.mode} and not 8-bit "
-                                 f"grey or palette, with a class a pixel; {self.advice}")
+                                 "grey or palette, with a class a pixel; convert it, or take the "
+                                 "copy of the data set that data.py names")
             if label.size != image.size:
-                raise InputError(f"label {path} of {label.width}x{label.height} does not fit image "
-                                 f"{image_path} of {image.width}x{image.height}; resize one")
+                raise InputError(f"label {path} of size {label.size} does not fit image "
+                                 f"{image_path} of size {image.size}; resize one")
             # Of a palette picture numpy reads the indices; convert("L") takes its brightness.
             values = np.asarray(label.convert("L") if self.grey else label, np.uint8)
         mapped = self.table[values]
-        if mapped.min() < 0:
-            raise InputError(f"label {path} holds {values[mapped < 0].max()}, neither one of the "
-                             f"{self.num_classes} classes nor ignore; correct one or the other")
+        if UNKNOWN in mapped:
+            raise InputError(f"label {path} holds {values[mapped == UNKNOWN].max()}, neither one "
+                             f"of the {self.num_classes} classes nor ignore; correct one of both")
         return mapped.astype(np.uint8)
 
 
 def check_pairs(dataset, limit=64):
-    """Open `limit` evenly spaced pairs before hours of training -> number of pairs opened.
+    """Read `limit` evenly spaced pairs before hours of training -> number of pairs read.
 
-    Their labels are decoded; of an image the header and the end mark are read, and the whole only
-    where the mark is missing. Damage elsewhere surfaces when training reads it, as an InputError
-    naming the file too. Generated pictures cannot be damaged: 0.
+    Raises InputError naming the file. Damage in the others surfaces when training reads them, as
+    the same InputError. Generated pictures cannot be damaged: 0.
     """
     if not isinstance(dataset, FilePairs):
         return 0
     count = min(limit, len(dataset))
-    for i in np.linspace(0, len(dataset) - 1, count).round().astype(int):
-        dataset.label(i)
-        with _opened(dataset.images[i]) as image, open(dataset.images[i], "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 16))
-            end = file.read().rstrip(b"\0")
-            if not end.endswith((b"\xff\xd9", b"IEND\xaeB`\x82")):  # of JPEG, of PNG
-                image.load()
+    for k in range(count):
+        dataset[k * len(dataset) // count]
     return count
 
 
@@ -421,13 +427,14 @@ def _pairs(image_dir, label_dir, label_suffix=".png", image_suffix=""):
     Both suffixes follow what the two names share: a.jpg with a.png, a_leftImg8bit.png with ...
     """
     _require_folder(image_dir), _require_folder(label_dir)
-    images = sorted(path for path in image_dir.rglob(f"*{image_suffix}.*")
-                    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
-    if not images:
-        raise InputError(f"folder {image_dir} holds no image ({' '.join(IMAGE_SUFFIXES)})")
-    shared = [path.with_name(path.stem.removesuffix(image_suffix)) for path in images]
-    return [(image, label_dir / f"{stem.relative_to(image_dir)}{label_suffix}")
-            for image, stem in zip(images, shared)]
+    pairs = []
+    for image in sorted(image_dir.rglob(f"*{image_suffix}.*")):
+        if image.suffix.lower() in IMAGE_SUFFIXES and not image.name.startswith("."):
+            name = image.stem.removesuffix(image_suffix) + label_suffix
+            pairs.append((image, label_dir / image.relative_to(image_dir).with_name(name)))
+    if not pairs:
+        raise InputError(f"folder {image_dir} holds no image (jpg, jpeg or png)")
+    return pairs
 
 
 def camvid(root, split):
@@ -441,17 +448,17 @@ def camvid(root, split):
     pictures and colour labels of 32 classes without a split, and is refused.
     """
     names = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
-    palette = [(128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
-               (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
-               (0, 128, 192)]
-    classes = {**{k: k for k in range(11)}, 11: IGNORE, IGNORE: IGNORE}
-    return FilePairs(_pairs(root / split, root / f"{split}annot"), names, palette, classes,
-                     advice="take SegNet's copy of CamVid (data.py says where)")
+    colours = _palette("#808080 #800000 #c0c080 #804080 #3c28de #808000 #c08080 #404080 #400080 "
+                       "#404000 #0080c0")
+    classes = {k: k for k in (*range(len(names)), IGNORE)} | {11: IGNORE}
+    return FilePairs(_pairs(root / split, root / f"{split}annot"), names, colours, classes)
 
 
+# All but the last entry, license plate, whose id -1 is never in a file.
+ENTRIES = torchvision.datasets.Cityscapes.classes[:-1]
 # The 19 classes that are trained, in the order of their train ids; BDD100K has the same.
-TRAINED = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < IGNORE]
-CITYSCAPES = [c.name for c in TRAINED], [c.color for c in TRAINED]
+TRAINED = [entry for entry in ENTRIES if entry.train_id < IGNORE]
+CITYSCAPES = [entry.name for entry in TRAINED], [entry.color for entry in TRAINED]
 
 
 def cityscapes(root, split):
@@ -464,8 +471,7 @@ def cityscapes(root, split):
     """
     folders = root / "leftImg8bit" / split, root / "gtFine" / split
     pairs = _pairs(*folders, "_gtFine_labelIds.png", "_leftImg8bit")
-    # The last entry, license plate, has id -1: it is never in a file.
-    classes = {entry.id: entry.train_id for entry in torchvision.datasets.Cityscapes.classes[:-1]}
+    classes = {entry.id: entry.train_id for entry in ENTRIES}
     return FilePairs(pairs, *CITYSCAPES, classes)
 
 
@@ -512,12 +518,14 @@ def ade20k(root, split):
     if (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
     part = {"train": "training", "val": "validation"}[split]
-    names, info = [f"class {k}" for k in range(150)], root / "objectInfo150.txt"
+    names = [f"class {k}" for k in range(150)]
+    info = root / "objectInfo150.txt"
     if info.is_file():  # a header line, then: index, share, train, val, names
         rows = info.read_text().splitlines()[1:151]
         names = [row.split("\t")[-1].split(",")[0].strip() for row in rows]
-    return FilePairs(_pairs(root / "images" / part, root / "annotations" / part), names,
-                     colour_map(150), {0: IGNORE, **{k: k - 1 for k in range(1, 151)}})
+    pairs = _pairs(root / "images" / part, root / "annotations" / part)
+    classes = {k: k - 1 for k in range(1, 151)} | {0: IGNORE}
+    return FilePairs(pairs, names, colour_map(150), classes)
 
 
 def bdd100k(root, split):
@@ -576,7 +584,9 @@ def consensus(annotations):
     """
     votes = np.sum(annotations, 0)
     needed = min(3, (len(annotations) + 1) // 2)
-    return np.where(votes >= needed, 1, np.where(votes > 0, IGNORE, 0)).astype(np.uint8)
+    label = np.where(votes > 0, IGNORE, 0).astype(np.uint8)
+    label[votes >= needed] = 1
+    return label
 
 
 class EdgePairs(FilePairs):
@@ -584,9 +594,12 @@ class EdgePairs(FilePairs):
 
     def annotations(self, i):
         """-> list of (H, W) bool arrays, one an annotator."""
-        name = re.compile(re.escape(self.images[i].stem) + r"_\d+[.]png")
-        paths = [path for path in self.labels[i].parent.iterdir() if name.fullmatch(path.name)]
-        return [self.read_label(path, self.images[i]) > 0 for path in sorted(paths)]
+        annotations = []
+        for path in sorted(self.labels[i].parent.glob("*.png")):
+            stem, _, number = path.stem.rpartition("_")
+            if stem == self.images[i].stem and number.isdigit():
+                annotations.append(self.read_label(path, self.images[i]) > 0)
+        return annotations
 
     def label(self, i):
         return consensus(self.annotations(i))
@@ -608,7 +621,9 @@ def edges(root, split):
                 Image.fromarray(edge).save(f"train_edges/{path.stem}_{k}.png")
     """
     parts = ("train", "val") if split == "trainval" else (split,)
-    pairs = sum((_pairs(root / part, root / f"{part}_edges", "_0.png") for part in parts), [])
+    pairs = []
+    for part in parts:
+        pairs += _pairs(root / part, root / f"{part}_edges", "_0.png")
     classes = {value: min(value, 1) for value in range(256)}
     return EdgePairs(pairs, ("none", "edge"), BLACK_WHITE, classes, grey=True)
 
@@ -618,10 +633,7 @@ class ImageFolders(torchvision.datasets.ImageFolder):
 
     def __init__(self, root):
         super().__init__(root, loader=read_rgb)
-        self.class_names, self.num_classes = tuple(self.classes), len(self.classes)
-
-    def name(self, i):
-        return Path(self.samples[i][0]).name
+        self.class_names, self.num_classes = self.classes, len(self.classes)
 
 
 def imagefolder(root, split):
@@ -647,38 +659,30 @@ def imagefolder(root, split):
 # The table of data sets
 # --------------------------------------------------------------------------------------------------
 
-# (task, name) -> function(root, split); `synthetic` takes (split, size, seed) instead, and `folder`
+# task -> name -> function(root, split); `synthetic` takes (split, size, seed) instead, and `folder`
 # the number of classes too.
 SETS = {
-    ("segmentation", "synthetic"): SyntheticScenes,
-    ("segmentation", "camvid"): camvid,
-    ("segmentation", "cityscapes"): cityscapes,
-    ("segmentation", "voc"): voc,
-    ("segmentation", "ade20k"): ade20k,
-    ("segmentation", "bdd100k"): bdd100k,
-    ("segmentation", "folder"): folder,
-    ("saliency", "synthetic"): SyntheticSaliency,
-    ("saliency", "msra_b"): saliency,
-    ("edges", "synthetic"): SyntheticEdges,
-    ("edges", "bsds500"): edges,
-    ("classification", "synthetic"): SyntheticObjects,
-    ("classification", "imagefolder"): imagefolder,
+    "segmentation": {
+        "synthetic": SyntheticScenes, "camvid": camvid, "cityscapes": cityscapes, "voc": voc,
+        "ade20k": ade20k, "bdd100k": bdd100k, "folder": folder,
+    },
+    "saliency": {"synthetic": SyntheticSaliency, "msra_b": saliency},
+    "edges": {"synthetic": SyntheticEdges, "bsds500": edges},
+    "classification": {"synthetic": SyntheticObjects, "imagefolder": imagefolder},
 }
-
-
 # What split may be, where it is not one of these three.
-SPLITS = {"cityscapes": ("train", "val"), "ade20k": ("train", "val"), "bdd100k": ("train", "val"),
-          "imagefolder": ("train", "val"), "voc": ("train", "trainvoc", "trainval", "val"),
-          "bsds500": ("train", "val", "trainval", "test")}
+SPLITS = {"cityscapes": "train val", "ade20k": "train val", "bdd100k": "train val",
+          "imagefolder": "train val", "voc": "train trainvoc trainval val",
+          "bsds500": "train val trainval test"}
 
 
 def set_names(task):
     """-> the names of the data sets for this task; empty if there is no such task."""
-    return tuple(name for other, name in SETS if other == task)
+    return tuple(SETS.get(task, ()))
 
 
 def open_set(task, name, root=None, split="train", num_classes=None, size=(128, 256), seed=0):
-    """-> raw set: dataset[i], len, name(i), num_classes, class_names and, but for classification,
+    """-> raw set: dataset[i], len, num_classes, class_names and, but for classification,
     palette; sets of edges also have annotations(i), a list of (H, W) bool arrays.
 
     dataset[i] is (PIL RGB image, PIL 'L' label), or (PIL RGB image, int) for classification.
@@ -686,20 +690,20 @@ def open_set(task, name, root=None, split="train", num_classes=None, size=(128, 
     Raises InputError: unknown task, set or split, missing folder, no image, image without label, a
     num_classes that contradicts the set.
     """
-    if (task, name) not in SETS:
-        choices = set_names(task) or dict.fromkeys(task for task, _ in SETS)
+    if name not in set_names(task):
+        choices = set_names(task) or SETS
         raise InputError(f"no data set '{name}' for task '{task}'; choose {', '.join(choices)}")
-    splits = SPLITS.get(name, ("train", "val", "test"))
-    if split not in splits:
-        raise InputError(f"data set {name} has no split '{split}'; choose {' or '.join(splits)}")
+    splits = SPLITS.get(name, "train val test")
+    if split not in splits.split():
+        raise InputError(f"data set {name} has no split '{split}'; choose one of: {splits}")
     flag = "--cls-root" if task == "classification" else "--data-root"
     if name == "synthetic":
-        dataset = SETS[task, name](split, size, seed)
+        dataset = SETS[task][name](split, size, seed)
     elif root is None:
         raise InputError(f"data set {name} lies on disk: give its folder as {flag}")
     else:
         extra = (num_classes,) if name == "folder" else ()
-        dataset = SETS[task, name](_require_folder(Path(root), flag), split, *extra)
+        dataset = SETS[task][name](_require_folder(Path(root), flag), split, *extra)
     if num_classes not in (None, dataset.num_classes):
         raise InputError(f"leave --num-classes out: data set {name} has {dataset.num_classes} "
                          f"classes, not {num_classes}")
@@ -711,7 +715,7 @@ def open_set(task, name, root=None, split="train", num_classes=None, size=(128, 
 # --------------------------------------------------------------------------------------------------
 
 NEAREST, BILINEAR = v2.InterpolationMode.NEAREST_EXACT, v2.InterpolationMode.BILINEAR
-NORMALIZE = (v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD))
+NORMALIZE = v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)
 # What surrounds a picture: the mean colour, which is 0 once normalised, and IGNORE.
 MEAN_COLOUR = [round(255 * level) for level in MEAN]
 FILL = {tv_tensors.Image: MEAN_COLOUR, tv_tensors.Mask: IGNORE}
@@ -785,19 +789,21 @@ def scale_and_turn(image, label, factor, angle):
     """
     height, width = (side // 2 * 2 for side in label.shape)  # of odd sides the half would overlap
     size = [int(height * factor), int(width * factor)]
-    image = v2.functional.resize(image[..., :height, :width], size)
+    image = v2.functional.resize(v2.functional.crop(image, 0, 0, height, width), size)
+    image = v2.functional.rotate(image, angle, BILINEAR, expand=True, fill=MEAN_COLOUR)
     planes = torch.stack([label == 1, label == IGNORE]).float()[..., :height, :width]
     planes = F.adaptive_max_pool2d(planes, size)
-    image = v2.functional.rotate(image, angle, BILINEAR, expand=True, fill=MEAN_COLOUR)
     planes = v2.functional.rotate(planes, angle, BILINEAR, expand=True, fill=[0.0, 1.0])
     edge, ignore = planes >= 0.25
-    label = torch.where(edge, 1, torch.where(ignore, IGNORE, 0))
-    return tv_tensors.Image(image), tv_tensors.Mask(label.to(torch.uint8))
+    label = ignore.to(torch.uint8) * IGNORE
+    label[edge] = 1
+    return image, tv_tensors.Mask(label)
 
 
 def _turn_edges(image, label):
-    factor = (0.5, 1.0, 1.5)[int(torch.randint(3, ()))]
-    return scale_and_turn(image, label, factor, 22.5 * int(torch.randint(16, ())))
+    factor = torch.randint(1, 4, ()).item() / 2
+    angle = torch.randint(16, ()).item() * 22.5
+    return scale_and_turn(image, label, factor, angle)
 
 
 def edge_transform(size):
@@ -814,11 +820,6 @@ def edge_transform(size):
 # --------------------------------------------------------------------------------------------------
 # Samples and batches
 # --------------------------------------------------------------------------------------------------
-
-def _mix(*numbers):
-    """One 63-bit seed out of several non-negative integers, without the collisions of a sum."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
 
 class Samples(torch.utils.data.Dataset):
     """samples[epoch, i] -> (float32 image (3, H, W), int64 label (H, W), or () for a class).
@@ -840,8 +841,10 @@ class Samples(torch.utils.data.Dataset):
         if isinstance(label, Image.Image):
             label = tv_tensors.Mask(torch.from_numpy(np.array(label)))
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would reseed the GPUs too, which fork_rng does not put back here.
-            torch.default_generator.manual_seed(_mix(self.seed, epoch, i))
+            # A sum of the three would collide. torch.manual_seed would reseed the GPUs too, which
+            # fork_rng does not put back here.
+            seed = np.random.SeedSequence((self.seed, epoch, i)).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(seed[0]) // 2)  # 63 bits
             image, label = self.transform(v2.functional.to_image(image), label)
         return image.as_subclass(torch.Tensor), torch.as_tensor(label).long()
 
@@ -863,12 +866,12 @@ class EpochSampler(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __len__(self):
-        share = len(self.indices) + (self.world_size - 1 if self.shuffle else
-                                     self.world_size - 1 - self.rank)
-        return share // self.world_size
+        if self.shuffle:
+            return math.ceil(len(self.indices) / self.world_size)
+        return len(range(self.rank, len(self.indices), self.world_size))
 
     def __iter__(self):
-        order = np.array(self.indices)
+        order = self.indices
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
             order = np.resize(order, len(self) * self.world_size)  # repeats from the start
@@ -877,16 +880,16 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def make_loader(dataset, indices, transform, batch_size, shuffle, workers=0, seed=0, rank=0,
-                world_size=1, drop_last=None):
+                world_size=1):
     """A DataLoader over dataset[i] for i in indices (None: all); loader.sampler.set_epoch(e).
 
-    batch_size counts the pictures of one rank. drop_last defaults to shuffle, except where it
-    would leave no batch at all. Sets with pictures of several sizes need batch_size 1 at
-    evaluation, where nothing crops them.
+    batch_size counts the pictures of one rank. With shuffle the last batch is dropped where it is
+    smaller, unless that would leave none at all. Sets with pictures of several sizes need
+    batch_size 1 at evaluation, where nothing crops them.
     """
     indices = range(len(dataset)) if indices is None else indices
     sampler = EpochSampler(indices, shuffle, seed, rank, world_size)
-    drop_last = (shuffle if drop_last is None else drop_last) and len(sampler) >= batch_size
+    drop_last = shuffle and len(sampler) // batch_size > 0
     return torch.utils.data.DataLoader(
         Samples(dataset, transform, seed), batch_size, sampler=sampler, num_workers=workers,
         drop_last=drop_last, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
@@ -899,9 +902,10 @@ def split_indices(n, parts, seed=0):
     parts: shares, e.g. (0.4, 0.4, 0.2) for weights, architecture and held-out; only their ratios
     count. Raises InputError when a part would be empty.
     """
-    bounds = np.round(np.cumsum(parts) / np.sum(parts) * n).astype(int)[:-1]
+    ends = np.cumsum(parts) / np.sum(parts) * n
     order = np.random.default_rng((seed, n)).permutation(n)
-    chunks = [sorted(chunk.tolist()) for chunk in np.split(order, bounds)]
+    chunks = np.split(order, ends[:-1].round().astype(int))
+    chunks = [sorted(chunk.tolist()) for chunk in chunks]
     if not all(chunks):
         raise InputError(f"{n} images are too few for {len(parts)} parts of shares {parts}")
     return chunks
@@ -913,7 +917,7 @@ def split_indices(n, parts, seed=0):
 
 def _smooth(image, radius):
     """Triangle filter of 2 radius + 1 pixels along both axes, mirrored at the border."""
-    kernel = np.convolve(np.ones(radius + 1), np.ones(radius + 1)) / (radius + 1) ** 2
+    kernel = np.bartlett(2 * radius + 3)[1:-1] / (radius + 1)
     padded = np.pad(image, radius, mode="symmetric")
     for axis in (0, 1):
         padded = np.apply_along_axis(np.convolve, axis, padded, kernel, "valid")
@@ -939,34 +943,29 @@ def edge_nms(probability):
     y, x = np.mgrid[:height, :width]
     keep = np.ones(edge.shape, bool)
     for side in (-1, 1):
-        beside_y = np.clip(y + side * np.sin(angle), 0, height - 1.001)
-        beside_x = np.clip(x + side * np.cos(angle), 0, width - 1.001)
-        top, left = beside_y.astype(int), beside_x.astype(int)
-        b, a = beside_y - top, beside_x - left
-        upper = (1 - a) * edge[top, left] + a * edge[top, left + 1]
-        lower = (1 - a) * edge[top + 1, left] + a * edge[top + 1, left + 1]
-        keep &= edge * 1.01 >= (1 - b) * upper + b * lower
-    to_frame = np.minimum(y, height - 1 - y), np.minimum(x, width - 1 - x)
-    return edge * keep * np.prod(np.clip(np.divide(to_frame, 5), 0, 1), 0)
+        beside_y = (y + side * np.sin(angle)) / (height - 1)
+        beside_x = (x + side * np.cos(angle)) / (width - 1)
+        grid = torch.from_numpy(np.stack([beside_x, beside_y], -1)) * 2 - 1  # the frame is +-1
+        beside = F.grid_sample(torch.from_numpy(edge)[None, None], grid[None],
+                               padding_mode="border", align_corners=True)
+        keep &= edge * 1.01 >= beside[0, 0].numpy()
+    fade_y = np.minimum(y, height - 1 - y) / 5
+    fade_x = np.minimum(x, width - 1 - x) / 5
+    return edge * keep * np.minimum(fade_y, 1) * np.minimum(fade_x, 1)
 
 
-def _thinning_tables():
-    """(2, 256) bool: which neighbourhoods of a pixel let it go, in each half step.
+def _may_go(x):
+    """x: (8, n) bool, the neighbours of n pixels -> (n,) bool: which pixels a half step removes.
 
-    Guo & Hall's conditions as MATLAB's bwmorph states them. Bit k of the index is neighbour
-    x_(k+1): east, north-east, ... counter-clockwise.
+    Guo & Hall's conditions as MATLAB's bwmorph states them; x[0] ... x[7] are their x_1 ... x_8:
+    east, north-east, ... counter-clockwise.
     """
-    x = (np.arange(256) >> np.arange(8)[:, None] & 1).astype(bool)  # (8, 256): x[0] is x_1
-    odd, even, after = x[0::2], x[1::2], np.roll(x[0::2], -1, 0)
+    odd, even = x[0::2], x[1::2]
+    after = np.roll(odd, -1, 0)
     crossings = (~odd & (even | after)).sum(0)
     fewest = np.minimum((odd | even).sum(0), (even | after).sum(0))
-    simple = (crossings == 1) & (fewest >= 2) & (fewest <= 3)
-    first = simple & ~((x[1] | x[2] | ~x[7]) & x[0])
-    second = simple & ~((x[5] | x[6] | ~x[3]) & x[4])
-    return first, second
-
-
-THINNING = _thinning_tables()
+    outer = ~((x[1] | x[2] | ~x[7]) & x[0])
+    return (crossings == 1) & (fewest >= 2) & (fewest <= 3) & outer
 
 
 def thin(mask):
@@ -976,17 +975,16 @@ def thin(mask):
     about half a pixel of a crest, two side by side on a diagonal, where the second would count as a
     false positive.
     """
-    height, width = mask.shape
-    padded = np.pad(mask, 1).ravel()
-    around = np.array([1, -width - 1, -width - 2, -width - 3, -1, width + 1, width + 2, width + 3])
-    pixels, before = np.flatnonzero(padded), None
+    flat, row = np.pad(mask, 1).ravel(), mask.shape[1] + 2
+    half = np.array([1, 1 - row, -row, -1 - row])[:, None]  # from east to north-west
+    pixels, before = np.flatnonzero(flat), None
     while len(pixels) != before:
         before = len(pixels)
-        for table in THINNING:
-            code = (padded[pixels[:, None] + around] << np.arange(8)).sum(1)
-            padded[pixels[table[code]]] = False
-            pixels = pixels[~table[code]]
-    return padded.reshape(height + 2, width + 2)[1:-1, 1:-1]
+        for first in (half, -half):  # in the second half step all is turned by 180 degrees
+            gone = _may_go(flat[pixels + np.concatenate([first, -first])])
+            flat[pixels[gone]] = False
+            pixels = pixels[~gone]
+    return flat.reshape(-1, row)[1:-1, 1:-1]
 
 
 def match_edges(prediction, truth, radius):
@@ -1006,16 +1004,17 @@ def match_edges(prediction, truth, radius):
     free = np.pad(np.broadcast_to(prediction, truth.shape), pad)
     free_truth = np.pad(truth, pad)
     shape, inner = free.shape, slice(reach, -reach or None)
-    offsets = np.mgrid[-reach:reach + 1, -reach:reach + 1].reshape(2, -1)
-    squares = (offsets ** 2).sum(0)
-    steps = (offsets[0] * shape[2] + offsets[1])[np.argsort(squares, kind="stable")]
     free, free_truth = free.ravel(), free_truth.ravel()
     pixels = np.flatnonzero(free)
-    for step in steps[:(squares <= radius * radius).sum()]:
-        hit = free_truth[pixels + step]
-        free[pixels[hit]] = free_truth[pixels[hit] + step] = False
+    dy, dx = np.mgrid[-reach:reach + 1, -reach:reach + 1].reshape(2, -1)
+    squares = dy ** 2 + dx ** 2
+    for k in squares.argsort(kind="stable")[:(squares <= radius ** 2).sum()]:
+        partners = pixels + dy[k] * shape[2] + dx[k]
+        hit = free_truth[partners]
+        free[pixels[hit]] = free_truth[partners[hit]] = False
         pixels = pixels[~hit]
-    free, free_truth = (flat.reshape(shape)[:, inner, inner] for flat in (free, free_truth))
+    free = free.reshape(shape)[:, inner, inner]
+    free_truth = free_truth.reshape(shape)[:, inner, inner]
     return prediction & ~free, truth & ~free_truth
 
 
@@ -1039,18 +1038,19 @@ class EdgeScores:
         self.counts, self.best = np.zeros((4, thresholds)), np.zeros(4)
 
     def update(self, probability, annotations):
+        """Count one picture. Raises ValueError: shapes that differ, a value that is not finite."""
         probability, truth = np.asarray(probability), np.asarray(annotations, bool)
         if truth.shape[1:] != probability.shape or not np.isfinite(probability).all():
             raise ValueError(f"edge map {probability.shape} must be finite (H, W), and its "
                              f"annotations (A, H, W), not {truth.shape}")
-        radius = self.tolerance * np.hypot(*probability.shape)
+        radius = self.tolerance * math.hypot(*probability.shape)
         counts = np.zeros_like(self.counts)
         for k, threshold in enumerate(self.thresholds):
             edge = thin(probability >= threshold)
             matched, matched_truth = match_edges(edge, truth, radius)
             counts[:, k] = matched_truth.sum(), truth.sum(), matched.any(0).sum(), edge.sum()
         self.counts += counts
-        self.best += counts[:, _f_measure(counts)[2].argmax()]
+        self.best += counts[:, _f_measure(*_rates(counts)).argmax()]
 
     def reduce(self, sum_over_ranks):
         """Add up the counts of all ranks; sum_over_ranks: array -> array. -> self."""
@@ -1068,25 +1068,28 @@ class EdgeScores:
         A curve of one point (a binary map) is extended to recall 0; the release gives AP 0. R50 is
         0 where precision stays below 0.5; the release gives NaN.
         """
-        recall, precision, _ = _f_measure(self.counts)
-        n = len(self.thresholds)
-        fine = np.linspace(0, n - 1, 99 * (n - 1) + 1)
-        r, p = (np.interp(fine, np.arange(n), curve) for curve in (recall, precision))
-        f = 2 * p * r / np.maximum(p + r, 1e-12)
-        best = np.interp(fine[f.argmax()], np.arange(n), self.thresholds)
+        recall, precision = _rates(self.counts)
+        count = len(recall)
+        fine = np.linspace(1, count, 99 * (count - 1) + 1) / (count + 1)
+        scores = _f_measure(np.interp(fine, self.thresholds, recall),
+                            np.interp(fine, self.thresholds, precision))
         # Of thresholds with equal recall (for R50: precision) the lowest stands for all.
-        r, first = np.unique(recall, return_index=True)
-        samples = np.interp(np.linspace(0, 1, 101), r, precision[first], left=0, right=0)
-        area = (samples[1:] + samples[:-1]).mean() / 2 if len(r) > 1 else r[0] * precision[0]
-        p, first = np.unique(precision, return_index=True)
-        r50 = np.interp(max(p[0], 0.5), p, recall[first], right=0)
-        scores = {"ODS": f.max(), "OIS": _f_measure(self.best)[2], "AP": area, "R50": r50,
-                  "threshold": best}
-        return {name: float(score) for name, score in scores.items()}
+        recalls, first = np.unique(recall, return_index=True)
+        samples = np.interp(np.linspace(0, 1, 101), recalls, precision[first], left=0, right=0)
+        area = (samples[1:] + samples[:-1]).mean() / 2
+        if len(recalls) == 1:
+            area = recall[0] * precision[0]
+        precisions, first = np.unique(precision, return_index=True)
+        r50 = np.interp(max(precisions[0], 0.5), precisions, recall[first], right=0)
+        return {"ODS": scores.max(), "OIS": _f_measure(*_rates(self.best)), "AP": area, "R50": r50,
+                "threshold": fine[scores.argmax()]}
 
 
-def _f_measure(counts):
-    """counts (4, ...) as in EdgeScores -> recall, precision, F, each (...); 0 / 0 is 0."""
-    recall = counts[0] / np.maximum(counts[1], 1e-12)
-    precision = counts[2] / np.maximum(counts[3], 1e-12)
-    return recall, precision, 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+def _rates(counts):
+    """counts (4, ...) as in EdgeScores -> recall, precision, each (...); 0 / 0 is 0."""
+    matched_truth, truth, matched, predicted = counts
+    return matched_truth / np.maximum(truth, 1), matched / np.maximum(predicted, 1)
+
+
+def _f_measure(recall, precision):
+    return 2 * precision * recall / np.maximum(precision + recall, 1e-12)

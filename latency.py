@@ -24,13 +24,16 @@ import torch.distributed as dist
 from common import (InputError, count_macs, count_params, device_name, fold_bn, rank, read_json,
                     world_size, write_text)
 
-SHORTEST_MS = 1.0        # shorter calls are repeated within one sample, above the timer's noise
+# Shorter calls are repeated within one sample, at most 20 times, to rise above the timer's noise.
+SHORTEST_MS = 1.0
 
 
 def milliseconds(call, repeats, device):
     """Milliseconds of one call, averaged over `repeats` calls in a row."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The GPU's own clock: a call returns before its kernels have run.
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(repeats):
             call()
@@ -46,9 +49,11 @@ def milliseconds(call, repeats, device):
 @torch.no_grad()
 def measure(calls, device, rounds=15):
     """Time candidates in turn. calls: dict name -> function without arguments; device: where they
-    run. Returns dict name -> {"median", "p90", "samples"}, in ms.
+    run. Returns dict name -> {"median", "p90", "samples"}, the first two in ms. Leaves
+    torch.backends.cudnn.benchmark on.
     """
-    device, repeats, samples = torch.device(device), {}, {name: [] for name in calls}
+    device = torch.device(device)
+    repeats, samples = {}, {name: [] for name in calls}
     # Events belong to the current GPU: on another one than the kernels' they would measure nothing.
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
@@ -57,17 +62,23 @@ def measure(calls, device, rounds=15):
         for name, call in calls.items():
             for _ in range(10 if device.type == "cuda" else 2):
                 first = milliseconds(call, 1, device)
-            repeats[name] = max(1, min(20, round(SHORTEST_MS / max(first, 1e-3))))
+            repeats[name] = max(1, round(SHORTEST_MS / max(first, SHORTEST_MS / 20)))
         for _ in range(rounds):
             for name, call in calls.items():
                 samples[name].append(milliseconds(call, repeats[name], device))
-    return {name: {"median": statistics.median(ms), "samples": len(ms),
-                   "p90": sorted(ms)[min(len(ms) - 1, int(0.9 * len(ms)))]}
-            for name, ms in samples.items()}
+    times = {}
+    for name, ms in samples.items():
+        ms.sort()
+        times[name] = {"median": statistics.median(ms), "p90": ms[int(0.9 * len(ms))],
+                       "samples": len(ms)}
+    return times
 
 
 def prepare(module, shapes, device, dtype=torch.float32, channels_last=False):
-    """A function that runs the folded module once on random inputs of the given shapes."""
+    """A function without arguments that runs a copy of the module, its BN folded, once.
+
+    shapes: one (B, C, H, W) an input; the inputs are random numbers, drawn here and now.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module = fold_bn(module).to(device, dtype).to(memory_format=layout)
     inputs = [torch.randn(shape).to(device, dtype, memory_format=layout) for shape in shapes]
@@ -109,7 +120,7 @@ def compare(nets, frame, device, cfg):
 
 
 def table_path(folder, about):
-    """Where the table measured under these conditions lives."""
+    """Where the table measured under these conditions lives: one file for each of them."""
     code = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
     return Path(folder) / f"latency_{about['frame'][0]}x{about['frame'][1]}_{code}.json"
 
@@ -120,7 +131,7 @@ def read_table(path, about):
     if stored.get("about") != about:
         raise InputError(f"{path} was measured under other conditions; delete it to measure again")
     ms = stored.get("ms")
-    if not isinstance(ms, dict) or not all(type(v) is float and 0 < v < 1e7 for v in ms.values()):
+    if not isinstance(ms, dict) or not all(isinstance(v, float) and v > 0 for v in ms.values()):
         raise InputError(f"{path} holds a latency that is no positive number; delete it to measure "
                          "again")
     return ms
@@ -131,6 +142,7 @@ def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
 
     entries: dict entry -> (function that makes the module, [input shapes]). The table is stored
     after every chunk, so an interrupted run continues. Under torchrun rank 0 measures for all.
+    Raises InputError: a stored table that is damaged or of other conditions.
     """
     about = conditions(device, torch.float32, frame)
     path, ms = table_path(folder, about), {}
@@ -142,11 +154,12 @@ def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
             with torch.random.fork_rng():       # a run is the same with and without a stored table
                 calls = {key: prepare(entries[key][0](), entries[key][1], device)
                          for key in missing[i:i + chunk]}
-            ms.update({k: v["median"] for k, v in measure(calls, device, rounds).items()})
+            for key, times in measure(calls, device, rounds).items():
+                ms[key] = times["median"]
             write_text(path, json.dumps({"about": about, "ms": ms}, indent=0, sort_keys=True))
         if missing:
             print(f"latency table: {len(missing)} operators measured -> {path}", flush=True)
-    if world_size() > 1:
+    if world_size() > 1:                        # or the ranks would search by different latencies
         box = [ms]
         dist.broadcast_object_list(box)
         ms = box[0]
