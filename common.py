@@ -22,8 +22,6 @@ import copy
 import json
 import math
 import os
-import platform
-import re
 import resource
 import shlex
 import signal
@@ -308,15 +306,6 @@ def peak_memory(device):
     return held / 2 ** (30 if sys.platform == "darwin" else 20)     # in bytes on macOS, else in KiB
 
 
-def device_name(device):
-    """What latencies depend on: the GPU's name, or the processor's."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return name[1] if name else platform.processor() or platform.machine()
-
-
 # ---------------------------------------------------------------------------------------------
 # Files: config.json, log.jsonl, checkpoints
 # ---------------------------------------------------------------------------------------------
@@ -370,9 +359,9 @@ def write_config(cfg, stages, device):
         return
     git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True,
                          cwd=Path(__file__).parent).stdout.strip()      # "" without git
-    about = {"stages": sorted(stages), "python": platform.python_version(),
+    about = {"stages": sorted(stages), "python": sys.version.split()[0],
              "torch": torch.__version__, "torchvision": data.torchvision.__version__,
-             "numpy": np.__version__, "device": device_name(device), "git": git,
+             "numpy": np.__version__, "device": str(device), "git": git,
              "threads": torch.get_num_threads(), "processes": world_size()}
     write_text(Path(cfg.out) / "config.json", json.dumps({**asdict(cfg), **about}, indent=1))
 
@@ -402,7 +391,7 @@ def load_checkpoint(path, need=("model",)):
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint at {path}") from None
     except Exception as error:        # torch raises many types for a truncated or foreign file
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise InputError(f"{path} is not a readable checkpoint (truncated?): {reason}") from None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= set(need):
         raise InputError(f"{path} is not a checkpoint of this program: it has no "
@@ -817,7 +806,7 @@ def draw_segmentations(net, images, cfg, device, folder, count=4):
     """
     samples, tiles = data.Samples(images, data.eval_transform(cfg.image_scale)), []
     colours, classes = [tuple(c) for c in images.palette], torch.arange(images.num_classes)
-    for i in np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist():
+    for i in range(0, len(images), max(1, len(images) // count))[:count]:
         x, label = samples[0, i]                                        # (3, H, W), (H', W')
         guess = enlarged(net(x[None].to(device)).float(), label.shape).argmax(1)[0].cpu()
         picture = data.v2.functional.pil_to_tensor(images[i][0])        # (3, H', W')

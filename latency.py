@@ -13,7 +13,9 @@ whole networks.
 import contextlib
 import hashlib
 import json
+import platform
 import random
+import re
 import statistics
 import time
 from pathlib import Path
@@ -21,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import (InputError, count_macs, count_params, device_name, fold_bn, rank, read_json,
+from common import (InputError, count_macs, count_params, fold_bn, rank, read_json,
                     world_size, write_text)
 
 # Shorter calls are repeated within one sample, at most 20 times, to rise above the timer's noise.
@@ -83,6 +85,15 @@ def prepare(module, shapes, device, dtype=torch.float32, channels_last=False):
     module = fold_bn(module).to(device, dtype).to(memory_format=layout)
     inputs = [torch.randn(shape).to(device, dtype, memory_format=layout) for shape in shapes]
     return lambda: module(*inputs)
+
+
+def device_name(device):
+    """What latencies depend on: the GPU's name, or the processor's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def conditions(device, dtype, frame, layout="NCHW", compiled=False):
