@@ -441,7 +441,7 @@ class Run:
         self.name, self.cfg, self.device, self.folder = name, cfg, device, Path(folder)
         self.total, self.steps, self.parts, self.stale = epochs, steps, parts, stale
         self.settings, self.resume = settings_of(cfg, stage, **(about or {})), cfg.resume
-        self.epoch, self.step, self.values, self.terms = 0, 0, {}, {}
+        self.values, self.terms = {}, {}
 
     def epochs(self):
         """Yields the epochs that are left to do: all, or with --resume those after last.pt.
@@ -456,7 +456,9 @@ class Run:
             print(f"{self.name}: trained already with these settings, taken from {self.folder}")
         self.values, self.fresh = dict(state.get("values", {})), not state
         self.began, self.images, self.done, self.shown = time.perf_counter(), 0, 0, 0.0
-        for self.epoch in range(state.get("epoch", 0), self.total):
+        done = state.get("epoch", 0)
+        self.epoch, self.step = done - 1, 0             # of the last epoch, if none is left to do
+        for self.epoch in range(done, self.total):
             torch.manual_seed(1_000_003 * self.cfg.seed + self.epoch)
             self.step = 0
             yield self.epoch

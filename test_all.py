@@ -897,6 +897,7 @@ class Settings(common.BaseConfig):
     lam: float = common.opt(0.5, "lambda", "search", low=0, high=1)
     epochs: int = common.opt(3, "epochs", "train", low=1)
     kind: str = common.opt("a", "kind", "search", ("a", "b"))
+    shares: tuple[float, ...] = common.opt((1.0,), "shares", "search", low=0, high=9)
 
 
 def parse(*flags, quick=None):
@@ -911,8 +912,11 @@ def test_command_line_from_the_dataclass():
     camvid = ("--search", "--dataset", "camvid")
     assert parse(*camvid)[1].lam == 0.5 and parse(*camvid, "--preset", "quick")[1].lam == 0.25
     assert parse("--search", "--lam", "1")[1].lam == 1, "a flag wins over the preset; ends count"
+    assert parse("--search", "--shares", "1", "2", "0.5")[1].shares == (1, 2, 0.5)
+    assert parse("--search", "--scales", "2", "0.5")[1].scales == (0.5, 2)
     for flags, words in ((("--lam", "1.01"), ("--lam", "0 to 1")), (("--lam", "nan"), ("--lam",)),
                          (("--size", "40", "31"), ("--size", "31")),
+                         (("--size", "40"), ("--size", "see --help")),
                          (("--lam", "-0.1"), ("--lam",)),
                          (("--lamb", "1"), ("--lamb", "see --help")),
                          (("--kind", "c"), ("--kind", "see --help")),
@@ -933,7 +937,7 @@ def test_command_line_from_the_dataclass():
 def test_a_checkpoint_depends_on_the_settings_of_its_stage_and_before():
     cfg = parse("--search")[1]
     dense, search, train = (common.settings_of(cfg, s) for s in ("dense", "search", "train"))
-    assert set(search) - set(dense) == {"lam", "kind"}
+    assert set(search) - set(dense) == {"lam", "kind", "shares"}
     assert set(train) - set(search) == {"arch", "epochs"}
     assert "seed" in dense and not {"out", "device", "workers", "resume", "flags"} & set(train)
     common.require_same(search, dense, "x.pt")
@@ -1090,9 +1094,10 @@ def toy_run(tmp, epochs=3, stop=None, lr=0.1, net=None, stale=(), **settings):
                           lambda m: float(sum(p.detach().norm() for p in m.parameters())))
     said = out.getvalue().splitlines()
     if common.rank() == 0:              # the last epoch's line: nothing is left to do
-        assert re.fullmatch(
+        line = re.fullmatch(
             rf"toy epoch {epochs}/{epochs} it 3/3 loss \d+\.\d+ gradient \d+\.\d+ \d+\.\d img/s "
-            r"ETA 0\.0 min \d+\.\d\d GiB \| val \d+\.\d\d", said[-1]), said[-1]
+            r"ETA 0\.0 min (\d+\.\d\d) GiB \| val \d+\.\d\d", said[-1])
+        assert line and 0.1 < float(line[1]) < 64, said[-1]
     return net, best
 
 
@@ -1145,9 +1150,9 @@ def test_trained_once_then_shared():
             def terms(forward, x, y):
                 seen.append(run.epoch)
                 return {"loss": F.cross_entropy(forward(x), y % 3)}
-            # The score falls, so the first epoch is the best and differs from the last.
+            # The first two epochs score alike, the third less: the first is kept.
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                best = common.train_or_load(run, terms, images, lambda m: -float(run.epoch))
+                best = common.train_or_load(run, terms, images, lambda m: -float(run.epoch // 2))
             assert best == 0
             return net, seen, out.getvalue()
         first, seen, _ = make()
@@ -1170,6 +1175,7 @@ def test_two_ranks_equal_the_joint_batch():
         def job(rank):
             both, _ = toy_run(Path(tmp, "two"), net=copy.deepcopy(net))
             torch.save(both.state_dict(), Path(tmp, f"{rank}.pt"))
+            torch.save(toy_run(Path(tmp, "bn"))[0].state_dict(), Path(tmp, f"bn{rank}.pt"))
             norm = nn.BatchNorm2d(2)
             norm.running_mean.fill_(rank)
             common.average_buffers(norm)
@@ -1181,11 +1187,14 @@ def test_two_ranks_equal_the_joint_batch():
             # NaN on one rank alone has to stop both.
             sgd = torch.optim.SGD([w], 0.1)
             run = common.Run("x", "train", Settings(device="cpu"), torch.device("cpu"), tmp, 1)
+            next(run.epochs())
             w.grad = None
             loss = (w * (math.nan if rank else 1.0)).sum() * 0 + w.sum() * (math.nan if rank else 1)
             _refused(lambda: run.descend(sgd, loss=loss), "not finite")
             assert w.tolist() == [0, 0]
         on_two_ranks(job)
+        a, b = (torch.load(Path(tmp, f"bn{rank}.pt")) for rank in (0, 1))
+        assert len(a) > 5 and all(torch.equal(a[key], b[key]) for key in a), "BN statistics too"
         a, b = (torch.load(Path(tmp, f"{rank}.pt")) for rank in (0, 1))
         for key, value in alone.state_dict().items():
             assert torch.equal(a[key], b[key]) and not torch.equal(value, net.state_dict()[key])
@@ -1347,6 +1356,10 @@ def test_evaluation_at_the_labels_resolution():
     assert torch.equal(common.evaluate(net, [(image, label)], 5, device).matrix, one)
     found = common.evaluate(net, [(image, label)], 5, device, scales=(1.0, 0.75), flip=True)
     assert torch.equal(found.matrix, many) and not torch.equal(one, many) and net.training
+    with torch.no_grad():
+        mirrored = counts(logits(image).softmax(1) + logits(image.flip(-1)).flip(-1).softmax(1))
+    found = common.evaluate(net, [(image, label)], 5, device, flip=True)
+    assert torch.equal(found.matrix, mirrored) and not torch.equal(one, mirrored)
 
     def job(rank):
         pictures = [[(image, label)], [(image, label)] * 2][rank]
