@@ -2813,7 +2813,7 @@ def test_sparsemask_decoder_counts():
             net = network(sparsemask.Encoder("mobilenet_v2"))
         assert sparsemask.decoder_params(net) == params
         if network is sparsemask.DeepLabV3:
-            features = net.aspp(torch.zeros(1, 320, 4, 6, device="meta"))
+            features = net.eval().aspp(torch.zeros(1, 320, 4, 6, device="meta"))
             assert net.head(features).shape == (1, 64, 4, 6)
     moved = sparsemask.connectivity_of(replace(
         sparsemask.Config(), network="released", encoder="resnet101"))
