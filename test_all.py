@@ -3268,6 +3268,8 @@ def test_sparsemask_derived_network_and_ablations():
         base = [*SPARSE_TINY, "--data-root", three_classes(Path(tmp, "set")), "--out", tmp]
         call_main(sparsemask, "--search", *base, "--search-epochs", 2)
         derived, path = common.read_log(tmp, "found")[-1]["derived"], Path(tmp, "derived.pt")
+        rates = torch.load(Path(tmp, "last.pt"))["schedule"]["_last_lr"]
+        assert max(rates) == 0, "poly ends at 0 with the last step"
         said = call_main(sparsemask, "--eval", *base, "--weights", path)
         assert f"derived mIoU on val {100 * derived:.2f}" in said
         said = call_main(sparsemask, "--train", *base, "--init", path, "--epochs", 1,
