@@ -32,6 +32,7 @@ The idea in five lines:
     python bilevel_prune.py --search --method uniform --eval  a baseline of the same budget
     python bilevel_prune.py --bench                           counts, latency, Appendix F
 """
+import bisect
 import contextlib
 import copy
 import json
@@ -924,11 +925,24 @@ def best_counts(scores, area, target):
         parts = scores[mask].double().sort(descending=True).values.split(mask.least)
         counts[mask] = len(parts[0])                        # the first unit is not up for choice
         units += [(float(part.mean()), mask, len(part)) for part in parts[1:]]
-    for _, mask, many in sorted(units, key=lambda unit: -unit[0]):
+    units.sort(key=lambda unit: -unit[0])
+
+    def with_first(many):
+        total = dict(counts)
+        for _, mask, size in units[:many]:
+            total[mask] += size
+        return total
+
+    def macs(counts):
+        return macs_of(area, lambda mask: counts.get(mask, mask.n))
+
+    fit = bisect.bisect_right(range(1, len(units) + 1), target, key=lambda m: macs(with_first(m)))
+    counts = with_first(fit)
+    for _, mask, size in units[fit:]:
         if mask not in closed:
-            counts[mask] += many
-            if macs_of(area, lambda mask: counts.get(mask, mask.n)) > target:
-                counts[mask] -= many
+            if macs(counts | {mask: counts[mask] + size}) <= target:
+                counts[mask] += size
+            else:
                 closed.add(mask)
     return lambda mask: counts.get(mask, mask.n)
 
