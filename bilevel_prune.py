@@ -50,7 +50,7 @@ from torchvision.ops import stochastic_depth
 import common
 import latency
 from common import (BaseConfig, InputError, count_macs, count_params, enlarged, load_checkpoint,
-                    load_weights, narrowed, open_loader, open_split, opt, rank)
+                    load_weights, narrowed, open_loader, open_split, opt, rank, training_form)
 
 # ---------------------------------------------------------------------------------------------
 # 2. Settings. Defaults are the paper's; the tag says where it says so.
@@ -62,74 +62,67 @@ METHODS = ("bilevel", "uniform", "magnitude", "slimming", "random", "dense")
 
 @dataclass
 class Config(BaseConfig):
-    # PAPER 5.2 prunes super, "a larger per-layer width" than base; App. H deeplab: DeepLabV3+ on
+    # PAPER 5.2 prunes super, "a larger per-layer width" than base; App. H deeplab, DeepLabV3+ on
     # MobileNet-V2. base_cityscapes has a narrower head.
-    network: str = opt("super", "TopFormer of this size, or DeepLabV3+ on MobileNet-V2", "dense",
-                       NETWORKS)
+    network: str = opt("super", "a size of TopFormer, or deeplab", "dense", NETWORKS)
     init: str = opt("none", "weights the dense network starts from: a published TopFormer "
                     "checkpoint; for deeplab MobileNet-V2's (a file, or imagenet)", "dense")
     # PAPER 5.2; on ADE20K 512 512.
     size: tuple[int, int] = opt((512, 1024), "training crop, H W", "dense", low=32)
     # PAPER 5.2 for ADE20K; on Cityscapes it draws 0.5, 0.75, 1 or 2.
-    scales: tuple[float, float] = opt((0.5, 2.0), "random scale, drawn uniformly", "dense",
-                                      low=0.01, high=16)
+    scales: tuple[float, float] = opt((0.5, 2.0), "random scale", "dense", low=0.01, high=16)
     # PAPER 5.2: 8 on each of 8 GPUs.
     batch_size: int = opt(64, "images a step over all processes", "dense", low=1)
     # OFFICIAL-CODE of TopFormer: 80k steps of 16 images.
     epochs: int = opt(430, "epochs of the dense training, and of --train", "dense", low=1)
-    # PAPER 5.2: SGD; rate 1.2e-4 on ADE20K, 0.01 on VOC. TopFormer's own recipe is AdamW with a
-    # warm-up of 1,500 steps and ten times the rate for the head. The paper states SGD with the same
-    # rates, so small that from random weights SGD hardly moves: give --init, --optimizer adamw or a
-    # larger --lr.
+    # PAPER 5.2: SGD, poly of power 0.9; the rate is 1.2e-4 on ADE20K, 0.01 on VOC. TopFormer's own
+    # recipe is AdamW with a warm-up of 1,500 steps and ten times the rate for the head. The paper
+    # states SGD with the same rates, so small that from random weights SGD hardly moves: give
+    # --init, --optimizer adamw or a larger --lr.
     optimizer: str = opt("sgd", "for the weights", "dense", ("sgd", "adamw"))
-    lr: float = opt(3e-4, "learning rate; too small for sgd from random weights", "dense",
-                    low=1e-12)
-    power: float = opt(0.9, "of the poly schedule (PAPER 5.2)", "dense", low=0)
-    momentum: float = opt(0.9, "of sgd, for weights and masks (PAPER 5.2)", "dense", low=0,
-                          high=0.9999)
+    lr: float = opt(3e-4, "learning rate; for random weights larger", "dense", low=1e-12)
+    # PAPER 5.2.
+    momentum: float = opt(0.9, "of sgd, for weights and masks", "dense", low=0, high=0.9999)
     # OURS, not 1 / lambda: approximation 6 below. OFFICIAL-CODE of TopFormer: 0.01 with adamw.
     weight_decay: float = opt(1e-4, "of the weights", "dense", low=0)
     # PAPER Eq. (7) decays all of w; OFFICIAL-CODE of TopFormer spares these.
     decay_norms: bool = opt(True, "BN's scales and shifts and biases decay too", "dense")
-    drop_path: float = opt(0.1, "largest stochastic depth of the blocks (OFFICIAL-CODE)", "dense",
-                           low=0, high=0.9)
+    # OFFICIAL-CODE of TopFormer.
+    drop_path: float = opt(0.1, "largest stochastic depth of a block", "dense", low=0, high=0.9)
     method: str = opt("bilevel", "how --search chooses channels, and whose network the other "
                       "stages take: the paper's, a baseline, or the dense one", "search", METHODS)
     widths: str = opt("", "arch.json whose widths --search takes over instead of --target, a "
                       "control: --method chooses which channels", "search")
-    implicit: bool = opt(True, "second term of Eq. (15); --no-implicit is the ablation of Table 3",
-                         "search")
-    dense: str = opt("", "checkpoint the search starts from [<out>/dense, trained first if need "
-                     "be]", "search")
+    # The ablation of Table 3 is --no-implicit.
+    implicit: bool = opt(True, "second term of Eq. (15)", "search")
+    dense: str = opt("", "checkpoint the search starts from [<out>/dense, trained if need be]",
+                     "search")
     # PAPER 5.2: each conv layer; PAPER 1: the token pyramid alone.
     scope: str = opt("all", "which channels have masks", "search", ("all", "pyramid"))
-    target: float = opt(0.29, "share of the dense MACs that may remain (PAPER: 2.4 of 8.2 GMACs)",
-                        "search", low=1e-6, high=1)
+    # PAPER: 2.4 of 8.2 GMACs.
+    target: float = opt(0.29, "share of the dense MACs to be left", "search", low=1e-6, high=1)
     # OURS: 8 suits most hardware.
     round_to: int = opt(1, "widths are multiples of this, or full", "search", low=1)
-    frame: tuple[int, int] = opt((512, 1024), "picture size H W for MACs and latency (PAPER 5.2)",
-                                 "search", low=32)
-    tau: float = opt(0.5, "threshold of Eq. (2) (PAPER 3.2)", "search", low=1e-3, high=0.999)
-    beta: float = opt(0.01, "weight of the MACs term, Eq. (4) (PAPER 5.2)", "search", low=0)
-    lam: float = opt(0.1, "lambda of Eq. (15) (PAPER 5.2); see QUICK", "search", low=0)
+    # PAPER 5.2.
+    frame: tuple[int, int] = opt((512, 1024), "H W for MACs and latency", "search", low=32)
+    # PAPER 3.2, and 5.2 for beta and lambda; about lambda see QUICK.
+    tau: float = opt(0.5, "threshold of Eq. (2)", "search", low=1e-3, high=0.999)
+    beta: float = opt(0.01, "weight of the MACs term, Eq. (4)", "search", low=0)
+    lam: float = opt(0.1, "lambda of Eq. (15)", "search", low=0)
     # PAPER 4.2: a few; the number is OURS.
     weight_steps: int = opt(3, "weight steps between two mask steps", "search", low=1)
     # OURS, all three; the paper has one step size, which it does not give, and no clamp.
-    mask_lr: float = opt(0.0, "step size of a mask of mean cost; 0: from the length of the search",
-                         "search", low=0)
-    cost_power: float = opt(0.5, "step sizes of masks go with 1 / cost^this; 0: one for all",
-                            "search", low=0, high=1)
+    mask_lr: float = opt(0.0, "step size of a mask of mean cost; 0: by the steps", "search", low=0)
+    cost_power: float = opt(0.5, "step sizes go with 1 / cost^this", "search", low=0, high=1)
     mask_range: tuple[float, float] = opt((0.0, 1e9), "soft masks are kept in it", "search")
     # OURS: as long as the dense training; at its end, weights train under the channels that have
     # been chosen, by any method.
     search_epochs: int = opt(430, "epochs of the search, its end included", "search", low=1)
-    settle: float = opt(0.34, "share of the search after the choice of channels", "search", low=0,
-                        high=0.99)
-    slim_l1: float = opt(1e-4, "L1 weight on BN scales of the slimming baseline (its paper)",
-                         "search", low=0)
-    # PAPER 4.2: no fine-tuning is needed. --no-finetune is a control.
-    finetune: bool = opt(True, "--train starts from the pruned weights, not from random ones",
-                         "train")
+    settle: float = opt(0.34, "share of it after the choice", "search", low=0, high=0.99)
+    # Of the baseline's paper.
+    slim_l1: float = opt(1e-4, "L1 weight on BN's scales, for slimming", "search", low=0)
+    # PAPER 4.2: no fine-tuning is needed. --no-finetune, from random weights, is a control.
+    finetune: bool = opt(True, "--train starts from the pruned weights", "train")
     against: str = opt("", "run folder of another search from the same dense network: say how far "
                        "the kept channels agree")
 
@@ -593,6 +586,11 @@ def counts_left(net):
     return {mask: mask.binary().double().sum() for mask in net.masks.values()}
 
 
+def widths_left(net):
+    """The same as whole numbers, by name: what prune() makes of the network."""
+    return {name: int(mask.binary().sum()) for name, mask in net.masks.items()}
+
+
 def share_left(net, area):
     """MACs that b leaves, as a share of the dense network's."""
     return float(macs_of(area, counts_left(net)).detach()) / macs_of(area, {})
@@ -685,8 +683,8 @@ def mask_gradient(net, loss, reg, lam):
     return [mask.s.grad for mask in masks], second, pull
 
 
-def mask_rates(net, area, target, steps, cfg):
-    """{Mask: its step size}. OURS, twice; the paper gives no step size for s.
+def mask_rates(masks, area, target, steps, cfg):
+    """The step size of each mask. OURS, twice; the paper gives no step size for s.
 
     - Divided by a power of the MACs of an element: a 1x1 at full resolution costs 300 times a
       channel of the transformer, and under one rate its masks would be gone before the loss can
@@ -695,15 +693,15 @@ def mask_rates(net, area, target, steps, cfg):
       1 to tau in a third of the mask steps, however many, under the first pull of Eq. (5). So beta
       weighs the MACs against the loss, and does not set the pace.
     """
-    dense, masks = macs_of(area, {}), masks_of(net).values()
-    cost = {mask: dense - macs_of(area, {mask: mask.n - 1}) for mask in masks}  # of one element
-    mean = sum(cost[mask] * mask.n for mask in masks) / sum(mask.n for mask in masks)
+    dense = macs_of(area, {})
+    costs = [dense - macs_of(area, {mask: mask.n - 1}) for mask in masks]       # of one element
+    mean = sum(cost * mask.n for cost, mask in zip(costs, masks)) / sum(mask.n for mask in masks)
     gap = max(dense - target, 0.1 * dense)              # a target next to the dense needs no haste
     # beta dL_reg/ds = beta 2 (sum - C) d sum/ds, both in units of dense / 8.2. Momentum m makes
     # 1 / (1 - m) steps of one: rate pull / (1 - m) steps / 3 = 1 - tau.
     pull = (cfg.beta or 0.01) * 2 * gap * mean * (DENSE_UNITS / dense) ** 2
     rate = cfg.mask_lr or (1 - cfg.tau) * (1 - cfg.momentum) / max(pull * steps / 3, 1e-12)
-    return {mask: rate * (mean / cost[mask]) ** cfg.cost_power for mask in masks}
+    return [rate * (mean / cost) ** cfg.cost_power for cost in costs]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -729,13 +727,20 @@ def mask_rates(net, area, target, steps, cfg):
 # "no need for fine-tuning" holds for weights that have been trained under their masks.
 
 
-def learn(run, net, forward, loader, area, target, score):
-    """Sections 3 and 4: ends with trained weights, learnt masks and chosen channels.
+def learn(cfg, net, loader, area, target, score, device, folder):
+    """Sections 3 and 4: ends with trained weights, learnt masks and chosen channels. Returns the Run.
 
-    run.parts has the optimizers of w and s and their schedule; forward: the training form of net;
-    score(net) -> mIoU, for the log.
+    net: the dense network; score(net) -> mIoU, for the log.
     """
-    cfg, parts, masks = run.cfg, run.parts, list(masks_of(net).values())
+    for mask, least in prunable(net, cfg).items():
+        mask.start(cfg.tau, least)
+    masks, forward = list(masks_of(net.to(device)).values()), training_form(net.train(), cfg, device)
+    optimizer, schedule = optimizer_for(net, cfg, cfg.search_epochs * len(loader))
+    rates = mask_rates(masks, area, target, mask_steps_of(cfg, len(loader)), cfg)
+    mask_optimizer = torch.optim.SGD([{"params": [mask.s]} for mask in masks], 0.0, cfg.momentum)
+    run = common.Run("search", "search", cfg, device, folder, cfg.search_epochs, stale=STALE,
+                     model=net, optimizer=optimizer, schedule=schedule,
+                     mask_optimizer=mask_optimizer)
     for epoch in run.epochs():
         deciding = epoch < chosen_after(cfg)
         batches, rows, direction = run.batches(loader), [], None
@@ -748,8 +753,8 @@ def learn(run, net, forward, loader, area, target, score):
                 if deciding and cfg.method == "slimming":
                     terms["l1"] = cfg.slim_l1 * sum(n.weight.abs().sum() for n in norms_of(net))
                 with pruned_weights_kept(net):
-                    run.descend(parts["optimizer"], **terms)
-                parts["schedule"].step()
+                    run.descend(optimizer, **terms)
+                schedule.step()
             # Second step: one on s, the weights stay. No decay: Eq. (5) alone makes masks fall.
             net.masks.requires_grad_(True)
             for images, labels in islice(batches, int(deciding and cfg.method == "bilevel")):
@@ -757,25 +762,23 @@ def learn(run, net, forward, loader, area, target, score):
                 reg = cfg.beta * regularizer(net, area, target)                 # Eqs. (4), (5)
                 first, second, pull = mask_gradient(net, loss, reg, cfg.lam * cfg.implicit)
                 run.check(loss=loss, reg=reg, mask_gradient=norm(first) + norm(second))
-                fall = parts["schedule"].get_last_lr()[0] / cfg.lr      # (1 - step / steps)^power
-                groups = parts["mask_optimizer"].param_groups
-                for mask, group, f, p, s in zip(masks, groups, first, pull, second):
-                    mask.s.grad = f + p - s                                     # Eq. (15)
-                    group["lr"] = group["rate"] * fall
-                parts["mask_optimizer"].step()
+                fall = schedule.get_last_lr()[0] / cfg.lr           # poly: (1 - step / steps)^0.9
+                for k, group in enumerate(mask_optimizer.param_groups):
+                    masks[k].s.grad = first[k] - second[k] + pull[k]            # Eq. (15)
+                    group["lr"] = rates[k] * fall
+                mask_optimizer.step()
                 for mask in masks:
                     mask.s.data.clamp_(*cfg.mask_range)
-                direction, row = forces(groups, first, second, pull, direction)
+                direction, row = forces(rates, first, second, pull, direction)
                 rows.append({**row, "macs": share_left(net, area)})
-                parts["schedule"].step()
+                schedule.step()
         if epoch + 1 == chosen_after(cfg):
             run.values["by_masks"] = share_left(net, area)
             choose(net, scores_of(cfg.method, net), area, target, cfg)
         miou, share = score(net), share_left(net, area)
-        told = "".join(f"{name} {value:.2f}, " for name, value in means(rows).items())
-        run.end_epoch(note=f" | {told}{100 * share:.1f}% of the MACs, masked mIoU {100 * miou:.2f}",
-                      masked_miou=miou, macs=share, mask_steps=rows,
-                      widths={name: int(mask.binary().sum()) for name, mask in net.masks.items()})
+        run.end_epoch(note=f" | {100 * share:.1f}% of the MACs, masked mIoU {100 * miou:.2f}",
+                      masked_miou=miou, macs=share, mask_steps=rows, widths=widths_left(net))
+    return run
 
 
 def norm(parts):
@@ -783,7 +786,7 @@ def norm(parts):
     return torch.cat(list(parts)).norm()
 
 
-def forces(groups, first, second, pull, before):
+def forces(rates, first, second, pull, before):
     """What decides in a mask step, for the log: (the loss's own mask gradient, first - second, of
     all masks (M,), a dict of shares). before: that gradient of the last mask step, None at first.
 
@@ -791,16 +794,11 @@ def forces(groups, first, second, pull, before):
     masks. cosine: of the gradients of two batches; if it is near 0, noise of the batch decides.
     """
     now = torch.cat([f - s for f, s in zip(first, second)])
-    moves = [float(norm(group["lr"] * x for group, x in zip(groups, part)))
+    moves = [float(norm(rate * x for rate, x in zip(rates, part)))
              for part in (first, second, pull)]
     cosine = 0.0 if before is None else float(F.cosine_similarity(now, before, dim=0))
     return now, {"second / first": float(norm(second) / norm(first).clamp(min=1e-30)),
                  "pull": moves[2] / max(sum(moves), 1e-30), "cosine": cosine}
-
-
-def means(rows):
-    """Means of the numbers in a list of dicts with the same keys."""
-    return {key: sum(row[key] for row in rows) / len(rows) for key in (rows[0] if rows else ())}
 
 
 def optimizer_for(net, cfg, steps):
@@ -811,21 +809,7 @@ def optimizer_for(net, cfg, steps):
                "weight_decay": cfg.weight_decay * cfg.decay_norms}]
     optimizer = (torch.optim.SGD(groups, cfg.lr, cfg.momentum) if cfg.optimizer == "sgd" else
                  torch.optim.AdamW(groups, cfg.lr))
-    return optimizer, common.poly(optimizer, steps, cfg.power)
-
-
-def start_search(net, loader, area, target, cfg, device, folder):
-    """The common.Run of a search: masks, optimizers and schedule of a dense network."""
-    for mask, least in prunable(net, cfg).items():
-        mask.start(cfg.tau, least)
-    net.to(device)
-    optimizer, schedule = optimizer_for(net, cfg, cfg.search_epochs * len(loader))
-    rates = mask_rates(net, area, target, mask_steps_of(cfg, len(loader)), cfg)
-    mask_optimizer = torch.optim.SGD([{"params": [mask.s], "rate": rate}
-                                      for mask, rate in rates.items()], 0.0, cfg.momentum)
-    return common.Run("search", "search", cfg, device, folder, cfg.search_epochs, stale=STALE,
-                      model=net, optimizer=optimizer, schedule=schedule,
-                      mask_optimizer=mask_optimizer)
+    return optimizer, common.poly(optimizer, steps)
 
 
 def chosen_after(cfg):
@@ -851,8 +835,7 @@ def search(cfg, device, folder=None):
     target = target_of(cfg, net, area)                  # refused now, not after hours
     start(cfg, net, device)
     torch.manual_seed(cfg.seed)
-    run = start_search(net, loader, area, target, cfg, device, folder or folder_of(cfg))
-    learn(run, net, common.training_form(net.train(), cfg, device), loader, area, target, score)
+    run = learn(cfg, net, loader, area, target, score, device, folder or folder_of(cfg))
     return finish(run, net, area, target, score)
 
 
@@ -924,8 +907,7 @@ def prune(net):
     """The network without the channels whose b is 0; same output, Eq. (16): what b multiplies by 0
     meets only columns that go with it. BN works channel by channel, so it is narrowed alike."""
     device = weights_of(net)[0].device
-    small = build(net.name, net.num_classes,
-                  {name: int(mask.binary().sum()) for name, mask in net.masks.items()})
+    small = build(net.name, net.num_classes, widths_left(net))
     for layer, cut in zip(layers_of(net), layers_of(small), strict=True):
         out = gate(layer.out, device).nonzero()[:, 0]                   # indices that stay
         into = gate(layer.into, device).nonzero()[:, 0]
@@ -939,8 +921,7 @@ def load_arch(path):
     """(network, classes, widths) of an arch.json; InputError if it does not fit."""
     value = common.read_json(path, "arch.json")
     name, classes, widths = (value.get(key) for key in ("network", "classes", "widths"))
-    if name not in NETWORKS or type(classes) is not int or not isinstance(widths, dict) or not (
-            2 <= classes <= 254):
+    if name not in NETWORKS or classes not in range(2, 255) or not isinstance(widths, dict):
         raise InputError(f"{path} is no arch.json of this program: it needs network (one of "
                          f"{', '.join(NETWORKS)}), classes (2 to 254) and widths")
     with torch.device("meta"):
@@ -983,13 +964,14 @@ def finish(run, net, area, target, score):
 def report_masks(net, steps, by_masks, share):
     """How decided the masks were, and what the ranking had to do."""
     if steps:
-        soft, told = torch.cat([mask.s.detach() for mask in masks_of(net).values()]), means(steps)
+        soft = torch.cat([mask.s.detach() for mask in masks_of(net).values()])
+        mean = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
         print(f"by themselves the masks left {100 * by_masks:.1f}% of the MACs, the ranking cut "
               f"to {100 * share:.1f}%\n{len(soft)} masks from {float(soft.min()):.2f} to "
               f"{float(soft.max()):.2f}, all began at 1; mean over the mask steps: second / first "
-              f"term {told['second / first']:.2f}, pull of the MACs {told['pull']:.2f} of what "
-              f"moves them, cosine of two batches {told['cosine']:.2f}")
-        if told["second / first"] < 0.5:
+              f"term {mean['second / first']:.2f}, pull of the MACs {mean['pull']:.2f} of what "
+              f"moves them, cosine of two batches {mean['cosine']:.2f}")
+        if mean["second / first"] < 0.5:
             print("undecided: the second term is the smaller one, and the first is mostly noise of "
                   "the batch; another seed will choose other channels (raise --lam)")
     floor = [name for name, mask in masks_of(net).items()
@@ -1047,11 +1029,15 @@ def scores_of(method, net):
     return {mask: scores[mask] for mask in masks}
 
 
-# Published TopFormer files -> names here. Older files use the second name of each pair.
+# Published TopFormer files -> names here. Older files use the second name of each pair. The first
+# row has no expansion, so its places begin with the depth-wise layer.
 PUBLISHED = (
     (r"^(module\.)?(backbone\.|decode_head\.)?", ""),
     (r"^(tpm|patch_embed)\.stem\.0", "stem"),
-    (r"^(tpm|patch_embed)\.layer(\d+)\.conv\.(\d)", lambda m: f"rows.{int(m[2]) - 1}.{m[3]}"),
+    (r"^(tpm|patch_embed)\.layer1\.conv\.0", "rows.0.depth"),
+    (r"^(tpm|patch_embed)\.layer1\.conv\.2", "rows.0.project"),
+    (r"^(tpm|patch_embed)\.layer(\d+)\.conv\.([024])", lambda m: f"rows.{int(m[2]) - 1}."
+     + ("expand", "depth", "project")[int(m[3]) // 2]),
     (r"^trans\.transformer_blocks", "blocks"), (r"\.attn\.", ".attention."),
     (r"\.proj\.1\.", ".project."), (r"\.dwconv\.", ".depth.conv."),
     (r"^(SIM|fuse_blocks)\.(\d)", lambda m: f"injections.{int(m[2]) - 1}"),
@@ -1060,25 +1046,20 @@ PUBLISHED = (
     (r"^conv_seg", "classify.conv"), (r"\.c\.", ".conv."), (r"\.bn\.", ".norm."))
 
 
-def our_name(key, net):
-    """Name in `net` of a tensor of a published checkpoint."""
+def our_name(key):
+    """Name here of a tensor of a published checkpoint."""
     for pattern, name in PUBLISHED:
         key = re.sub(pattern, name, key)
-    row = re.match(r"rows\.(\d+)\.(\d)", key)
-    if row and int(row[1]) < len(net.rows):         # without an expansion, the places begin later
-        place = int(row[2]) // 2 + (net.rows[int(row[1])].expand is None)
-        part = ("expand", "depth", "project")[min(place, 2)]
-        key = key.replace(row[0], f"rows.{row[1]}.{part}", 1)
     return key
 
 
 def load_published(net, path):
-    """Load a TopFormer file into the dense network; returns a sentence on what did not match.
+    """Load a TopFormer file into the dense network; say what did not match.
 
     Pyramid and transformer must be there and fit, else InputError; injection and head may be
     missing (classification files), the classifier may have other classes.
     """
-    theirs = {our_name(key, net): value for key, value in common.load_state_dict(path).items()}
+    theirs = {our_name(key): value for key, value in common.load_state_dict(path).items()}
     own = net.state_dict()
     fit = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
     random = [key for key in own if key not in fit and not key.endswith("num_batches_tracked")]
@@ -1088,10 +1069,10 @@ def load_published(net, path):
             raise InputError(f"{path} is not of TopFormer-{net.name}: '{key}' is missing or has "
                              "another shape; choose another --network")
     net.load_state_dict(own | fit)
-    said = f"{path}: {len(fit)} of {len(own)} tensors loaded"
-    for what, names in (("random", random), ("not used", sorted(theirs.keys() - own.keys()))):
-        said += f"; {what}: {', '.join(names[:3])}" if names else ""
-    return said
+    if rank() == 0:
+        unused = sorted(theirs.keys() - own.keys())
+        print(f"{path}: {len(fit)} of {len(own)} tensors loaded; random: "
+              f"{', '.join(random[:3]) or 'none'}; not used: {', '.join(unused[:3]) or 'none'}")
 
 
 def load_mobilenet(net, init):
@@ -1108,13 +1089,14 @@ def dense_network(cfg, num_classes):
     """The dense network with its first weights: random, or from --init."""
     torch.manual_seed(cfg.seed)
     net = build(cfg.network, num_classes, drop_path=cfg.drop_path)
-    if cfg.init != "none" and cfg.network == "deeplab":
-        load_mobilenet(net, cfg.init)
-    elif cfg.init != "none":
-        said = load_published(net, cfg.init)
-        if rank() == 0:
-            print(said)
+    if cfg.init != "none":
+        load = load_mobilenet if cfg.network == "deeplab" else load_published
+        load(net, cfg.init)
     return net
+
+
+def load_file(net, path):
+    load_weights(net, load_checkpoint(path)["model"], path)
 
 
 # What a new search makes meaningless in its folder.
@@ -1154,7 +1136,7 @@ def start(cfg, net, device):
     """Give the dense network the weights that the search starts from: --dense, or <out>/dense,
     trained now if it is not there."""
     if cfg.dense:
-        load_weights(net, load_checkpoint(cfg.dense)["model"], cfg.dense)
+        load_file(net, cfg.dense)
         common.place(net, cfg, device)
         return
     folder = Path(cfg.out) / "dense"
@@ -1181,8 +1163,7 @@ def train(cfg, device):
         return
     (net, arch), folder = found_network(cfg, classes), folder_of(cfg) / "retrained"
     if cfg.finetune:
-        path = arch.parent / "pruned.pt"
-        load_weights(net, load_checkpoint(path)["model"], path)
+        load_file(net, arch.parent / "pruned.pt")
     best = common.fit(*training_of(cfg, net, "retrained", "train", device, folder,
                                    widths=json.dumps(net.widths())))
     if rank() == 0:
@@ -1198,8 +1179,7 @@ def trained_network(cfg, classes, device):
                        ("pruned", arch.parent / "pruned.pt")):
         if path.exists():
             break
-    path = cfg.weights or path
-    load_weights(net, load_checkpoint(path)["model"], path)
+    load_file(net, cfg.weights or path)
     return kind, common.place(net.eval(), cfg, device)
 
 
@@ -1320,11 +1300,12 @@ STAGES = {"search": "learn masks and weights, cut the small network out; writes 
 
 def check(cfg, stages):
     """InputError on settings that do not go together."""
-    searching, dense = stages & {"search", "sweep"}, cfg.method == "dense"
+    dense = cfg.method == "dense"
     for wrong, message in (
             ("search" in stages and dense, "--search --method dense prunes nothing; use --train, "
              f"or choose from {', '.join(METHODS[:-1])}"),
-            (searching and cfg.arch, "--search finds an architecture, --arch names one"),
+            (stages & {"search", "sweep"} and cfg.arch,
+             "--search finds an architecture, --arch names one; leave one of them out"),
             (dense and cfg.arch, "--method dense is the network of --network, --arch another"),
             ("sweep" in stages and (cfg.method != "bilevel" or cfg.widths),
              "--sweep is of the paper's method; leave out --method and --widths"),
