@@ -220,19 +220,16 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, into, hidden, out, k=3, stride=1, dilation=1, act=F.relu):
         super().__init__()
-        self.expand = Layer(into, hidden, act=act) if hidden != into else None      # t = 1: none
+        one = hidden == into                            # t = 1: no expansion, x comes unmasked
+        self.expand = nn.Identity() if one else Layer(into, hidden, act=act)
         self.depth = depthwise(hidden, k, stride, dilation, act=act)
         self.project = Layer(hidden, out, mask=True)
-        self.residual = stride == 1 and into == out
+        self.residual, self.skip = stride == 1 and into == out, out if one else ()
 
     def forward(self, x):
-        if self.expand is None:
-            h = self.depth(x)                           # (B, C, H/stride, W/stride)
-            x = masked(x, self.project.out) if self.residual else x
-        else:
-            h = self.depth(self.expand(x))              # (B, t C, H/stride, W/stride)
-        y = self.project(h)                             # (B, C', H/stride, W/stride)
-        return x + y if self.residual else y
+        h = self.expand(x)                              # (B, t C, H, W)
+        y = self.project(self.depth(h))                 # (B, C', H/stride, W/stride)
+        return masked(x, self.skip) + y if self.residual else y
 
 
 class Attention(nn.Module):
@@ -334,14 +331,13 @@ class TopFormer(Network):
         rows, channels, heads, inject, light = VARIANTS[variant]
         channels = dict(zip((2, 4, 8, 16, 32), channels))               # by stride
         stride, x = 2, self.space("c2", channels[2])
-        self.stem, self.rows = Layer(fixed(3), x, 3, 2, act=F.relu), nn.ModuleList()
+        self.stem, self.rows = Layer(fixed(3), x, 3, 2, act=F.relu), nn.Sequential()
         for i, (k, t, s) in enumerate(rows):
             hidden = self.space(f"row{i}", t * channels[stride]) if t > 1 else x
             stride *= s
             out = self.space(f"c{stride}", channels[stride])
             self.rows.append(InvertedResidual(x, hidden, out, k, s))
             x = out
-        self.taps = (2, 4, 6, len(rows) - 1)                            # the last row of each level
         levels = [self.space(f"c{s}") for s in (4, 8, 16, 32)]
         mlp = 2 * sum(channels[s] for s in (4, 8, 16, 32))
         self.blocks = nn.Sequential()
@@ -358,10 +354,9 @@ class TopFormer(Network):
 
     def forward(self, x):
         x, taps = self.stem(x), []                                            # (B, 16, H/2, W/2)
-        for i, row in enumerate(self.rows):
-            x = row(x)
-            if i in self.taps:
-                taps.append(x)                              # at H/4, H/8, H/16, H/32
+        for first, end in ((0, 3), (3, 5), (5, 7), (7, None)):      # to H/4, H/8, H/16, H/32
+            x = self.rows[first:end](x)
+            taps.append(x)
         size = [math.ceil(d / 2) for d in x.shape[-2:]]
         tokens = torch.cat([F.adaptive_avg_pool2d(t, size) for t in taps], 1)   # (B, D, H/64, W/64)
         semantics = self.blocks(tokens).split([t.shape[1] for t in taps], 1)
@@ -739,7 +734,8 @@ def learn(cfg, net, loader, area, target, score, device, folder):
     masks = list(masks_of(net.to(device)).values())
     forward = common.training_form(net.train(), cfg, device)
     optimizer, schedule = optimizer_for(net, cfg, cfg.search_epochs * len(loader))
-    rates = mask_rates(masks, area, target, mask_steps_of(cfg, len(loader)), cfg)
+    steps = chosen_after(cfg) * math.ceil(len(loader) / (cfg.weight_steps + 1))
+    rates = mask_rates(masks, area, target, steps, cfg)
     mask_optimizer = torch.optim.SGD([{"params": [mask.s]} for mask in masks], 0.0, cfg.momentum)
     run = common.Run("search", "search", cfg, device, folder, cfg.search_epochs, stale=STALE,
                      model=net, optimizer=optimizer, schedule=schedule,
@@ -818,19 +814,12 @@ def chosen_after(cfg):
     return max(1, round(cfg.search_epochs * (1 - cfg.settle)))
 
 
-def mask_steps_of(cfg, batches):
-    """Mask steps of a search with so many batches an epoch; InputError if there is none."""
-    steps = chosen_after(cfg) * (batches // (cfg.weight_steps + 1))
-    if cfg.method == "bilevel" and not steps:
-        raise InputError(f"{batches} batches an epoch are too few for --weight-steps "
-                         f"{cfg.weight_steps} and a mask step; lower it, or --batch-size")
-    return max(steps, 1)
-
-
 def search(cfg, device, folder=None):
     """--search: learn masks and weights, choose, cut, write. Returns its numbers."""
     images, loader = open_loader(cfg, "train", train=True)
-    mask_steps_of(cfg, len(loader))
+    if cfg.method == "bilevel" and len(loader) <= cfg.weight_steps:
+        raise InputError(f"{len(loader)} batches an epoch are too few for --weight-steps "
+                         f"{cfg.weight_steps} and a mask step; lower it, or --batch-size")
     net, score = dense_network(cfg, images.num_classes), scorer(cfg, device)
     area = areas(net, cfg.frame)
     target = target_of(cfg, net, area)                  # refused now, not after hours
@@ -943,40 +932,41 @@ def write_arch(net, folder, **about):
 def finish(run, net, area, target, score):
     """Cut the network, score it, write it, report. Returns its numbers."""
     cfg, folder, small = run.cfg, run.folder, prune(net)
-    masked_miou, pruned_miou, macs = score(net), score(small), count_macs(small, cfg.frame)
+    macs, dense, by_masks = count_macs(small, cfg.frame), macs_of(area, {}), run.values["by_masks"]
+    masked_miou, pruned_miou = score(net), score(small)         # equal, but for rounding
     run.save("pruned.pt", model=small.state_dict())
     write_arch(small, folder, method=cfg.method, frame=list(cfg.frame), macs=macs)
     if rank() == 0:
         steps = sum((record["mask_steps"] for record in common.read_log(folder, "search")), [])
-        draw_search(net, small, steps, target / macs_of(area, {}), folder)
-        report_masks(net, steps, run.values["by_masks"], share_left(net, area))
-        print(f"target {target / 1e9:.4f} GMACs, {macs / 1e9:.4f} are left "
-              f"({100 * (macs / target - 1):+.2f}%): "
+        draw_search(net, small, steps, target / dense, folder)
+        report_masks(net, steps)
+        print(f"MACs of the dense network: by themselves the masks left {by_masks:.1%}, the "
+              f"ranking {macs / dense:.1%}\n"
+              f"target {target / 1e9:.4f} GMACs, {macs / 1e9:.4f} are left "
+              f"({macs / target - 1:+.2%}): "
               f"{'' if abs(macs / target - 1) <= 0.01 else 'NOT '}met within 1%\n"
-              f"masked mIoU {100 * masked_miou:.2f}, pruned mIoU, no fine-tuning, "
-              f"{100 * pruned_miou:.2f}\n"
+              f"masked mIoU {masked_miou:.2%}, pruned mIoU, no fine-tuning, {pruned_miou:.2%}\n"
               f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, *.png\n"
               + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
     common.barrier()
     return {"pruned_miou": pruned_miou, "parameters": count_params(small), "macs": macs,
-            "target": target, "by_masks": run.values["by_masks"] * macs_of(area, {})}
+            "target": target, "by_masks": by_masks * dense}
 
 
-def report_masks(net, steps, by_masks, share):
-    """How decided the masks were, and what the ranking had to do."""
+def report_masks(net, steps):
+    """How decided the masks were."""
+    masks = masks_of(net)
     if steps:
-        soft = torch.cat([mask.s.detach() for mask in masks_of(net).values()])
+        soft = torch.cat([mask.s.detach() for mask in masks.values()])
         mean = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
-        print(f"by themselves the masks left {100 * by_masks:.1f}% of the MACs, the ranking cut "
-              f"to {100 * share:.1f}%\n{len(soft)} masks from {float(soft.min()):.2f} to "
-              f"{float(soft.max()):.2f}, all began at 1; mean over the mask steps: second / first "
-              f"term {mean['second / first']:.2f}, pull of the MACs {mean['pull']:.2f} of what "
-              f"moves them, cosine of two batches {mean['cosine']:.2f}")
+        print(f"{len(soft)} masks from {soft.min():.2f} to {soft.max():.2f}, all began at 1; mean "
+              f"over the mask steps: second / first term {mean['second / first']:.2f}, pull of the "
+              f"MACs {mean['pull']:.2f} of what moves them, cosine of two batches "
+              f"{mean['cosine']:.2f}")
         if mean["second / first"] < 0.5:
             print("undecided: the second term is the smaller one, and the first is mostly noise of "
                   "the batch; another seed will choose other channels (raise --lam)")
-    floor = [name for name, mask in masks_of(net).items()
-             if mask.binary().sum() <= mask.least < mask.n]
+    floor = [name for name, mask in masks.items() if mask.binary().sum() <= mask.least < mask.n]
     if floor:
         print(f"at their floor, --round-to or one head: {', '.join(floor)}")
 
@@ -1244,12 +1234,10 @@ def agreement(one, other):
     same widths, over the largest possible."""
     if {key: len(b) for key, b in one.items()} != {key: len(b) for key, b in other.items()}:
         raise InputError("the two searches are of different networks")
-    overlap = chance = largest = 0
-    for key, a in one.items():
-        here, there = int(a.sum()), int(other[key].sum())
-        overlap += int((a & other[key]).sum())
-        chance += here * there / len(a)
-        largest += min(here, there)
+    pairs = [(kept, other[key]) for key, kept in one.items()]
+    overlap = sum(int((a & b).sum()) for a, b in pairs)
+    chance = sum(int(a.sum()) * int(b.sum()) / len(a) for a, b in pairs)
+    largest = sum(min(int(a.sum()), int(b.sum())) for a, b in pairs)
     return (overlap - chance) / max(largest - chance, 1e-9)
 
 
