@@ -3328,7 +3328,7 @@ def test_sparsemask_refuses_wrong_input():
 
 
 def with_masks(net, least=1):
-    """The network with a soft mask of 1 on every channel; attention, which starts at zero, works."""
+    """The network with a soft mask of 1 on every channel; attention, zero at first, works."""
     for mask in net.masks.values():
         mask.start(0.5, least)
     for module in net.modules():
@@ -3367,12 +3367,13 @@ def test_bilevel_counts_of_topformer_and_deeplab():
 @torch.no_grad()
 def test_bilevel_masked_network_equals_pruned_network():
     """Derived = relaxed: every prunable layer type, strides, dilation, residual sums, concatenated
-    and shared masks, attention; random masks down to one channel, float64, odd picture sizes. MACs
-    from the masks = MACs counted on the small network. Rebuilt from JSON and a state_dict alone."""
+    and shared masks, attention; random masks down to one channel, float64, odd picture sizes; in
+    training too, where BN sees the batch. MACs from the masks = MACs counted on the small network.
+    Rebuilt from JSON and a state_dict alone."""
     torch.manual_seed(0)
     for name, size in (("tiny", (70, 101)), ("small", (64, 96)), ("deeplab", (65, 70))):
         net = with_masks(shake_norms(bilevel_prune.build(name, 5)).double().eval())
-        area, x = bilevel_prune.areas(net, size), torch.randn(1, 3, *size).double()
+        area, x = bilevel_prune.areas(net, size), torch.randn(2, 3, *size).double()
         dense = net(x)
         for seed in range(4):
             prune_at_random(net, seed)
@@ -3388,25 +3389,10 @@ def test_bilevel_masked_network_equals_pruned_network():
             again = bilevel_prune.build(*bilevel_prune.load_arch(Path(tmp, "arch.json"))).double()
         again.load_state_dict(small.state_dict())
         assert torch.equal(again.eval()(x), small(x))
-
-
-def test_bilevel_masks_reach_what_they_cover_in_training_too():
-    """In train mode BN sees the same numbers in both networks, so loss and gradients agree."""
-    torch.manual_seed(0)
-    net = with_masks(bilevel_prune.build("tiny", 4).double().train())
-    net.dropout.p = 0.0
-    prune_at_random(net, 5)
-    small, x = bilevel_prune.prune(net), torch.randn(3, 3, 64, 96).double()
-    small.dropout.p = 0.0
-    net(x).square().mean().backward()
-    small(x).square().mean().backward()
-    for layer, cut in zip(bilevel_prune.layers_of(net), bilevel_prune.layers_of(small)):
-        out, into = (bilevel_prune.gate(space, "cpu").bool() for space in (layer.out, layer.into))
-        full = layer.conv.weight.grad
-        kept = full[out] if layer.depthwise else full[out][:, into]
-        assert torch.allclose(kept, cut.conv.weight.grad, atol=1e-12)
-        assert not full[~out].any(), "a pruned channel must get no gradient"
-        assert layer.depthwise or not full[:, ~into].any()
+        for twin in (net.train(), again.train()):
+            for module in twin.modules():
+                module.p = 0.0                          # no dropout
+        assert (net(x) - again(x)).abs().max() < 1e-9
 
 
 def test_bilevel_threshold_and_straight_through():
@@ -3503,7 +3489,8 @@ def test_bilevel_what_the_diagonal_leaves_out():
                                  create_graph=True)
     part = {name: torch.autograd.grad(sum((g * g.detach()).sum() for g in mine), gate,
                                       retain_graph=True)[0][kept]
-            for name, mine in (("before", slopes[:1]), ("own", slopes[1:-1]), ("after", slopes[-1:]))}
+            for name, mine in (("before", slopes[:1]), ("own", slopes[1:-1]),
+                               ("after", slopes[-1:]))}
     for p, slope in zip(model.layer.parameters(), slopes[1:-1]):
         p.grad = slope.detach()
     assert torch.allclose(part["own"], bilevel_prune.squared_gradients(model)[model.mask][kept])
@@ -3513,8 +3500,8 @@ def test_bilevel_what_the_diagonal_leaves_out():
 
 def test_bilevel_gap_to_the_exact_hypergradient_is_known():
     """A smooth inner problem, ridge regression, solved exactly: the true dL/ds by the implicit
-    function theorem with its Hessian. Eq. (15) is right for small lambda, where the first term alone
-    is half of it, and farther off the larger lambda is."""
+    function theorem with its Hessian. Eq. (15) is right for small lambda, where the first term
+    alone is half of it, and farther off the larger lambda is."""
     model, apart = Masked(smooth=True), []
     b, kept = model.b, model.b == 1
     def unpack(v):
@@ -3525,7 +3512,8 @@ def test_bilevel_gap_to_the_exact_hypergradient_is_known():
         zero = torch.zeros(6 * 4 * 9 + 6).double()
         hessian = torch.func.hessian(g)(zero, b)
         star = torch.linalg.solve(hessian, -torch.func.grad(g)(zero, b))    # one Newton step
-        grad_w, first = torch.func.grad(lambda v, gate: model.loss(unpack(v), gate), (0, 1))(star, b)
+        both = torch.func.grad(lambda v, gate: model.loss(unpack(v), gate), (0, 1))
+        grad_w, first = both(star, b)
         mixed = torch.func.jacrev(torch.func.grad(g, 1))(star, b)               # (6, size)
         exact = (first - mixed @ torch.linalg.solve(hessian, grad_w))[kept]
         ours, plain = (model.gradient(unpack(star), factor)[kept] for factor in (lam, 0))
@@ -3622,9 +3610,9 @@ def test_bilevel_pruned_channels_keep_their_weights():
         for name, layer in net.named_modules():
             if isinstance(layer, bilevel_prune.Layer):
                 out = bilevel_prune.gate(layer.out, "cpu").bool()
-                for key, p in layer.named_parameters(f"{name}"):
+                for key, p in layer.named_parameters(name):
                     same = (p == before[key]).reshape(len(p), -1).all(1)
-                    assert same[~out].all(), f"{key} of pruned channels"
+                    assert same[~out].all() and not p.grad[~out].any(), f"{key} of pruned channels"
                     assert p.ndim == 1 or not same[out].any(), f"{key} stands still"
         key = "rows.1.expand.conv.weight"               # columns of pruned inputs stay, too
         assert torch.equal(after[key][:, ::2], before[key][:, ::2])
@@ -3637,50 +3625,44 @@ def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
     v = 0.9 v + first - second + pull, s -= rate (1 - i / 4)^0.9 v."""
     torch.manual_seed(0)
     net = bilevel_prune.build("tiny", 3)
-    net.dropout.p, rate, v, steps = 0.0, 0.03, {}, []
+    net.dropout.p = 0.0
     pairs = [(torch.randn(4, 3, 96, 96), torch.randint(0, 3, (4, 96, 96))) for _ in range(4)]
-    plain = copy.deepcopy(net)
-    area = bilevel_prune.areas(net, (64, 64))
+    plain, area = with_masks(copy.deepcopy(net)), bilevel_prune.areas(net, (64, 64))
     dense = bilevel_prune.macs_of(area, {})
-    soft, log = learnt(net, pairs, area, 0.4 * dense, lr=1e-12, lam=0.7, beta=0.1, mask_lr=rate,
+    net.load_state_dict(plain.state_dict(), strict=False)
+    soft, log = learnt(net, pairs, area, 0.4 * dense, lr=1e-12, lam=0.7, beta=0.1, mask_lr=0.03,
                        cost_power=0.0, weight_decay=0.0)
-    assert all((p - q).abs().max() < 1e-6 for p, q in zip(plain.parameters(),
-                                                        bilevel_prune.weights_of(net)))
-    for mask in plain.masks.values():
-        mask.start(0.5, 1)
-    area = bilevel_prune.areas(plain.train(), (64, 64))
-    for i, (images, labels) in enumerate(pairs):
-        if i % 2 == 0:
-            continue
+    for p, q in zip(bilevel_prune.weights_of(plain), bilevel_prune.weights_of(net)):
+        assert (p - q).abs().max() < 1e-6
+    area, masks = bilevel_prune.areas(plain.train(), (64, 64)), list(plain.masks.values())
+    v, s, steps = 0, torch.ones(sum(mask.n for mask in masks)), []
+    for i in (1, 3):
+        images, labels = pairs[i]
         macs = bilevel_prune.macs_of(area, bilevel_prune.counts_left(plain))
         reg = 0.1 * (8.2 * (macs / dense - 0.4)) ** 2                           # Eqs. (4), (5)
+        pull = torch.cat(torch.autograd.grad(reg, [mask.s for mask in masks]))
         plain.zero_grad()
-        pulls = torch.autograd.grad(reg, list(plain.masks.parameters()))
         F.cross_entropy(F.interpolate(plain(images), (96, 96), mode="bilinear"), labels).backward()
-        firsts, seconds = [], []
-        for mask in plain.masks.values():
-            squares = torch.zeros(mask.n)                                       # Eq. (15)
-            for layer in bilevel_prune.layers_of(plain):
-                begin = 0
-                for other, each in layer.out:
-                    for w in layer.parameters() if other is mask else ():
-                        g = w.grad[begin:begin + mask.n * each]
-                        squares += g.square().reshape(mask.n, -1).sum(1)
-                    begin += other.n * each
-            firsts.append(mask.s.grad)
-            seconds.append(0.7 * squares * (mask.s > 0.5))
-        steps.append([torch.cat(parts) for parts in (firsts, seconds, list(pulls))])
-        for mask, *parts in zip(plain.masks.values(), firsts, seconds, pulls):
-            v[mask] = 0.9 * v.get(mask, 0) + parts[0] - parts[1] + parts[2]
-            mask.s.data.sub_(rate * (1 - i / 4) ** 0.9 * v[mask])
-    for name, mask in plain.masks.items():
-        assert torch.allclose(soft[name], mask.s, rtol=1e-3, atol=1e-4), name
-    first, second, pull = (x.norm() for x in steps[0])
-    cosine = F.cosine_similarity(steps[0][0] - steps[0][1], steps[1][0] - steps[1][1], dim=0)
-    want = {"second / first": second / first, "pull": pull / (first + second + pull), "cosine": 0}
-    for row, numbers in ((log[0], want), (log[1], {"cosine": cosine})):
-        for key, value in numbers.items():
-            assert abs(row[key] - float(value)) < 1e-3 * max(1, float(value)), (key, row, value)
+        squares = dict.fromkeys(masks, 0)
+        for layer in bilevel_prune.layers_of(plain):
+            rows = sum(p.grad.reshape(len(p), -1).square().sum(1) for p in layer.parameters())
+            for mask, each in layer.out:
+                if mask in squares:
+                    squares[mask] = squares[mask] + rows[:mask.n * each].view(mask.n, -1).sum(1)
+                rows = rows[mask.n * each:]
+        first = torch.cat([mask.s.grad for mask in masks])
+        second = 0.7 * torch.cat([squares[mask] * (mask.s > 0.5) for mask in masks])    # Eq. (15)
+        v = 0.9 * v + first - second + pull
+        s = s - 0.03 * (1 - i / 4) ** 0.9 * v
+        for mask, values in zip(masks, s.split([mask.n for mask in masks])):
+            mask.s.data.copy_(values)
+        steps.append((first.norm(), second.norm(), pull.norm(), first - second))
+    assert torch.allclose(torch.cat(list(soft.values())), s, rtol=1e-3, atol=1e-4)
+    (first, second, pull, before), (*_, now) = steps
+    for got, want in ((log[0]["second / first"], second / first), (log[0]["cosine"], 0),
+                      (log[0]["pull"], pull / (first + second + pull)),
+                      (log[1]["cosine"], F.cosine_similarity(now, before, dim=0))):
+        assert abs(got - float(want)) < 1e-3 * max(1, got), (got, want)
 
 
 def test_bilevel_macs_term_pulls_alike_at_any_size():
@@ -3734,14 +3716,15 @@ def test_bilevel_choice_meets_the_target_and_keeps_the_best():
     area, masks = bilevel_prune.areas(net, (64, 128)), list(net.masks.values())[:6]
     scores = {mask: torch.rand(mask.n, generator=g) for mask in masks}
     for share in (0.5, 0.7, 0.9):
-        target, counts, full = share * bilevel_prune.macs_of(area, {}), dict.fromkeys(masks, 1), set()
-        for value, mask in sorted(((float(s), m) for m in masks for s in scores[m].sort()[0][:-1]),
-                                  key=lambda pair: -pair[0]):
-            more = counts | {mask: counts[mask] + 1}
-            if mask not in full and bilevel_prune.macs_of(area, more) <= target:
+        counts, full = dict.fromkeys(masks, 1), set()
+        target = share * bilevel_prune.macs_of(area, {})
+        order = [(-float(s), i) for i, m in enumerate(masks) for s in scores[m].sort()[0][:-1]]
+        for _, i in sorted(order):
+            more = counts | {masks[i]: counts[masks[i]] + 1}
+            if i not in full and bilevel_prune.macs_of(area, more) <= target:
                 counts = more
             else:
-                full.add(mask)
+                full.add(i)
         assert bilevel_prune.best_counts(scores, area, target) == counts
 
 
@@ -3928,33 +3911,27 @@ def test_bilevel_agreement_of_two_choices():
 
 def published_names(net, old=False):
     """{published name: name here} of every tensor, written from the files' own scheme."""
-    names = {}
-    def layer(theirs, ours, conv="c"):
-        names[f"{theirs}.{conv}.weight"] = f"{ours}.conv.weight"
-        for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            names[f"{theirs}.bn.{x}"] = f"{ours}.norm.{x}"
-    tpm, sim = ("patch_embed", "fuse_blocks") if old else ("tpm", "SIM")
-    layer(f"backbone.{tpm}.stem.0", "stem")
+    tpm, sim, local, up, act = ("patch_embed", "fuse_blocks", "to_feat1", "to_feat2", "fuse2") if (
+        old) else ("tpm", "SIM", "local_embedding", "global_embedding", "global_act")
+    row = {"expand": 0, "depth": 2, "project": 4}
+    theirs = {"stem": f"backbone.{tpm}.stem.0.c", "fuse": "decode_head.linear_fuse.conv"}
     for i in range(len(net.rows)):
-        parts = ("depth", "project") if i == 0 else ("expand", "depth", "project")
-        for j, part in enumerate(parts):
-            layer(f"backbone.{tpm}.layer{i + 1}.conv.{2 * j}", f"rows.{i}.{part}")
+        theirs |= {f"rows.{i}.{part}": f"backbone.{tpm}.layer{i + 1}.conv.{k - 2 * (i == 0)}.c"
+                   for part, k in row.items()}
     for i in range(4):
         block = f"backbone.trans.transformer_blocks.{i}"
-        for part in ("to_q", "to_k", "to_v"):
-            layer(f"{block}.attn.{part}", f"blocks.{i}.attention.{part}")
-        layer(f"{block}.attn.proj.1", f"blocks.{i}.attention.project")
-        for part in ("fc1", "fc2"):
-            layer(f"{block}.mlp.{part}", f"blocks.{i}.mlp.{part}")
-        for x in ("weight", "bias"):
-            names[f"{block}.mlp.dwconv.{x}"] = f"blocks.{i}.mlp.depth.conv.{x}"
-    parts = (("to_feat1", "local"), ("to_feat2", "shift"), ("fuse2", "scale")) if old else (
-        ("local_embedding", "local"), ("global_embedding", "shift"), ("global_act", "scale"))
-    for i, (theirs, ours) in itertools.product((1, 2, 3), parts):
-        layer(f"backbone.{sim}.{i}.{theirs}", f"injections.{i - 1}.{ours}", "conv")
-    layer("decode_head.linear_fuse", "fuse", "conv")
-    for x in ("weight", "bias"):
-        names[f"decode_head.conv_seg.{x}"] = f"classify.conv.{x}"
+        theirs |= {f"blocks.{i}.attention.{x}": f"{block}.attn.{x}.c"
+                   for x in ("to_q", "to_k", "to_v")}
+        theirs |= {f"blocks.{i}.mlp.{x}": f"{block}.mlp.{x}.c" for x in ("fc1", "fc2")}
+        theirs[f"blocks.{i}.attention.project"] = f"{block}.attn.proj.1.c"
+        theirs[f"blocks.{i}.mlp.depth"] = f"{block}.mlp.dwconv"
+        theirs |= {f"injections.{i - 1}.{ours}": f"backbone.{sim}.{i}.{x}.conv"
+                   for ours, x in (("local", local), ("shift", up), ("scale", act))}
+    names = {f"decode_head.conv_seg.{x}": f"classify.conv.{x}" for x in ("weight", "bias")}
+    for key in net.state_dict().keys() - names.values():
+        layer, kind, tensor = key.rsplit(".", 2)
+        conv = theirs[layer]
+        names[f"{conv if kind == 'conv' else conv.rpartition('.')[0] + '.bn'}.{tensor}"] = key
     return names
 
 
@@ -3972,8 +3949,8 @@ def test_bilevel_published_checkpoints_load():
             names = published_names(source, old)
             assert set(names.values()) == set(source.state_dict())
             state = {theirs: source.state_dict()[ours] for theirs, ours in names.items()}
-            torch.save({wrapper: state, "args": common.argparse.Namespace(lr=1)} if wrapper else state,
-                       path)
+            options = common.argparse.Namespace(lr=1)
+            torch.save({wrapper: state, "args": options} if wrapper else state, path)
             said = loaded(net)
             assert f"{len(names)} of {len(names)} tensors loaded; random: none" in said
             assert all(torch.equal(v, net.state_dict()[k]) for k, v in source.state_dict().items())
