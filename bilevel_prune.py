@@ -673,8 +673,8 @@ def mask_gradient(net, loss, reg, lam):
     loss.backward()                                                     # grad_s L and grad_w L
     common.average_gradients(list(net.parameters()))                    # before they are squared
     squares = squared_gradients(net)
-    second = [lam * mask.binary().detach() * squares[mask] for mask in masks]
-    return [mask.s.grad for mask in masks], second, pull
+    # lambda b [grad_w L]^2: where b = 0 the gradient is 0 already, so b need not be written.
+    return [mask.s.grad for mask in masks], [lam * squares[mask] for mask in masks], pull
 
 
 def mask_rates(masks, area, target, steps, cfg):
@@ -932,7 +932,8 @@ def write_arch(net, folder, **about):
 def finish(run, net, area, target, score):
     """Cut the network, score it, write it, report. Returns its numbers."""
     cfg, folder, small = run.cfg, run.folder, prune(net)
-    macs, dense, by_masks = count_macs(small, cfg.frame), macs_of(area, {}), run.values["by_masks"]
+    macs, dense = int(macs_of(area, counts_left(net))), macs_of(area, {})
+    by_masks = run.values["by_masks"]
     masked_miou, pruned_miou = score(net), score(small)         # equal, but for rounding
     run.save("pruned.pt", model=small.state_dict())
     write_arch(small, folder, method=cfg.method, frame=list(cfg.frame), macs=macs)
