@@ -459,8 +459,8 @@ def by_mask(layers, value):
 #
 # A channel with b = 0 sends nothing on and gets no gradient for its weights; but dL/db is there all
 # the same, it says what a little of the channel would do to the loss. So a pruned channel can be
-# called back. And s is a memory: only where it passes tau does anything change, so it takes steps of
-# one opinion to turn a channel off, and as many to turn it on.
+# called back. And s is a memory: only where it passes tau does anything change, so it takes steps
+# of one opinion to turn a channel off, and as many to turn it on.
 
 
 class Threshold(torch.autograd.Function):
