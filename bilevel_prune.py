@@ -563,7 +563,7 @@ DENSE_UNITS = 8.2
 def areas(net, frame):
     """{layer: t t', the positions of its output} for a picture of `frame`; nothing is computed."""
     probe, area = copy.deepcopy(net).to("meta").float().eval(), {}
-    for ours, m in zip(net.modules(), probe.modules(), strict=True):
+    for ours, m in zip(net.modules(), probe.modules()):
         if isinstance(m, (Layer, Attention)):
             m.register_forward_hook(lambda m, _, y, ours=ours: area.update(
                 {ours: y.shape[-2:].numel()}))
@@ -602,7 +602,8 @@ def widths_left(net):
 
 def share_left(net, area):
     """MACs that b leaves, as a share of the dense network's."""
-    return float(macs_of(area, counts_left(net)).detach()) / macs_of(area, {})
+    counts = {net.masks[name]: n for name, n in widths_left(net).items()}
+    return macs_of(area, counts) / macs_of(area, {})
 
 
 def regularizer(net, area, target):
@@ -812,11 +813,11 @@ def forces(rates, first, second, pull, before):
     masks. cosine: of the gradients of two batches; if it is near 0, noise of the batch decides.
     """
     now = torch.cat([f - s for f, s in zip(first, second)])
-    moves = [float(norm(rate * x for rate, x in zip(rates, part)))
-             for part in (first, second, pull)]
+    moves = torch.stack([norm(rate * x for rate, x in zip(rates, part))
+                         for part in (first, second, pull)])
     cosine = 0.0 if before is None else float(F.cosine_similarity(now, before, dim=0))
-    return now, {"second / first": float(norm(second) / norm(first).clamp(min=1e-30)),
-                 "pull": moves[2] / max(sum(moves), 1e-30), "cosine": cosine}
+    return now, {"second / first": float(norm(second) / norm(first)),
+                 "pull": float(moves[2] / moves.sum()), "cosine": cosine}
 
 
 def optimizer_for(net, cfg, steps):
@@ -938,7 +939,7 @@ def prune(net):
     meets only columns that go with it. BN works channel by channel, so it is narrowed alike."""
     device = weights_of(net)[0].device
     small = build(net.name, net.num_classes, widths_left(net))
-    for layer, cut in zip(layers_of(net), layers_of(small), strict=True):
+    for layer, cut in zip(layers_of(net), layers_of(small)):
         out = gate(layer.out, device).nonzero()[:, 0]                   # indices that stay
         into = gate(layer.into, device).nonzero()[:, 0]
         cut.conv = narrowed(layer.conv, out, into)
@@ -973,8 +974,8 @@ def write_arch(net, folder, **about):
 def finish(run, net, area, target, score):
     """Cut the network, score it, write it, report. Returns its numbers."""
     cfg, folder, small = run.cfg, run.folder, prune(net)
-    macs, dense = int(macs_of(area, counts_left(net))), macs_of(area, {})
-    by_masks = run.values["by_masks"]
+    dense, by_masks = macs_of(area, {}), run.values["by_masks"]
+    macs = round(share_left(net, area) * dense)
     masked_miou, pruned_miou = score(net), score(small)         # equal, but for rounding
     run.save("pruned.pt", model=small.state_dict())
     write_arch(small, folder, method=cfg.method, frame=list(cfg.frame), macs=macs)
@@ -1113,7 +1114,7 @@ def load_mobilenet(net, init):
     features = common.classifier("mobilenet_v2", init).features[:-1]    # not the last 1x1
     pairs = [m for m in features.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
     layers = layers_of(nn.ModuleList([net.stem, net.rows]))
-    for layer, conv, norm in zip(layers, pairs[::2], pairs[1::2], strict=True):
+    for layer, conv, norm in zip(layers, pairs[::2], pairs[1::2]):
         layer.conv.load_state_dict(conv.state_dict())
         layer.norm.load_state_dict(norm.state_dict())
 

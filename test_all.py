@@ -3359,8 +3359,9 @@ def test_bilevel_counts_of_topformer_and_deeplab():
         net, frame = build(name, classes), (512, 512 if classes == 150 else 1024)
         assert (common.count_params(net), common.count_macs(net, frame)) == size, name
     assert common.count_params(net.stem) + common.count_params(net.rows) == 1811712
-    x = torch.randn(2, 3, 70, 100)
-    assert build("tiny", 5)(x).shape == (2, 5, 9, 13)
+    x, tiny = torch.randn(2, 3, 70, 100), build("tiny", 5)
+    assert all(layer.conv.dilation == (1, 1) for layer in bilevel_prune.layers_of(tiny))
+    assert tiny(x).shape == (2, 5, 9, 13)
     assert build("deeplab", 5)(x).shape == (2, 5, 18, 25)
 
 
@@ -3578,14 +3579,14 @@ class MaskBatches(list):
 
 
 def learnt(net, pairs, area, target, **settings):
-    """learn() on these batches, a single epoch; returns ({mask: s}, the log of the mask steps)."""
+    """learn() on these batches, a single epoch; returns ({mask: s}, its record in the log)."""
     cfg = bilevel_prune.Config(**dict(dict(
         search_epochs=1, settle=0.0, lr=0.02, weight_steps=1, device="cpu"), **settings))
     with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
         bilevel_prune.learn(cfg, net, MaskBatches(pairs), area, target, lambda net: 0.0,
                             torch.device("cpu"), tmp)
         record, = common.read_log(tmp, "search")
-    return {name: mask.s.detach() for name, mask in net.masks.items()}, record["mask_steps"]
+    return {name: mask.s.detach() for name, mask in net.masks.items()}, record
 
 
 def test_bilevel_pruned_channels_keep_their_weights():
@@ -3629,7 +3630,7 @@ def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
     plain, area = with_masks(copy.deepcopy(net)), bilevel_prune.areas(net, (64, 64))
     dense = bilevel_prune.macs_of(area, {})
     net.load_state_dict(plain.state_dict(), strict=False)
-    soft, log = learnt(net, pairs, area, 0.4 * dense, lr=1e-12, lam=0.7, beta=0.1, mask_lr=0.03,
+    soft, record = learnt(net, pairs, area, 0.4 * dense, lr=1e-12, lam=0.7, beta=0.1, mask_lr=0.03,
                        cost_power=0.0, weight_decay=0.0)
     for p, q in zip(bilevel_prune.weights_of(plain), bilevel_prune.weights_of(net)):
         assert (p - q).abs().max() < 1e-6
@@ -3658,6 +3659,7 @@ def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
         steps.append((first.norm(), second.norm(), pull.norm(), first - second))
     assert torch.allclose(torch.cat(list(soft.values())), s, rtol=1e-3, atol=1e-4)
     (first, second, pull, before), (*_, now) = steps
+    log = record["mask_steps"]
     for got, want in ((log[0]["second / first"], second / first), (log[0]["cosine"], 0),
                       (log[0]["pull"], pull / (first + second + pull)),
                       (log[1]["cosine"], F.cosine_similarity(now, before, dim=0))):
@@ -3756,6 +3758,7 @@ def test_bilevel_baseline_scores():
         scores = bilevel_prune.scores_of(method, net)
         assert set(scores) == set(net.masks.values())
         assert int(scores[net.masks["row3"]].argmax()) == best
+    assert abs(scores[net.masks["row3"]].mean() - 1) < 1e-5, "magnitude: each layer alike"
     # Shared masks gather from every layer that writes them: c8 of rows 3 and 4, and its quarter of
     # the residual stream of the blocks; a head from all its rows.
     rows = bilevel_prune.by_mask(bilevel_prune.layers_of(net),
@@ -3859,6 +3862,14 @@ def test_bilevel_planted_useless_channels_are_found():
         net, *problem = planted()
         learnt(net, *problem, **settings)
         assert net.useless_kept() == kept, (settings, net.useless_kept())
+
+
+def test_bilevel_slimming_penalty():
+    net, pairs, *problem = planted()
+    net.layers[0].norm.weight.data[0] = -1.0
+    want = sum(layer.norm.weight.abs().sum() for layer in net.layers)
+    _, record = learnt(net, pairs[:2], *problem, method="slimming", lr=1e-12, slim_l1=0.5)
+    assert abs(record["l1"] - 0.5 * float(want)) < 1e-3 and record["mask_steps"] == []
 
 
 def test_bilevel_planted_second_term_ranks_without_trial():
