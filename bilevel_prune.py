@@ -542,11 +542,10 @@ def pruned_weights_kept(net):
             moves = out.view(-1, 1, 1, 1) if p.ndim > 1 else out
             if p.ndim > 1 and not layer.depthwise:      # (C', C, k, k), pruned inputs too
                 moves = moves & into.view(1, -1, 1, 1)
-            old.append((p, moves, p.detach().clone()))
+            old.append((p, moves, p.data.clone()))
     yield
-    with torch.no_grad():
-        for p, moves, value in old:
-            p.copy_(torch.where(moves, p, value))
+    for p, moves, value in old:
+        p.data.copy_(torch.where(moves, p.data, value))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1032,7 +1031,7 @@ def uniform(net):
 def magnitude(net):
     """L1 norm of the filter (Li et al., ICLR 2017); the mean of its layer is 1, for one ranking."""
     def norms(layer):
-        norm = layer.conv.weight.detach().abs().flatten(1).mean(1)      # (C',)
+        norm = layer.conv.weight.abs().flatten(1).mean(1)      # (C',)
         return norm / norm.mean()
     return mean_by_mask(layers_of(net), norms)
 
@@ -1040,7 +1039,7 @@ def magnitude(net):
 def slimming(net):
     """|BN scale| after training under an L1 penalty (Liu et al., ICCV 2017)."""
     return mean_by_mask([layer for layer in layers_of(net) if norms_of(layer)],
-                        lambda layer: layer.norm.weight.detach().abs())
+                        lambda layer: layer.norm.weight.abs())
 
 
 def mean_by_mask(layers, value):
@@ -1052,11 +1051,12 @@ def norms_of(module):
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
+@torch.no_grad()
 def scores_of(method, net):
     """{Mask: (n,)}, higher stays. A random score is drawn on the CPU: the same on all ranks."""
     masks = masks_of(net).values()
     if method == "bilevel":
-        return {mask: mask.s.detach() for mask in masks}
+        return {mask: mask.s for mask in masks}
     if method == "random":
         return {mask: torch.rand(mask.n).to(mask.s) for mask in masks}
     scores = {"uniform": uniform, "magnitude": magnitude, "slimming": slimming}[method](net)
@@ -1280,7 +1280,7 @@ def agreement(one, other):
     pairs = [(kept, other[key]) for key, kept in one.items()]
     overlap = sum(int((a & b).sum()) for a, b in pairs)
     chance = sum(int(a.sum()) * int(b.sum()) / len(a) for a, b in pairs)
-    largest = sum(min(int(a.sum()), int(b.sum())) for a, b in pairs)
+    largest = sum(min(int(kept.sum()) for kept in pair) for pair in pairs)
     return (overlap - chance) / max(largest - chance, 1e-9)
 
 

@@ -3582,10 +3582,13 @@ def learnt(net, pairs, area, target, **settings):
     """learn() on these batches, a single epoch; returns ({mask: s}, its record in the log)."""
     cfg = bilevel_prune.Config(**dict(dict(
         search_epochs=1, settle=0.0, lr=0.02, weight_steps=1, device="cpu"), **settings))
-    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
+    spy = mock.patch.object(bilevel_prune, "mask_rates", wraps=bilevel_prune.mask_rates)
+    with (tempfile.TemporaryDirectory() as tmp, spy as rates,
+          contextlib.redirect_stdout(io.StringIO())):
         bilevel_prune.learn(cfg, net, MaskBatches(pairs), area, target, lambda net: 0.0,
                             torch.device("cpu"), tmp)
         record, = common.read_log(tmp, "search")
+        assert cfg.method != "bilevel" or rates.call_args.args[3] == len(record["mask_steps"])
     return {name: mask.s.detach() for name, mask in net.masks.items()}, record
 
 
@@ -3687,6 +3690,9 @@ def test_bilevel_macs_term_pulls_alike_at_any_size():
     # A mask of mean cost that the loss ignores falls from 1 to tau in a third of the steps, with
     # momentum, whatever beta; dear ones faster by the root of their cost.
     mean = float(torch.cat(grads).mean())
+    still, paper = (bilevel_prune.mask_rates(masks, area, 0.5 * dense, 300,
+                                             bilevel_prune.Config(beta=beta)) for beta in (0, 0.01))
+    assert still == paper                               # without a pull, the pace of the paper's
     for beta in (0.01, 1.0):
         cfg, steps = bilevel_prune.Config(beta=beta), 300
         rates = bilevel_prune.mask_rates(masks, area, 0.5 * dense, steps, cfg)
