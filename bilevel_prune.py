@@ -1281,7 +1281,7 @@ def agreement(one, other):
     overlap = sum(int((a & b).sum()) for a, b in pairs)
     chance = sum(int(a.sum()) * int(b.sum()) / len(a) for a, b in pairs)
     largest = sum(min(int(kept.sum()) for kept in pair) for pair in pairs)
-    return (overlap - chance) / max(largest - chance, 1e-9)
+    return (overlap - chance) / (largest - chance or 1)         # nothing pruned: 0
 
 
 SWEEP = {"beta": (0.001, 0.01, 0.1, 1.0), "lam": (0.01, 0.1, 1.0),        # PAPER Apps. I, J
