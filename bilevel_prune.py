@@ -1326,7 +1326,7 @@ def draw_search(net, small, rows, target, folder):
 STAGES = {"search": "learn masks and weights, cut the small network out; writes arch.json",
           "train": "train the found network on, or anew with --no-finetune",
           "eval": "mIoU and pictures of the network of --method",
-          "bench": "parameters, MACs and measured latency, App. F's steps one by one",
+          "bench": "parameters, MACs and measured latency, dense beside found",
           "sweep": "a search for each beta, lambda and target of Apps. I and J; a table"}
 
 
