@@ -33,13 +33,13 @@ The idea in five lines:
     python fastersg.py --train --eval            teacher, then the distilled student
     python fastersg.py --bench --arch paper      10 seconds: the published network, exact counts
 """
-import itertools
 import json
 import math
 import random
 import re
 import statistics
 from dataclasses import dataclass, replace
+from itertools import chain, combinations, islice, product
 from pathlib import Path
 
 import torch
@@ -84,9 +84,6 @@ class Config(BaseConfig):
     # OFFICIAL-CODE: 0.02 while pretraining, then 0.01.
     search_lr: float = opt(0.01, "SGD for W while searching", "search", low=0)
     search_decay: float = opt(0.99, "its factor an epoch (PAPER App. H)", "search", low=0, high=1)
-    momentum: float = opt(0.9, "of SGD (PAPER App. H)", "search", low=0, high=0.999)
-    weight_decay: float = opt(5e-4, "of SGD (PAPER App. H)", "search", low=0)
-    clip: float = opt(5.0, "gradient norm of W, 0 = any (OFFICIAL-CODE)", "search", low=0)
     arch_lr: float = opt(3e-4, "Adam for alpha, beta, gamma (PAPER App. H)", "search", low=0)
     tau: float = opt(1.0, "temperature of Gumbel-softmax (PAPER App. C)", "search", low=1e-3)
     label_stride: int = opt(8, "losses at 1/8 of the size (OFFICIAL-CODE)", "search", low=1)
@@ -98,8 +95,6 @@ class Config(BaseConfig):
     # something else on each device, and Eq. (3) solves its weights for the device at hand.
     lam: float = opt(0.01, "lambda of Eq. (8), per millisecond (PAPER App. F)", "search", low=0)
     decouple: bool = opt(True, "Eq. (3); --no-decouple gives Figure 4(a)", "search")
-    eq3_w: tuple[float, ...] = opt((), "w1 w2 w3 of Eq. (3); none: footnote 1 solved for this "
-                                   "device (PAPER: 0.001 0.997 0.002)", "search", low=0, high=1)
     frame: tuple[int, int] = opt((1024, 2048), "its picture, H W (PAPER Table 2)", "search", low=32)
     # As alpha = beta in Eq. (6), T scales all candidates alike and decides nothing.
     target_ms: float = opt(8.3, "T of Eq. (5), ms (PAPER App. B)", "search", low=1e-3)
@@ -118,7 +113,6 @@ class Config(BaseConfig):
     lr: float = opt(0.01, "SGD when training a derived network (OFFICIAL-CODE)", "train", low=0)
     lr_decay: float = opt(0.992, "its factor an epoch (OFFICIAL-CODE)", "train", low=0, high=1)
     distill: bool = opt(True, "Eq. (4), from the teacher, trained first if need be", "train")
-    aux_weight: float = opt(0.2, "weight of each auxiliary head (OFFICIAL-CODE)", "train", low=0)
     weights: str = opt("", "checkpoint to evaluate or export [<out>/<network>/best.pt]", "eval")
     correlation: int = opt(0, "--bench: N random networks against the table (Figure 3)", low=0)
 
@@ -135,6 +129,7 @@ QUICK = dict(layers=4, widths=(2, 4), stem_chi=2, size=(128, 256), search_size=(
 RATES = (8, 16, 32)
 FIRST = {8: 0, 16: 1, 32: 2}                            # the first layer that has a cell of a rate
 OPERATORS = ("skip", "conv", "conv_x2", "zoom", "zoom_x2")                   # Section 3.1.2
+KINDS = ("operator", "rate", "width")                   # O, s, chi: chosen by alpha, beta, gamma
 TEACHER, STUDENT = 0, 1
 
 # ---------------------------------------------------------------------------------------------
@@ -275,12 +270,17 @@ def cells_of(layers):
 
 
 def sources_of(l, layers):
-    """{s: which cells write node (s, l), the input of cell (s, l): the rates r of cells (r, l - 1)}.
+    """{s: rates r of the cells (r, l - 1) that write node (s, l), the input of cell (s, l)}.
 
     They are s / 2, which goes down, and s. The last layer does not go down: nothing would read it.
     """
     return {s: [r for r in (s // 2, s) if FIRST.get(r, l) < l and (r == s or l < layers)]
             for s in RATES if FIRST[s] <= l}
+
+
+def final_sets(branches):
+    """The sets of branches that App. B chooses among: for b = 2 the three pairs of rates."""
+    return list(combinations(RATES, branches))
 
 
 def count_paths(layers):
@@ -290,7 +290,7 @@ def count_paths(layers):
     The paper multiplies them; beta can say fewer, as it is the same for both branches of a pair.
     """
     paths = {8: 1, 16: layers - 1, 32: math.comb(layers - 1, 2)}
-    return sum(paths[s] * paths[t] for s, t in itertools.combinations(RATES, 2))
+    return sum(paths[s] * paths[t] for s, t in combinations(RATES, 2))
 
 
 def count_combinations(layers, widths):
@@ -601,8 +601,8 @@ class Supernet(nn.Module):
         # One prediction for each set of branches that App. B chooses among, for b = 2 the three
         # pairs, and for each branch alone, so that its loss trains it directly (OFFICIAL-CODE: all
         # branches alone, and two pairs).
-        self.final_sets = list(itertools.combinations(RATES, cfg.branches))
-        self.sets = list(dict.fromkeys([(8,), (16,), (32,), *self.final_sets]))
+        self.final_sets = final_sets(cfg.branches)
+        self.sets = final_sets(1) + (self.final_sets if cfg.branches > 1 else [])
         chis = widest, cfg.stem_chi                                         # of TEACHER, STUDENT
         last = {s: {r: r * widest for r in RATES if r <= s} for s in RATES}
         self.stems = nn.ModuleList(Stem(chi) for chi in chis)
@@ -722,7 +722,8 @@ class ArchParameters(nn.Module):
 
     def likeliest(self):
         """3.4: argmax of gamma. Where a skip is the likeliest, its node has the width that the skip
-        reads: it is shrunk, and Section 4.2 counts no widths for it."""
+        reads: it is shrunk, and Section 4.2 counts no widths for it. Here and not after the search,
+        so that the widths whose latency is optimised and reported are those that are derived."""
         j = dict(zip(self.keys["gamma"], self.gamma.argmax(1).tolist()))
         alpha, beta = self.probabilities("alpha"), self.probabilities("beta")
         for s, l in self.keys["alpha"]:                     # of a rate in the order of the layers
@@ -761,7 +762,8 @@ def ohem(logits, label, threshold=0.7):
 def seg_loss(net, draw, who, images, labels, cfg):
     """L_seg of Eq. (8): OHEM cross-entropy, summed over the predictions of all branch sets.
 
-    images (B, 3, H, W), labels (B, H, W) -> scalar.
+    images (B, 3, H, W), labels (B, H, W) -> scalar. Labels come down to 1 / label_stride, instead
+    of six predictions going up to the full size.
     """
     size = [math.ceil(d / cfg.label_stride) for d in labels.shape[-2:]]
     labels = F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
@@ -793,14 +795,14 @@ def pieces_of(arch, num_classes):
 def space_pieces(cfg, num_classes):
     """{group: pieces} that a student of the space can need. A group is a tensor of LatencyTable,
     its pieces stand in the order of the axes: operator, width of the input, width of the output."""
-    chi, pairs = cfg.stem_chi, list(itertools.product(cfg.widths, cfg.widths))
+    chi, pairs = cfg.stem_chi, list(product(cfg.widths, cfg.widths))
     groups = {"stem": [("stem", chi)]}
     for s, stride in ((8, 1), (8, 2), (16, 1), (16, 2), (32, 1)):
         groups[s, stride] = [(op, s * i, s * stride * j, s, stride)
                              for op in OPERATORS for i, j in pairs]
     for s in (16, 32):
         groups["up", s] = [("up", s, s * i, s // 2 * j, s // 2 * chi) for i, j in pairs]
-    for rates in itertools.combinations(RATES, cfg.branches):
+    for rates in final_sets(cfg.branches):
         groups[rates] = [("classifier", *joint_channels(rates, 8 * j, chi), num_classes)
                          for j in cfg.widths]
     return groups
@@ -833,7 +835,7 @@ def costs(piece):
 
 def measured_table(cfg, num_classes, device):
     """{entry: ms} for cfg.frame on this device; stored beside the run folders, measured once."""
-    pieces = itertools.chain(*space_pieces(cfg, num_classes).values())
+    pieces = chain(*space_pieces(cfg, num_classes).values())
     entries = {entry(piece): make_piece(piece, cfg.frame) for piece in pieces if costs(piece)}
     return latency.build_table(entries, device, cfg.frame, Path(cfg.out).parent)
 
@@ -844,13 +846,13 @@ def table_latency(arch, ms, num_classes):
 
 
 class LatencyTable:
-    """Lat(M): the table as tensors, one a group of space_pieces, and the expected latency of a Draw.
-    """
+    """Lat(M): the table as tensors, one a group of space_pieces; expected latencies of a Draw."""
 
     def __init__(self, cfg, ms, num_classes, device="cpu"):
         self.layers, self.n = cfg.layers, len(cfg.widths)
-        self.final_sets = list(itertools.combinations(RATES, cfg.branches))
-        self.stem_width = torch.tensor([float(chi == cfg.stem_chi) for chi in cfg.widths]).to(device)
+        self.final_sets = final_sets(cfg.branches)
+        one_hot = [float(chi == cfg.stem_chi) for chi in cfg.widths]
+        self.stem_width = torch.tensor(one_hot, device=device)              # (|X|,)
         self.ms = {}
         for group, pieces in space_pieces(cfg, num_classes).items():
             values = [ms[entry(piece)] if costs(piece) else 0.0 for piece in pieces]
@@ -882,7 +884,7 @@ class LatencyTable:
                 reached[s] = {key: sum(p * way[key] for p, way in zip(chances[s].values(), ways))
                               for key in ways[0]}
             before, shared = shared, {(s, s): reached[s]["ms"] for s in reached}
-            for s, t in itertools.combinations(reached, 2):
+            for s, t in combinations(reached, 2):
                 shared[s, t] = sum(p * q * before[a, b] for a, p in chances[s].items()
                                    for b, q in chances[t].items())
             nodes = reached
@@ -934,9 +936,9 @@ def sensitivities(table, cfg):
     """Table 2: by how much the supernet's latency (ms) changes with O, with s and with chi: largest
     minus smallest over the choices, all cells making the same one, the other kinds uniform."""
     changes = []
-    for kind in ("alpha", "beta", "gamma"):
+    for kind, logits in ArchParameters(cfg).named_parameters():             # alpha, beta, gamma
         values = []
-        for choice in range(getattr(ArchParameters(cfg), kind).shape[1]):
+        for choice in range(logits.shape[1]):
             probe = ArchParameters(cfg).to(table.stem_width.device)
             getattr(probe, kind)[:, choice] = 100.0         # softmax: 1
             values.append(float(table.mean(probe.draw(torch.softmax(probe.gamma, 1)))))
@@ -955,16 +957,15 @@ def solve_footnote_1(changes):
 
 
 def choose_eq3_w(cfg, table):
-    """w of Eq. (3): as given, or footnote 1 solved for this device; prints its Table 2."""
+    """w of Eq. (3): footnote 1 solved for this device, as the paper's w balance the latencies of a
+    1080Ti and of no other device. Prints this device's Table 2."""
     if not cfg.decouple:
         return 1.0, 1.0, 1.0                    # Lat itself, of which Figure 4(a) tells
-    if cfg.eq3_w:
-        return cfg.eq3_w
     changes = sensitivities(table, cfg)
     w = solve_footnote_1(changes)
     if rank() == 0:
         print("sensitivity of the latency on this device (paper, Table 2: 10.42, 0.01, 5.54 ms)")
-        for name, change, weight in zip(("operator", "rate", "width"), changes, w):
+        for name, change, weight in zip(KINDS, changes, w):
             print(f"  {name:9s} {change:9.3f} ms   w = {weight:.4f}")
     return w
 
@@ -984,8 +985,7 @@ def run_search(cfg, device, net, teacher, student, table, loaders):
     in place."""
     train_a, train_b, held_out = loaders
     w = choose_eq3_w(cfg, table)                                                # of Eq. (3)
-    sgd = torch.optim.SGD(net.parameters(), cfg.search_lr, cfg.momentum,
-                          weight_decay=cfg.weight_decay)
+    sgd = torch.optim.SGD(net.parameters(), cfg.search_lr, 0.9, weight_decay=5e-4)     # App. H
     decay = torch.optim.lr_scheduler.ExponentialLR(sgd, cfg.search_decay)       # App. H
     adam_t, adam_s = (torch.optim.Adam(arch.parameters(), cfg.arch_lr, betas=(0.5, 0.999))
                       for arch in (teacher, student))       # OFFICIAL-CODE: betas
@@ -997,7 +997,7 @@ def run_search(cfg, device, net, teacher, student, table, loaders):
               adam_t=adam_t, adam_s=adam_s)
     for epoch in run.epochs():
         train_b.sampler.set_epoch(epoch)
-        for batch, batch_b in itertools.islice(zip(run.batches(train_a), train_b), steps):
+        for batch, batch_b in islice(zip(run.batches(train_a), train_b), steps):
             with torch.no_grad():                       # to W the architectures are constants
                 t_widest = teacher.draw(teacher.widest())
                 narrowest, widest, sampled, *two_random = map(student.draw, (
@@ -1045,7 +1045,7 @@ def update_weights(run, name, sgd, net, batch, passes):
         loss.backward()
         mean = mean + loss.detach() / len(passes)
     average_gradients(list(net.parameters()))           # a NaN of one rank now stops all of them
-    norm = nn.utils.clip_grad_norm_(net.parameters(), run.cfg.clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 5.0)                  # OFFICIAL-CODE
     run.check(**{name: mean}, gradient=norm)
     sgd.step()
 
@@ -1055,21 +1055,25 @@ def search_loaders(cfg):
 
     App. F: trainA and trainB are disjoint halves, here of what is not held out for App. B.
     """
-    cfg = replace(cfg, size=cfg.search_size)
-    images, half = open_split(cfg, "train"), (1 - cfg.held_out) / 2
-    data.check_pairs(images)
+    images = open_split(replace(cfg, size=cfg.search_size), "train")
+    half = (1 - cfg.held_out) / 2
     parts = data.split_indices(len(images), (half, half, cfg.held_out), cfg.seed)
     scale, batch = cfg.search_scale * cfg.image_scale, cfg.search_batch // world_size()
-    moved, plain = data.train_transform(cfg.size, cfg.scales, scale), data.eval_transform(scale)
-    kinds = (moved, batch, True), (moved, batch, True), (plain, 1, False)       # A, B, held out
-    return images.num_classes, [
-        data.make_loader(images, part, *kind, cfg.workers, cfg.seed, rank(), world_size())
-        for part, kind in zip(parts, kinds)]
+    crops = data.train_transform(cfg.search_size, cfg.scales, scale)
+    data.check_pairs(images)
+
+    def loader(part, transform, batch, shuffle):
+        return data.make_loader(images, part, transform, batch, shuffle, cfg.workers, cfg.seed,
+                                rank(), world_size())
+    train_a, train_b = (loader(part, crops, batch, True) for part in parts[:2])
+    return images.num_classes, (train_a, train_b, loader(parts[2], data.eval_transform(scale), 1,
+                                                         False))
 
 
 @torch.no_grad()
 def supernet_miou(net, draw, who, loader, device, amp=False):
-    """{branch set: mIoU} of the supernet itself (not of a derived network) over all ranks."""
+    """{set of branches: mIoU} of the supernet itself (not of a derived network) over all ranks.
+    One pass scores all sets; common.evaluate would need one for each."""
     net.eval()
     matrices = {rates: ConfusionMatrix(net.num_classes, device) for rates in net.sets}
     for images, labels in loader:
@@ -1086,37 +1090,34 @@ def supernet_miou(net, draw, who, loader, device, amp=False):
 
 @torch.no_grad()
 def decidedness(arch):
-    """{kind: (mean largest probability, mean margin to the second)}; {} for a kind with one choice.
+    """{kind: (mean largest probability, mean margin to the second)} of the kinds with a choice.
 
     Entropy would mislead: it falls with the learning rate while two runs do not agree.
     """
     found = {}
-    for kind, name in (("alpha", "operator"), ("beta", "rate"), ("gamma", "width")):
-        p = torch.softmax(getattr(arch, kind), 1)
-        if p.shape[1] > 1:
-            first, second = p.topk(2).values.mean(0).tolist()
-            found[name] = first, first - second
+    for kind, logits in zip(KINDS, arch.parameters()):
+        if logits.shape[1] > 1:
+            first, second = torch.softmax(logits, 1).topk(2).values.mean(0).tolist()
+            found[kind] = first, first - second
     return found
 
 
 @torch.no_grad()
 def end_search_epoch(run, net, teacher, student, table, held_out):
-    """Log and store; what the log says of each network: the signs of collapse, and how decided."""
+    """Log and store. `shares`, the mean probability of each choice, shows a collapse; `decided`
+    tells whether an argmax means anything."""
     common.average_buffers(net)
-    draw, record = student.draw(student.likeliest()), {}
+    draw = student.draw(student.likeliest())
     scores = supernet_miou(net, draw, STUDENT, held_out, run.device, run.cfg.amp)
-    miou = sum(scores[rates] for rates in net.final_sets) / len(net.final_sets)
+    record = {"supernet_miou": sum(scores[s] for s in net.final_sets) / len(net.final_sets),
+              "ms": float(table.mean(draw)), "searching": run.epoch >= run.cfg.pretrain_epochs}
     for name, arch in (("teacher", teacher), ("student", student)):
-        operators, down, widths = (torch.softmax(p, 1).mean(0).tolist()
-                                   for p in (arch.alpha, arch.beta, arch.gamma))
-        record[name] = {"operators": operators, "down": down, "widths": widths,
-                        "decided": decidedness(arch)}
-    ms, margins = float(table.mean(draw)), record["student"]["decided"].items()
-    note = (f" | supernet mIoU {100 * miou:.2f}, {ms:.2f} ms, skips "
-            f"{100 * record['student']['operators'][0]:.0f}%, margins "
-            + ", ".join(f"{kind} {margin:.2f}" for kind, (_, margin) in margins))
-    run.end_epoch(note=note, supernet_miou=miou, ms=ms,
-                  searching=run.epoch >= run.cfg.pretrain_epochs, **record)
+        means = [torch.softmax(logits, 1).mean(0).tolist() for logits in arch.parameters()]
+        choices = *OPERATORS, "go down", "stay", *(f"chi {chi}" for chi in run.cfg.widths)
+        record[name] = {"shares": dict(zip(choices, sum(means, []))), "decided": decidedness(arch)}
+    margins = [f"{kind} {margin:.2f}" for kind, (_, margin) in record["student"]["decided"].items()]
+    run.end_epoch(note=f" | supernet mIoU {100 * record['supernet_miou']:.2f}, {record['ms']:.2f} "
+                  f"ms, margins {', '.join(margins)}", **record)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1142,31 +1143,36 @@ def downsampling_places(beta, layers):
     beta0 = {(16, 1): 0.5, (32, 2): 0.5} | {node: float(b[0]) for node, b in beta.items()}
     _, place = max((beta0[16, l], l) for l in range(1, layers))
     _, second, first = max((beta0[16, a] * beta0[32, b], b, a)
-                           for a, b in itertools.combinations(range(1, layers), 2))
+                           for a, b in combinations(range(1, layers), 2))
     return {8: (), 16: (place,), 32: (first, second)}
 
 
 @torch.no_grad()
 def derive(draw, cfg, who, rates):
-    """The discrete network of the branches `rates`: argmax of alpha, beta; widths of the draw."""
+    """The discrete network of the branches `rates`: argmax of alpha, beta; widths of the draw.
+
+    L = 4, places[16] = (2,): cells (8, 0), (8, 1) /2, (16, 2), (16, 3), of which the second enters
+    node (16, 2) and so has that node's width. If cell (16, 2) is a skip, three cells are left.
+    """
     places, branches = downsampling_places(draw.beta, cfg.layers), {}
     for rate in rates:
         s, cells = 8, []
         for l in range(cfg.layers):
-            down = l + 1 in places[rate]
+            s_out = 2 * s if l + 1 in places[rate] else s
             op = OPERATORS[int(draw.alpha[s, l].argmax())]
-            j = int(draw.gamma[2 * s if down else s, l + 1].argmax())
+            chi = cfg.widths[int(draw.gamma[s_out, l + 1].argmax())]
             # 3.4: a skip is shrunk, the branch loses a cell. OURS: one that goes down stays; the
             # release takes the next best operator, and keeps a least number of cells.
-            if op != "skip" or down:
-                cells.append(Cell(op, down, s, cfg.widths[j], l))
-            s = 2 * s if down else s
+            if op != "skip" or s_out > s:
+                cells.append(Cell(op, s_out > s, s, chi, l))
+            s = s_out
         branches[rate] = cells
     return Architecture(max(cfg.widths) if who == TEACHER else cfg.stem_chi, branches)
 
 
 def target(accuracy, ms, cfg):
-    """Eqs. (5), (6): ACC * (LAT / T)^w, with the same w on both sides of T."""
+    """Eqs. (5), (6): ACC * (LAT / T)^w. The paper has w = alpha where LAT <= T and w = beta above,
+    and sets both to -0.07: one number here."""
     return accuracy * (ms / cfg.target_ms) ** cfg.target_power
 
 
@@ -1180,6 +1186,7 @@ def select(cfg, device, net, teacher, student, ms, held_out):
     for who, name, draw in ((TEACHER, "teacher", teacher.draw(teacher.widest())),
                             (STUDENT, "student", student.draw(student.likeliest()))):
         scores, candidates = supernet_miou(net, draw, who, held_out, device, cfg.amp), []
+        # ACC of Eq. (5) is the supernet's; no candidate is trained for this.
         for rates in net.final_sets:
             arch = derive(draw, cfg, who, rates)
             row = rows[f"{name} {rates}"] = {"supernet_miou": scores[rates],
@@ -1205,13 +1212,16 @@ def inherit(small, net, who, widths):
     """
     copy_slices(small.stem, net.stems[who])
     copy_slices(small.head, net.heads[who])
-    for index, cell in itertools.chain(*small.paths.values()):
+    for index, cell in chain(*small.paths.values()):
         ops = (net.down if cell.down else net.keep)[f"{cell.rate} {cell.layer}"].ops
         copy_slices(small.cells[index], ops[OPERATORS.index(cell.op)], widths.index(cell.chi))
 
 
 def copy_slices(small, wide, j=0):
-    """Same-named tensors, the first channels of each; BN of width j."""
+    """Same-named tensors, the first channels of each; BN of width j.
+
+    Not load_state_dict: what a superkernel has beyond the width found is left behind.
+    """
     source = wide.state_dict()
     for name, tensor in small.state_dict().items():
         whole = source[name.replace("norms.0.", f"norms.{j}.")]
@@ -1223,24 +1233,30 @@ def random_architecture(cfg, generator):
     """A network of the search's own space: what derive makes of random one-hot parameters, the
     branches, paths, operators and widths drawn uniformly. generator: random.Random."""
     arch, layers = ArchParameters(cfg), cfg.layers
-    for kind in (arch.alpha, arch.gamma):
-        for row in kind:
-            row[generator.randrange(len(row))] = 100.0
+    for row in (*arch.alpha, *arch.gamma):
+        row[generator.randrange(len(row))] = 100.0          # softmax: 1
     # beta is one for both branches: 1/16 goes down where 1/32 does, or behind its second step.
     first, second = sorted(generator.sample(range(1, layers), 2))
     alone = generator.choice([first, *range(second, layers)])
     down = {(16, first), (32, second), (16, alone)}
     for node, row in zip(arch.keys["beta"], arch.beta):
         row[0 if node in down else 1] = 100.0
-    rates = generator.choice(list(itertools.combinations(RATES, cfg.branches)))
+    rates = generator.choice(final_sets(cfg.branches))
     return derive(arch.draw(arch.likeliest()), cfg, STUDENT, rates)
 
 
-def controls(cfg, student, ms, num_classes, draws=300):
+def controls(cfg, student, ms, num_classes, draws=200):
     """The control that the paper does not have: of `draws` random networks of the space the three
-    whose table latency is nearest to the student's, {"random": ..., "random1": ..., ...}."""
+    whose table latency is nearest to the student's, {"random": ..., "random1": ..., ...}.
+
+    Nearest, not within a bound: a search of hours must not end in "there is none".
+    """
     generator, wanted = random.Random(cfg.seed), table_latency(student, ms, num_classes)
-    archs = [random_architecture(cfg, generator) for _ in range(draws)]
+    archs = []
+    for _ in range(draws):
+        arch = random_architecture(cfg, generator)
+        if arch not in (student, *archs):
+            archs.append(arch)
     archs.sort(key=lambda arch: abs(table_latency(arch, ms, num_classes) - wanted))
     return dict(zip(("random", "random1", "random2"), archs))
 
@@ -1319,13 +1335,10 @@ def draw_search(cfg, student):
              for (s, l), p in student.probabilities("alpha").items()}
     common.heat_map(out / "search_alpha.png", "alpha of the student at the end", list(alpha),
                     OPERATORS, list(alpha.values()))
-    shares = {}
-    for kind, names in (("operators", OPERATORS), ("down", ("beta0",)),
-                        ("widths", [f"chi {chi}" for chi in cfg.widths])):
-        for i, name in enumerate(names):
-            shares[name] = [(r["epoch"] + 1, r["student"][kind][i]) for r in records]
-    common.plot(out / "search_shares.png", "alpha, beta and gamma of the student", "epoch",
-                "mean over the cells", shares)
+    shares = [r["student"]["shares"] for r in records]
+    common.heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
+                    list(shares[0]), [r["epoch"] + 1 for r in records],
+                    [[share[name] for share in shares] for name in shares[0]])
     path = {name: [(r["ms"], 100 * r["supernet_miou"]) for r in records
                    if r["searching"] == searching]
             for name, searching in (("pretraining", False), ("searching", True))}
@@ -1343,8 +1356,10 @@ def draw_search(cfg, student):
 
 
 def distillation(student, teacher):
-    """Eq. (4): E_i KL(q^s_i || q^t_i), i over the pixels; the release has KL(q^t || q^s), divided by
-    the classes too. Logits (B, K, H, W) -> scalar."""
+    """Eq. (4): E_i KL(q^s_i || q^t_i), i over the pixels. Logits (B, K, H, W) -> scalar.
+
+    PAPER. The release has KL(q^t || q^s), and divides by the classes too.
+    """
     log_s = F.log_softmax(student.float(), 1)
     log_t = F.log_softmax(teacher.float(), 1)
     return (log_s.exp() * (log_s - log_t)).sum(1).mean()
@@ -1368,8 +1383,7 @@ def train_network(cfg, device, teacher=None):
     arch = load_architecture(arch_path(cfg), cfg.network)
     torch.manual_seed(cfg.seed)
     net = place(FasterSeg(arch, classes, auxiliary=True), cfg, device)
-    optimizer = torch.optim.SGD(net.parameters(), cfg.lr, cfg.momentum,
-                                weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.SGD(net.parameters(), cfg.lr, 0.9, weight_decay=5e-4)  # as in search
     # The rate falls once an epoch; fit steps the schedule once a batch.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cfg.lr_decay ** (step // len(loader)))
@@ -1381,7 +1395,7 @@ def train_network(cfg, device, teacher=None):
         logits, *auxiliary = forward(images)
         terms = {"seg": ohem(logits, labels)}
         if auxiliary:
-            terms["aux"] = cfg.aux_weight * sum(ohem(y, labels) for y in auxiliary)
+            terms["aux"] = 0.2 * sum(ohem(y, labels) for y in auxiliary)    # OFFICIAL-CODE
         if teacher is not None:             # equal weights for both losses, Section 3.3
             with torch.no_grad():
                 soft = teacher(images)
@@ -1522,8 +1536,6 @@ def check(cfg, stages):
     if len(set(cfg.widths)) < len(cfg.widths) or cfg.stem_chi not in cfg.widths:
         raise InputError(f"--widths {cfg.widths} must differ, and contain --stem-chi "
                          f"{cfg.stem_chi}: a skip hands on the stem's width")
-    if cfg.eq3_w and (len(cfg.eq3_w) != 3 or abs(sum(cfg.eq3_w) - 1) > 1e-6):
-        raise InputError("--eq3-w needs three numbers that sum to 1, as 0.1 0.8 0.1")
     if cfg.correlation and ("bench" not in stages or cfg.correlation < 3):
         raise InputError("--correlation needs --bench and 3 networks or more")
     if cfg.compile and "search" in stages:
@@ -1533,11 +1545,11 @@ def check(cfg, stages):
     for stage, flag, batch, size in (
             ("search", "--search-batch", cfg.search_batch, cfg.search_size),
             ("train", "--batch-size", cfg.batch_size, cfg.size)):
-        if stage in stages and batch % world_size():
+        share, rest = divmod(batch, world_size())
+        if stage in stages and rest:
             raise InputError(f"{flag} {batch} does not divide over {world_size()} processes")
         # BN needs two values a channel: the coarsest map is a zoomed one at rate 32.
-        values = batch // world_size() * math.prod(math.ceil(d / 64) for d in size)
-        if stage in stages and values < 2:
+        if stage in stages and share * math.prod(math.ceil(d / 64) for d in size) < 2:
             raise InputError(f"crops of {size[0]}x{size[1]} leave BN a single value at 1/64 of the "
                              f"resolution; take larger ones, or a larger {flag}")
 
