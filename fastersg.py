@@ -22,7 +22,7 @@ The idea in five lines:
     O^k               OPERATORS[k], operator()         candidate operators of a cell
     chi, X            cfg.widths, j                    expansion ratios; j is an index into them
     alpha, beta       draw.alpha[s, l], draw.beta      probabilities of operators, predecessors
-    gamma             draw.gamma[s, l], draw.width     probabilities of the widths of a node
+    gamma             draw.gamma[s, l]                 probabilities of the widths of a node
     I_sl              maps[s][s]                       node (s, l): the input of cell (s, l)
     O_s->s, O_s->2s   keep, down                       the two outputs of a cell
     Lat, w1 w2 w3     LatencyTable, weighed_latency    Section 3.2, Eq. (3)
@@ -33,13 +33,13 @@ The idea in five lines:
     python fastersg.py --train --eval            teacher, then the distilled student
     python fastersg.py --bench --arch paper      10 seconds: the published network, exact counts
 """
-import itertools
 import json
 import math
 import random
 import re
 import statistics
 from dataclasses import dataclass, replace
+from itertools import chain, combinations, islice, product
 from pathlib import Path
 
 import torch
@@ -58,6 +58,8 @@ from data import IGNORE
 # ---------------------------------------------------------------------------------------------
 # 2. Settings. Defaults are the paper's; the tag says where it says so.
 # ---------------------------------------------------------------------------------------------
+
+NETWORKS = ("student", "teacher", "pruned_teacher", "random", "random1", "random2")
 
 
 @dataclass
@@ -82,9 +84,6 @@ class Config(BaseConfig):
     # OFFICIAL-CODE: 0.02 while pretraining, then 0.01.
     search_lr: float = opt(0.01, "SGD for W while searching", "search", low=0)
     search_decay: float = opt(0.99, "its factor an epoch (PAPER App. H)", "search", low=0, high=1)
-    momentum: float = opt(0.9, "of SGD (PAPER App. H)", "search", low=0, high=0.999)
-    weight_decay: float = opt(5e-4, "of SGD (PAPER App. H)", "search", low=0)
-    clip: float = opt(5.0, "gradient norm of W, 0 = any (OFFICIAL-CODE)", "search", low=0)
     arch_lr: float = opt(3e-4, "Adam for alpha, beta, gamma (PAPER App. H)", "search", low=0)
     tau: float = opt(1.0, "temperature of Gumbel-softmax (PAPER App. C)", "search", low=1e-3)
     label_stride: int = opt(8, "losses at 1/8 of the size (OFFICIAL-CODE)", "search", low=1)
@@ -96,8 +95,6 @@ class Config(BaseConfig):
     # something else on each device, and Eq. (3) solves its weights for the device at hand.
     lam: float = opt(0.01, "lambda of Eq. (8), per millisecond (PAPER App. F)", "search", low=0)
     decouple: bool = opt(True, "Eq. (3); --no-decouple gives Figure 4(a)", "search")
-    eq3_w: tuple[float, ...] = opt((), "w1 w2 w3 of Eq. (3); none: footnote 1 solved for this "
-                                   "device (PAPER: 0.001 0.997 0.002)", "search", low=0, high=1)
     frame: tuple[int, int] = opt((1024, 2048), "its picture, H W (PAPER Table 2)", "search", low=32)
     # As alpha = beta in Eq. (6), T scales all candidates alike and decides nothing.
     target_ms: float = opt(8.3, "T of Eq. (5), ms (PAPER App. B)", "search", low=1e-3)
@@ -106,10 +103,8 @@ class Config(BaseConfig):
 
     # The networks that are trained from scratch. On their training the paper is silent.
     arch: str = opt("", "arch.json, or 'paper': the published networks [<out>/arch.json]", "train")
-    network: str = opt("student", "which one: random has the student's latency, pruned_teacher is "
-                       "the row of Table 3", "train",
-                       ("student", "teacher", "pruned_teacher", "random"))
-    control: int = opt(0, "which of the random networks --network random is", "train", low=0)
+    network: str = opt("student", "which one: pruned_teacher is a row of Table 3, random ones have "
+                       "the student's latency", "train", NETWORKS)
     size: tuple[int, int] = opt((512, 1024), "training crop H W (OFFICIAL-CODE)", "train", low=32)
     # OURS: uniform; OFFICIAL-CODE: .75, 1 or 1.25. The search draws scales too.
     scales: tuple[float, float] = opt((0.75, 1.25), "random scale", "search", low=0.1, high=10)
@@ -118,9 +113,6 @@ class Config(BaseConfig):
     lr: float = opt(0.01, "SGD when training a derived network (OFFICIAL-CODE)", "train", low=0)
     lr_decay: float = opt(0.992, "its factor an epoch (OFFICIAL-CODE)", "train", low=0, high=1)
     distill: bool = opt(True, "Eq. (4), from the teacher, trained first if need be", "train")
-    # release: KL(T||S) instead of KL(S||T), and also divided by the classes.
-    distill_kl: str = opt("paper", "direction of Eq. (4)", "train", ("paper", "release"))
-    aux_weight: float = opt(0.2, "weight of each auxiliary head (OFFICIAL-CODE)", "train", low=0)
     weights: str = opt("", "checkpoint to evaluate or export [<out>/<network>/best.pt]", "eval")
     correlation: int = opt(0, "--bench: N random networks against the table (Figure 3)", low=0)
 
@@ -134,10 +126,10 @@ QUICK = dict(layers=4, widths=(2, 4), stem_chi=2, size=(128, 256), search_size=(
              search_decay=0.6, arch_lr=0.03, lam=0.1, label_stride=4, held_out=0.06,
              frame=(128, 256), epochs=8, batch_size=8, lr=0.05)
 
-SPACE = ("layers", "widths", "branches", "stem_chi", "frame")     # what arch.json says of its space
 RATES = (8, 16, 32)
 FIRST = {8: 0, 16: 1, 32: 2}                            # the first layer that has a cell of a rate
 OPERATORS = ("skip", "conv", "conv_x2", "zoom", "zoom_x2")                   # Section 3.1.2
+KINDS = ("operator", "rate", "width")                   # O, s, chi: chosen by alpha, beta, gamma
 TEACHER, STUDENT = 0, 1
 
 # ---------------------------------------------------------------------------------------------
@@ -204,6 +196,17 @@ class Architecture:
             last[cell.rate_out] = cell.c_out
         return inputs, last
 
+    def distinct_cells(self):
+        """{a cell and all before it: (cell, its input channels)} of the cells that run.
+
+        3.4: branches "share both cell weights and feature maps" up to the first difference.
+        """
+        distinct = {}
+        for rate, cells in self.branches.items():
+            inputs, _ = self.walk(rate)
+            distinct |= {tuple(cells[:i + 1]): pair for i, pair in enumerate(inputs)}
+        return distinct
+
     def to_json(self):
         rows = {str(rate): list(map(str, cells)) for rate, cells in self.branches.items()}
         return {"stem_chi": self.stem_chi, "branches": rows}
@@ -225,61 +228,40 @@ class Architecture:
         return arch
 
 
-def published(stem_chi, **branches):
-    """rate_16="2 conv_x2 s=8 chi=4, ...": a number in front repeats the cell."""
-    arch = Architecture(stem_chi, {})
-    for name, rows in branches.items():
-        cells = arch.branches[int(name.removeprefix("rate_"))] = []
-        for row in rows.split(", "):
-            times, text = row.split(" ", 1)
-            cells += int(times) * [Cell.parse(text)]
-    return arch
-
-
-# Table 7 and Figure 6. Where the table prints s * chi, a cell that downsamples has 2 s * chi
-# output channels (its bold rows); the parameter count confirms it (OFFICIAL-CODE).
-PAPER_STUDENT = published(
-    8, rate_16="2 conv_x2 s=8 chi=4, 2 zoom_x2 s=8 chi=4, 1 conv_x2 s=8 chi=4, "
-    "1 conv_x2 /2 s=8 chi=4, 1 zoom_x2 s=16 chi=4, 1 zoom_x2 s=16 chi=12, 1 zoom_x2 s=16 chi=8",
-    rate_32="2 conv_x2 s=8 chi=4, 1 zoom_x2 s=8 chi=4, 1 zoom /2 s=8 chi=8, "
-    "3 zoom_x2 s=16 chi=4, 1 zoom_x2 /2 s=16 chi=4, 1 zoom_x2 s=32 chi=4, 1 zoom_x2 s=32 chi=8")
-# The teacher is not printed in the paper (OFFICIAL-CODE).
-PAPER_TEACHER = published(
-    12, rate_16="1 zoom s=8 chi=12, 3 zoom_x2 s=8 chi=12, 1 zoom_x2 /2 s=8 chi=12, "
-    "1 conv_x2 s=16 chi=12, 1 zoom_x2 s=16 chi=12, 1 zoom s=16 chi=12, 8 zoom_x2 s=16 chi=12",
-    rate_32="1 zoom s=8 chi=12, 4 zoom_x2 s=8 chi=12, 1 zoom_x2 /2 s=8 chi=12, "
-    "1 zoom_x2 s=16 chi=12, 1 zoom s=16 chi=12, 5 zoom_x2 s=16 chi=12, "
-    "1 zoom_x2 /2 s=16 chi=12, 2 conv_x2 s=32 chi=12")
-
-
 def pruned(teacher, chi, stem_chi):
     """Table 3, 'T -> pruned T': the teacher's cells at the slimmest ratio, the student's stem."""
     return Architecture(stem_chi, {rate: [replace(cell, chi=chi) for cell in cells]
                                    for rate, cells in teacher.branches.items()})
 
 
+# Table 7 and Figure 6. Where the table prints s * chi, a cell that downsamples has 2 s * chi
+# output channels (its bold rows); the parameter count confirms it (OFFICIAL-CODE).
+PAPER_STUDENT = Architecture.from_json({"stem_chi": 8, "branches": {
+    16: 2 * ["conv_x2 s=8 chi=4"] + 2 * ["zoom_x2 s=8 chi=4"] + [
+        "conv_x2 s=8 chi=4", "conv_x2 /2 s=8 chi=4",
+        "zoom_x2 s=16 chi=4", "zoom_x2 s=16 chi=12", "zoom_x2 s=16 chi=8"],
+    32: 2 * ["conv_x2 s=8 chi=4"] + ["zoom_x2 s=8 chi=4", "zoom /2 s=8 chi=8"]
+        + 3 * ["zoom_x2 s=16 chi=4"] + ["zoom_x2 /2 s=16 chi=4"]
+        + ["zoom_x2 s=32 chi=4", "zoom_x2 s=32 chi=8"]}})
+# The teacher is not printed in the paper (OFFICIAL-CODE).
+PAPER_TEACHER = Architecture.from_json({"stem_chi": 12, "branches": {
+    16: ["zoom s=8 chi=12"] + 3 * ["zoom_x2 s=8 chi=12"] + ["zoom_x2 /2 s=8 chi=12"]
+        + ["conv_x2 s=16 chi=12", "zoom_x2 s=16 chi=12", "zoom s=16 chi=12"]
+        + 8 * ["zoom_x2 s=16 chi=12"],
+    32: ["zoom s=8 chi=12"] + 4 * ["zoom_x2 s=8 chi=12"] + ["zoom_x2 /2 s=8 chi=12"]
+        + ["zoom_x2 s=16 chi=12", "zoom s=16 chi=12"] + 5 * ["zoom_x2 s=16 chi=12"]
+        + ["zoom_x2 /2 s=16 chi=12"] + 2 * ["conv_x2 s=32 chi=12"]}})
+PUBLISHED = {"student": PAPER_STUDENT, "teacher": PAPER_TEACHER,
+             "pruned_teacher": pruned(PAPER_TEACHER, 4, 8)}
+
+
 def load_architecture(path, which):
-    """Architecture `which` (student, teacher) of an arch.json; 'paper' gives the published ones."""
-    if path == "paper":
-        return PAPER_TEACHER if which == "teacher" else PAPER_STUDENT
-    value = common.read_json(path, "arch.json")
-    if which not in value:
+    """Architecture `which`, one of NETWORKS, of an arch.json; 'paper' means the published ones."""
+    stored = PUBLISHED if path == "paper" else common.read_json(path, "arch.json")
+    if which not in stored:
         raise InputError(f"{path} holds no architecture named {which}; run --search first")
-    return Architecture.from_json(value[which], f"{path}, {which}")
-
-
-def print_table_7(arch):
-    for rate, cells in arch.branches.items():
-        print(f"branch 1/{rate}: cell  operator    s  chi  c_out")
-        for i, cell in enumerate(cells):
-            name = cell.op + (" /2" if cell.down else "")
-            print(f"{i + 1:17d}  {name:10s} {cell.rate:2d} {cell.chi:4d} {cell.c_out:6d}")
-
-
-def branch_sets(branches):
-    """What the search predicts from, and App. B chooses among: for b = 2 the three pairs, and each
-    branch alone, whose loss trains it directly (OFFICIAL-CODE: all three, and two pairs)."""
-    return [(s,) for s in RATES] + (list(itertools.combinations(RATES, 2)) if branches == 2 else [])
+    found = stored[which]
+    return found if path == "paper" else Architecture.from_json(found, f"{path}, {which}")
 
 
 def cells_of(layers):
@@ -287,12 +269,18 @@ def cells_of(layers):
     return [(s, l) for s in RATES for l in range(FIRST[s], layers)]
 
 
-def sources_of(s, l, layers):
-    """Which cells write node (s, l), the input of cell (s, l): the rates r of cells (r, l - 1).
+def sources_of(l, layers):
+    """{s: rates r of the cells (r, l - 1) that write node (s, l), the input of cell (s, l)}.
 
-    s / 2, which goes down, and s; the last layer does not go down, as nothing would read it.
+    They are s / 2, which goes down, and s. The last layer does not go down: nothing would read it.
     """
-    return [r for r in (s // 2, s) if (r, l - 1) in cells_of(layers) and (r == s or l < layers)]
+    return {s: [r for r in (s // 2, s) if FIRST.get(r, l) < l and (r == s or l < layers)]
+            for s in RATES if FIRST[s] <= l}
+
+
+def final_sets(branches):
+    """The sets of branches that App. B chooses among: for b = 2 the three pairs of rates."""
+    return list(combinations(RATES, branches))
 
 
 def count_paths(layers):
@@ -302,7 +290,7 @@ def count_paths(layers):
     The paper multiplies them; beta can say fewer, as it is the same for both branches of a pair.
     """
     paths = {8: 1, 16: layers - 1, 32: math.comb(layers - 1, 2)}
-    return sum(paths[s] * paths[t] for s, t in itertools.combinations(RATES, 2))
+    return sum(paths[s] * paths[t] for s, t in combinations(RATES, 2))
 
 
 def count_combinations(layers, widths):
@@ -469,13 +457,30 @@ class Up(nn.Module):
 
 
 class Classifier(nn.Sequential):
-    """(B, c_in, h, w) -> (B, num_classes, h, w): 3x3 and 1x1, after a 1x1 that mixes branches."""
+    """(B, c_in, h, w) -> (B, num_classes, h, w): 3x3 and 1x1, after a 1x1 that mixes c_in channels
+    into c_mix, if that is not None."""
 
-    def __init__(self, c_in, num_classes, c_mix=None):
-        mix = [ConvBN(c_in, [c_mix], 1), nn.ReLU()] if c_mix else []
+    def __init__(self, c_in, c_mix, num_classes):
+        mix = [] if c_mix is None else [ConvBN(c_in, [c_mix], 1), nn.ReLU()]
         c = c_mix or c_in
         c_mid = c if c <= 256 else c // 2                              # OFFICIAL-CODE
         super().__init__(*mix, ConvBN(c, [c_mid]), nn.ReLU(), nn.Conv2d(c_mid, num_classes, 1))
+
+
+def ups_of(s, last, chi):
+    """The ups of a branch that ends at rate s: [(rate of the coarse map, its channels, channels of
+    the finer map, channels of the result), ...]. last: {r: channels of its last map at rate r}."""
+    ups, c = [], last[s]
+    for coarse in (r for r in (32, 16) if r <= s):
+        fine = coarse // 2
+        ups.append((coarse, c, last[fine], chi * fine))
+        c = chi * fine
+    return ups
+
+
+def joint_channels(rates, c_8, chi):
+    """(c_in, c_mix) of the classifier of a set; c_8: channels at the end of branch 8."""
+    return sum(c_8 if s == 8 else 8 * chi for s in rates), 8 * chi * len(rates)
 
 
 class Head(nn.Module):
@@ -493,58 +498,52 @@ class Head(nn.Module):
 
     def __init__(self, sets, last, chi, num_classes):
         super().__init__()
-        self.sets, self.ups, self.classifiers = sets, nn.ModuleDict(), nn.ModuleDict()
-        for s in last:
-            c = last[s][s]
-            for fine in (r for r in (16, 8) if r < s):
-                self.ups[f"{s} to {fine}"] = Up(c, last[s][fine], chi * fine)
-                c = chi * fine
-        for rates in sets:
-            c = sum(last[8][8] if s == 8 else chi * 8 for s in rates)
-            self.classifiers[str(rates)] = Classifier(c, num_classes, chi * 8 * len(rates))
+        self.sets = sets
+        self.ups = nn.ModuleDict({
+            str(s): nn.ModuleList(Up(*channels) for _, *channels in ups_of(s, last[s], chi))
+            for s in last})
+        self.classifiers = nn.ModuleDict({
+            str(rates): Classifier(*joint_channels(rates, last[rates[0]][8], chi), num_classes)
+            for rates in sets})
 
     def forward(self, maps):
         """maps: {branch: {r: last map (B, c, H/r, W/r)}} -> [logits (B, K, H/8, W/8) a set]."""
         fine_maps = {}
         for s in maps:
             y = maps[s][s]
-            for fine in (r for r in (16, 8) if r < s):
-                y = self.ups[f"{s} to {fine}"](y, maps[s][fine])
+            for up, fine in zip(self.ups[str(s)], (s // 2, s // 4)):
+                y = up(y, maps[s][fine])
             fine_maps[s] = y                                           # (B, c, H/8, W/8)
-        logits = []
-        for rates in self.sets:
-            # Coarse first: the map at 1/8 alone varies in width, and slices are cut from the end.
-            joint = torch.cat([fine_maps[s] for s in reversed(rates)], 1)
-            logits.append(self.classifiers[str(rates)](joint))
-        return logits
+        # Coarse first: the map at 1/8 alone varies in width, and slices are cut from the end.
+        return [self.classifiers[str(rates)](torch.cat([fine_maps[s] for s in reversed(rates)], 1))
+                for rates in self.sets]
 
 
 class FasterSeg(nn.Module):
     """A derived network: (B, 3, H, W) -> logits (B, num_classes, H, W), any H and W.
 
     auxiliary: with the heads of training; in train mode such a network returns a list, the
-    prediction first. Branches share cells, and their maps, up to the first difference (3.4).
+    prediction first. A cell that branches share runs once (3.4).
     """
 
     def __init__(self, arch, num_classes, auxiliary=False):
         super().__init__()
-        self.arch, self.stem, self.cells = arch, Stem(arch.stem_chi), nn.ModuleList()
-        self.paths, last, first = {}, {}, {}        # paths: {branch: [(index of the cell, cell)]}
-        for s in sorted(arch.branches):
-            inputs, last[s] = arch.walk(s)
-            self.paths[s] = []
-            for i, (cell, c_in) in enumerate(inputs):
-                prefix = tuple(arch.branches[s][:i + 1])
-                if prefix not in first:
-                    first[prefix] = len(self.cells)
-                    self.cells.append(operator(cell.op, c_in, [cell.c_out], 1 + cell.down))
-                self.paths[s].append((first[prefix], cell))
-        self.head = Head([tuple(self.paths)], last, arch.stem_chi, num_classes)
+        distinct, rates = arch.distinct_cells(), sorted(arch.branches)
+        self.stem = Stem(arch.stem_chi)
+        self.cells = nn.ModuleList(operator(cell.op, c_in, [cell.c_out], 1 + cell.down)
+                                   for cell, c_in in distinct.values())
+        index = {prefix: i for i, prefix in enumerate(distinct)}
+        self.paths = {}                             # {branch: [(index of the cell, cell), ...]}
+        for s in rates:
+            cells = arch.branches[s]
+            self.paths[s] = [(index[tuple(cells[:i + 1])], cell) for i, cell in enumerate(cells)]
+        last = {s: arch.walk(s)[1] for s in rates}
+        self.head = Head([tuple(rates)], last, arch.stem_chi, num_classes)
         self.auxiliary = nn.ModuleDict() if auxiliary else None
         for r in (16, 32) if auxiliary else ():     # OFFICIAL-CODE: at each rate coarser than 1/8
-            c = sum(last[s].get(r, 0) for s in last)
+            c = sum(last[s].get(r, 0) for s in rates)
             if c:
-                self.auxiliary[str(r)] = Classifier(c, num_classes)
+                self.auxiliary[str(r)] = Classifier(c, None, num_classes)
 
     def forward(self, x):
         stem, outputs, maps = self.stem(x), {}, {}          # stem: (B, 8 stem_chi, H/8, W/8)
@@ -557,11 +556,11 @@ class FasterSeg(nn.Module):
         logits = resize(self.head(maps)[0], x.shape[-2:])
         if not self.training or self.auxiliary is None:
             return logits
-        outputs = [logits]
+        predictions = [logits]
         for r, head in self.auxiliary.items():              # all maps at 1/r, coarse branch first
             joint = [maps[s][int(r)] for s in reversed(maps) if int(r) in maps[s]]
-            outputs.append(resize(head(torch.cat(joint, 1)), x.shape[-2:]))
-        return outputs
+            predictions.append(resize(head(torch.cat(joint, 1)), x.shape[-2:]))
+        return predictions
 
 
 # ---------------------------------------------------------------------------------------------
@@ -598,8 +597,12 @@ class Supernet(nn.Module):
 
     def __init__(self, cfg, num_classes):
         super().__init__()
-        self.layers, self.sets = cfg.layers, branch_sets(cfg.branches)
-        self.num_classes, widest = num_classes, max(cfg.widths)
+        self.layers, self.num_classes, widest = cfg.layers, num_classes, max(cfg.widths)
+        # One prediction for each set of branches that App. B chooses among, for b = 2 the three
+        # pairs, and for each branch alone, so that its loss trains it directly (OFFICIAL-CODE: all
+        # branches alone, and two pairs).
+        self.final_sets = final_sets(cfg.branches)
+        self.sets = final_sets(1) + (self.final_sets if cfg.branches > 1 else [])
         chis = widest, cfg.stem_chi                                         # of TEACHER, STUDENT
         last = {s: {r: r * widest for r in RATES if r <= s} for s in RATES}
         self.stems = nn.ModuleList(Stem(chi) for chi in chis)
@@ -620,14 +623,15 @@ class Supernet(nn.Module):
         maps = {8: {8: self.stems[who](images)}}
         for l in range(self.layers):
             reached = {}                                    # the nodes of layer l + 1
-            for s in (s for s in RATES if sources_of(s, l + 1, self.layers)):
+            for s, sources in sources_of(l + 1, self.layers).items():
                 # The width chi_j belongs to the node that is written, for both its producers
-                # (OFFICIAL-CODE; Eq. (2) indexes it by cell). gate is 1, with gamma's gradient.
-                j, gate = draw.width[s, l + 1]
-                ways = []
-                for r in sources_of(s, l + 1, self.layers):
+                # (OFFICIAL-CODE; Eq. (2) indexes it by cell).
+                gamma, ways = draw.gamma[s, l + 1], []
+                j = int(gamma.argmax())
+                for r in sources:
                     cell = self.keep[f"{s} {l}"] if r == s else self.down[f"{r} {l}"]
-                    output = cell(maps[r][r], gate * draw.alpha[r, l], j)               # Eq. (2)
+                    alpha = gamma[j] * draw.alpha[r, l]     # times 1: the way of gamma's gradient
+                    output = cell(maps[r][r], alpha, j)                     # Eq. (2)
                     ways.append({**maps[r], s: output})     # and the finer maps behind it
                 reached[s] = mixed(draw.beta[s, l + 1], *ways) if len(ways) == 2 else ways[0]
             maps = reached
@@ -659,13 +663,11 @@ class Draw:
     layer L its output.
 
     alpha[s, l]: (5,). beta[s, l]: (2,), from rate s/2 and from s, where both exist.
-    gamma[s, l]: (|X|,), one-hot, of the node's width; width[s, l]: (j, gate), its index and gamma's
-    entry there, which is 1.
+    gamma[s, l]: (|X|,), one-hot, of the node's width. The latency takes probabilities too.
     """
     alpha: dict
     beta: dict
     gamma: dict
-    width: dict
 
 
 class ArchParameters(nn.Module):
@@ -674,11 +676,11 @@ class ArchParameters(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.tau, self.stem_j = cfg.tau, cfg.widths.index(cfg.stem_chi)
-        cells = cells_of(cfg.layers)
+        nodes = [(s, l) for l in range(1, cfg.layers + 1) for s in sources_of(l, cfg.layers)]
         self.keys = {
-            "alpha": cells,
-            "beta": [(s, l) for s, l in cells if s > 8 and l > FIRST[s]],
-            "gamma": [(s, l) for s in RATES for l in range(max(1, FIRST[s]), cfg.layers + 1)]}
+            "alpha": cells_of(cfg.layers),
+            "beta": [(s, l) for s, l in nodes if len(sources_of(l, cfg.layers)[s]) == 2],
+            "gamma": nodes}
         sizes = {"alpha": len(OPERATORS), "beta": 2, "gamma": len(cfg.widths)}
         for kind, size in sizes.items():            # OFFICIAL-CODE: all logits start at 1e-3
             logits = torch.full((len(self.keys[kind]), size), 1e-3)
@@ -689,23 +691,20 @@ class ArchParameters(nn.Module):
         return dict(zip(self.keys[kind], torch.softmax(getattr(self, kind), 1)))
 
     def draw(self, gamma):
-        """A Draw with these widths: (nodes, |X|), the rows one-hot. See the methods that follow."""
-        j = gamma.detach().argmax(1)
-        gates = gamma.gather(1, j[:, None])[:, 0]
+        """A Draw with these widths, (nodes, |X|): those that a method below returns."""
         return Draw(self.probabilities("alpha"), self.probabilities("beta"),
-                    dict(zip(self.keys["gamma"], gamma)),
-                    dict(zip(self.keys["gamma"], zip(j.tolist(), gates))))
+                    dict(zip(self.keys["gamma"], gamma)))
 
     def fixed(self, j):
-        """Widths by index: one number for all nodes, or (nodes,)."""
+        """Widths by index: one number for all nodes, or (nodes,) -> (nodes, |X|), one-hot."""
         j = torch.as_tensor(j, device=self.gamma.device).expand(len(self.gamma))
         return F.one_hot(j, self.gamma.shape[1]).to(self.gamma.dtype)
 
-    def widest(self):
-        return self.fixed(self.gamma.shape[1] - 1)
-
     def narrowest(self):
         return self.fixed(0)
+
+    def widest(self):
+        return self.fixed(self.gamma.shape[1] - 1)
 
     def uniform(self):
         """Random widths. From the CPU's generator, so that all ranks and devices draw the same."""
@@ -723,7 +722,8 @@ class ArchParameters(nn.Module):
 
     def likeliest(self):
         """3.4: argmax of gamma. Where a skip is the likeliest, its node has the width that the skip
-        reads: it is shrunk, and Section 4.2 counts no widths for it."""
+        reads: it is shrunk, and Section 4.2 counts no widths for it. Here and not after the search,
+        so that the widths whose latency is optimised and reported are those that are derived."""
         j = dict(zip(self.keys["gamma"], self.gamma.argmax(1).tolist()))
         alpha, beta = self.probabilities("alpha"), self.probabilities("beta")
         for s, l in self.keys["alpha"]:                     # of a rate in the order of the layers
@@ -743,28 +743,27 @@ class ArchParameters(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
-def ohem(logits, label, threshold=0.7, min_kept=None):
+def ohem(logits, label, threshold=0.7):
     """App. F: cross-entropy with online hard example mining.
 
     Mean over the pixels whose true class has a probability below `threshold`, but over at least
-    the `min_kept` hardest (OFFICIAL-CODE: 0.7 and B*H*W / 16).
+    the hardest sixteenth of all (OFFICIAL-CODE: 0.7 and 1/16).
     logits (B, K, H, W), label (B, H, W) with IGNORE. Returns a scalar.
     """
     loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
     loss = loss[label != IGNORE]                            # (valid pixels,)
     if loss.numel() == 0:
         return logits.sum() * 0                             # the mean over nothing would be NaN
-    kept = min(label.numel() // 16 if min_kept is None else min_kept, loss.numel())
-    hard = loss > -math.log(threshold)
-    if int(hard.sum()) >= max(kept, 1):
-        return loss[hard].mean()
-    return loss.topk(max(kept, 1)).values.mean()
+    hard = int((loss > -math.log(threshold)).sum())
+    least = max(1, min(label.numel() // 16, loss.numel()))
+    return loss.topk(max(hard, least)).values.mean()
 
 
 def seg_loss(net, draw, who, images, labels, cfg):
     """L_seg of Eq. (8): OHEM cross-entropy, summed over the predictions of all branch sets.
 
-    images (B, 3, H, W), labels (B, H, W) -> scalar.
+    images (B, 3, H, W), labels (B, H, W) -> scalar. Labels come down to 1 / label_stride, instead
+    of six predictions going up to the full size.
     """
     size = [math.ceil(d / cfg.label_stride) for d in labels.shape[-2:]]
     labels = F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
@@ -777,48 +776,36 @@ def seg_loss(net, draw, who, images, labels, cfg):
 # made. As they stand in the file:
 #   stem chi | up s c_coarse c_fine c_out | classifier c_in c_mix num_classes
 #   conv, conv_x2, zoom, zoom_x2, skip: operator c_in c_out s stride
-def entry(*piece):
+def entry(piece):
     return " ".join(map(str, piece))
-
-
-def space_pieces(cfg, num_classes):
-    """Every piece that a student of the space can need. A skip of stride 1 does nothing and costs
-    nothing: it is none."""
-    chi, pieces = cfg.stem_chi, [("stem", cfg.stem_chi)]
-    for s, op, i, j in itertools.product(RATES, OPERATORS, cfg.widths, cfg.widths):
-        if op != "skip":
-            pieces.append((op, s * i, s * j, s, 1))
-        if s < 32:
-            pieces.append((op, s * i, 2 * s * j, s, 2))
-    for s, i, j in itertools.product((16, 32), cfg.widths, cfg.widths):
-        pieces.append(("up", s, s * i, s // 2 * j, s // 2 * chi))
-    for rates, j in itertools.product(branch_sets(cfg.branches), cfg.widths):
-        pieces.append(classifier_piece(rates, 8 * j, chi, num_classes))
-    return pieces
-
-
-def classifier_piece(rates, c_8, chi, num_classes):
-    """c_8: channels at the end of branch 8, if it is in the set."""
-    c_in = sum(c_8 if s == 8 else 8 * chi for s in rates)
-    return "classifier", c_in, 8 * chi * len(rates), num_classes
 
 
 def pieces_of(arch, num_classes):
     """The pieces of a derived network; a cell that branches share is one piece."""
-    chi, shared = arch.stem_chi, set()
-    pieces, last = [("stem", chi)], {}
-    for s in arch.branches:
-        inputs, last[s] = arch.walk(s)
-        for i, (cell, c_in) in enumerate(inputs):
-            prefix = tuple(arch.branches[s][:i + 1])
-            if prefix not in shared:
-                pieces.append((cell.op, c_in, cell.c_out, cell.rate, 1 + cell.down))
-            shared.add(prefix)
-        c = last[s][s]
-        for coarse in (r for r in (32, 16) if r <= s):
-            pieces.append(("up", coarse, c, last[s][coarse // 2], coarse // 2 * chi))
-            c = coarse // 2 * chi
-    return pieces + [classifier_piece(last, last.get(8, {}).get(8), chi, num_classes)]
+    chi, last = arch.stem_chi, {s: arch.walk(s)[1] for s in sorted(arch.branches)}
+    pieces = [("stem", chi)]
+    for cell, c_in in arch.distinct_cells().values():
+        pieces.append((cell.op, c_in, cell.c_out, cell.rate, 1 + cell.down))
+    for s in last:
+        pieces += [("up", *up) for up in ups_of(s, last[s], chi)]
+    shape = joint_channels(last, last.get(8, {}).get(8), chi)
+    return pieces + [("classifier", *shape, num_classes)]
+
+
+def space_pieces(cfg, num_classes):
+    """{group: pieces} that a student of the space can need. A group is a tensor of LatencyTable,
+    its pieces stand in the order of the axes: operator, width of the input, width of the output."""
+    chi, pairs = cfg.stem_chi, list(product(cfg.widths, cfg.widths))
+    groups = {"stem": [("stem", chi)]}
+    for s, stride in ((8, 1), (8, 2), (16, 1), (16, 2), (32, 1)):
+        groups[s, stride] = [(op, s * i, s * stride * j, s, stride)
+                             for op in OPERATORS for i, j in pairs]
+    for s in (16, 32):
+        groups["up", s] = [("up", s, s * i, s // 2 * j, s // 2 * chi) for i, j in pairs]
+    for rates in final_sets(cfg.branches):
+        groups[rates] = [("classifier", *joint_channels(rates, 8 * j, chi), num_classes)
+                         for j in cfg.widths]
+    return groups
 
 
 def make_piece(piece, frame):
@@ -836,118 +823,98 @@ def make_piece(piece, frame):
     if kind == "classifier":
         c_in, c_mix, num_classes = n
         full = nn.Upsample(tuple(frame), mode="bilinear", align_corners=True)
-        return lambda: nn.Sequential(Classifier(c_in, num_classes, c_mix), full), [shape(c_in, 8)]
+        return lambda: nn.Sequential(Classifier(c_in, c_mix, num_classes), full), [shape(c_in, 8)]
     c_in, c_out, s, stride = n
     return lambda: operator(kind, c_in, [c_out], stride), [shape(c_in, s)]
 
 
+def costs(piece):
+    """Whether it is measured: a skip of stride 1 does nothing, and costs nothing."""
+    return piece[0] != "skip" or piece[-1] == 2
+
+
 def measured_table(cfg, num_classes, device):
     """{entry: ms} for cfg.frame on this device; stored beside the run folders, measured once."""
-    entries = {entry(*piece): make_piece(piece, cfg.frame)
-               for piece in space_pieces(cfg, num_classes)}
+    pieces = chain(*space_pieces(cfg, num_classes).values())
+    entries = {entry(piece): make_piece(piece, cfg.frame) for piece in pieces if costs(piece)}
     return latency.build_table(entries, device, cfg.frame, Path(cfg.out).parent)
 
 
 def table_latency(arch, ms, num_classes):
     """App. E: ms of a derived network, the sum of its entries."""
-    return sum(ms[entry(*piece)] for piece in pieces_of(arch, num_classes))
+    return sum(ms[entry(piece)] for piece in pieces_of(arch, num_classes))
 
 
 class LatencyTable:
-    """Lat(M): the table as tensors over width indices, and the expected latency of a Draw.
-
-    ops[s, stride]: (5, |X| in, |X| out), ups[s]: (|X| coarse, |X| fine), classifiers[set]: (|X|,).
-    """
+    """Lat(M): the table as tensors, one a group of space_pieces; expected latencies of a Draw."""
 
     def __init__(self, cfg, ms, num_classes, device="cpu"):
-        self.layers, self.stem_ms, chi = cfg.layers, ms[entry("stem", cfg.stem_chi)], cfg.stem_chi
-        self.sets = [rates for rates in branch_sets(cfg.branches) if len(rates) == cfg.branches]
-
-        def tensor(shape, pieces):
-            values = [ms.get(entry(*piece), 0.0) for piece in pieces]       # a skip costs nothing
-            return torch.tensor(values, dtype=torch.float64, device=device).view(shape)
-
-        n = len(cfg.widths)
-        self.stem_width = F.one_hot(torch.tensor(cfg.widths.index(chi)), n).double().to(device)
-        self.ops = {(s, stride): tensor((len(OPERATORS), n, n), [
-            (op, s * i, s * stride * j, s, stride)
-            for op, i, j in itertools.product(OPERATORS, cfg.widths, cfg.widths)])
-            for s, stride in itertools.product(RATES, (1, 2))}
-        self.ups = {s: tensor((n, n), [("up", s, s * i, s // 2 * j, s // 2 * chi) for i, j in
-                                       itertools.product(cfg.widths, cfg.widths)])
-                    for s in (16, 32)}
-        self.classifiers = {rates: tensor(n, [classifier_piece(rates, 8 * j, chi, num_classes)
-                                              for j in cfg.widths]) for rates in self.sets}
+        self.layers, self.n = cfg.layers, len(cfg.widths)
+        self.final_sets = final_sets(cfg.branches)
+        one_hot = [float(chi == cfg.stem_chi) for chi in cfg.widths]
+        self.stem_width = torch.tensor(one_hot, device=device)              # (|X|,)
+        self.ms = {}
+        for group, pieces in space_pieces(cfg, num_classes).items():
+            values = [ms[entry(piece)] if costs(piece) else 0.0 for piece in pieces]
+            self.ms[group] = torch.tensor(values, device=device)
 
     def __call__(self, draw):
-        """{set: expected ms}. Section 3.2: latencies in place of operators in Eqs. (1) and (2).
+        """{set of branches: expected ms}. Section 3.2: latencies in place of operators in Eqs. (1)
+        and (2).
 
         P(r, l -> s) is beta of node (s, l + 1), or 1 where it has a single input r; g is gamma.
-        alone(s, l + 1) = sum_r P(r, l -> s) [alone(r, l) + sum_kij alpha_k width_i g_j ms_kij]
+        ms(s, l + 1)    = sum_r P(r, l -> s) [ms(r, l) + sum_kij alpha_k width_i g_j ms_kij]
         width(s, l + 1) = sum_r P(r, l -> s) [skip width(r, l) + (1 - skip) g], skip = alpha_0 if
                           r = s, else 0: a skip hands on the width that it reads
-        shared(s, t)    = sum_ab P(a -> s) P(b -> t) [alone(a) if a = b else shared(a, b)]: what the
+        shared(s, t)    = sum_ab P(a -> s) P(b -> t) shared(a, b), shared(s, s) = ms(s): what the
                           branches of two nodes of layer l + 1 have in common, which is paid once
-        Lat of (s, t)   = stem + alone(s, L) + alone(t, L) - shared(s, t) + head
+        Lat of (s, t)   = stem + ms(s, L) + ms(t, L) - shared(s, t) + head
 
         By hand: conv costs 2 ms, going down 3, skip 0; each alpha is half skip and half conv, beta
-        of node (16, 2) is (1/4, 3/4). Then alone(8, 1) = 1 and alone(16, 1) = 3, and
-        alone(16, 2) = 1/4 (1 + 3) + 3/4 (3 + 1) = 4.
+        of node (16, 2) is (1/4, 3/4). Then ms(8, 1) = 1 and ms(16, 1) = 3, and
+        ms(16, 2) = 1/4 (1 + 3) + 3/4 (3 + 1) = 4.
         """
-        gamma = {node: g.double() for node, g in draw.gamma.items()}
-        alone, shared = {8: 0.0}, {}
-        widths = {8: {8: self.stem_width}}      # widths[s][r]: of the last map at rate r, as `maps`
+        nodes = {8: {"ms": 0.0, 8: self.stem_width}}    # nodes[s][r]: width of the last map at 1/r
+        shared = {(8, 8): 0.0}
         for l in range(self.layers):
-            chances, before, before_shared = {}, alone, shared
-            alone, shared, reached = {}, {}, {}
-            for s in (s for s in RATES if sources_of(s, l + 1, self.layers)):
-                sources = sources_of(s, l + 1, self.layers)
-                beta = draw.beta[s, l + 1].double() if len(sources) == 2 else [1.0]
-                chances[s] = dict(zip(sources, beta))       # {r: P(r, l -> s)}
-                alone[s] = sum(p * (before[r] + self.cell_ms(draw, gamma, widths, r, s, l))
-                               for r, p in chances[s].items())
-                reached[s] = expectation(beta, [self.written(draw, gamma, widths[r], r, s, l)
-                                                for r in sources])
-            for s, t in itertools.combinations(chances, 2):
-                shared[s, t] = 0.0
-                for a, b in itertools.product(chances[s], chances[t]):
-                    ms = before[a] if a == b else before_shared[min(a, b), max(a, b)]
-                    shared[s, t] = shared[s, t] + chances[s][a] * chances[t][b] * ms
-            widths = reached
-        return {rates: self.stem_ms + sum(alone[s] for s in rates) - shared.get(rates, 0.0)
-                + self.head_ms(rates, widths) for rates in self.sets}
+            reached, chances = {}, {}                   # chances[s] = {r: P(r, l -> s)}
+            for s, sources in sources_of(l + 1, self.layers).items():
+                chances[s] = dict(zip(sources, draw.beta.get((s, l + 1), (1.0,))))
+                ways = [self.behind(draw, nodes[r], r, s, l) for r in sources]
+                reached[s] = {key: sum(p * way[key] for p, way in zip(chances[s].values(), ways))
+                              for key in ways[0]}
+            before, shared = shared, {(s, s): reached[s]["ms"] for s in reached}
+            for s, t in combinations(reached, 2):
+                shared[s, t] = sum(p * q * before[a, b] for a, p in chances[s].items()
+                                   for b, q in chances[t].items())
+            nodes = reached
+        return {rates: self.ms["stem"][0] + sum(nodes[s]["ms"] for s in rates)
+                - shared.get(rates, 0.0) + self.head_ms(rates, nodes) for rates in self.final_sets}
 
-    def cell_ms(self, draw, gamma, widths, r, s, l):
-        """Expected ms of the cell between nodes (r, l) and (s, l + 1)."""
-        by_width = torch.tensordot(draw.alpha[r, l].double(), self.ops[r, s // r], 1)
-        return widths[r][r] @ by_width @ gamma[s, l + 1]                # by_width: (|X|, |X|)
+    def behind(self, draw, node, r, s, l):
+        """What a branch from `node` has spent, and how wide its last maps are, behind the cell
+        between nodes (r, l) and (s, l + 1)."""
+        alpha, gamma = draw.alpha[r, l], draw.gamma[s, l + 1]
+        by_width = self.ms[r, s // r].view(-1, self.n, self.n)          # (5, |X| in, |X| out)
+        ms = torch.einsum("k,i,j,kij", alpha, node[r], gamma, by_width)
+        width = gamma if r < s else alpha[0] * node[s] + (1 - alpha[0]) * gamma
+        return {**node, "ms": node["ms"] + ms, s: width}
 
-    def written(self, draw, gamma, widths, r, s, l):
-        """The last widths of a branch behind the cell between (r, l) and (s, l + 1)."""
-        if r < s:
-            return {**widths, s: gamma[s, l + 1]}
-        skip = draw.alpha[s, l][0].double()
-        return {**widths, s: skip * widths[s] + (1 - skip) * gamma[s, l + 1]}
-
-    def head_ms(self, rates, widths):
+    def head_ms(self, rates, nodes):
         """App. A. OURS: the widths of two maps that meet count as independent."""
-        total = 0.0
+        total = self.ms[rates] @ nodes[8][8]                # (|X|,), by the width at 1/8
         for s in rates:
-            c = widths[s][s]                                # a branch's end, then chi of the head
+            c = nodes[s][s]                                 # a branch's end, then chi of the head
             for coarse in (r for r in (32, 16) if r <= s):
-                total = total + c @ self.ups[coarse] @ widths[s][coarse // 2]
+                by_width = self.ms["up", coarse].view(self.n, self.n)   # (|X| coarse, |X| fine)
+                total = total + c @ by_width @ nodes[s][coarse // 2]
                 c = self.stem_width
-        return total + widths[8][8] @ self.classifiers[rates]
+        return total
 
     def mean(self, draw):
         """Lat(M): mean over the sets that App. B will choose from (OURS: all stay possible)."""
         values = self(draw).values()
         return sum(values) / len(values)
-
-
-def expectation(chances, dicts):
-    """{key: sum of chance * value} of dicts with equal keys."""
-    return {key: sum(p * d[key] for p, d in zip(chances, dicts)) for key in dicts[0]}
 
 
 def weighed_latency(table, draw, w):
@@ -969,9 +936,9 @@ def sensitivities(table, cfg):
     """Table 2: by how much the supernet's latency (ms) changes with O, with s and with chi: largest
     minus smallest over the choices, all cells making the same one, the other kinds uniform."""
     changes = []
-    for kind in ("alpha", "beta", "gamma"):
+    for kind, logits in ArchParameters(cfg).named_parameters():             # alpha, beta, gamma
         values = []
-        for choice in range(getattr(ArchParameters(cfg), kind).shape[1]):
+        for choice in range(logits.shape[1]):
             probe = ArchParameters(cfg).to(table.stem_width.device)
             getattr(probe, kind)[:, choice] = 100.0         # softmax: 1
             values.append(float(table.mean(probe.draw(torch.softmax(probe.gamma, 1)))))
@@ -990,18 +957,16 @@ def solve_footnote_1(changes):
 
 
 def choose_eq3_w(cfg, table):
-    """w of Eq. (3): as given, or footnote 1 solved for this device; prints its Table 2."""
+    """w of Eq. (3): footnote 1 solved for this device, as the paper's w balance the latencies of a
+    1080Ti and of no other device. Prints this device's Table 2."""
     if not cfg.decouple:
         return 1.0, 1.0, 1.0                    # Lat itself, of which Figure 4(a) tells
-    if cfg.eq3_w:
-        return cfg.eq3_w
     changes = sensitivities(table, cfg)
     w = solve_footnote_1(changes)
     if rank() == 0:
         print("sensitivity of the latency on this device (paper, Table 2: 10.42, 0.01, 5.54 ms)")
-        for name, change, weight in zip(("O  operator", "s  downsample rate", "chi  width"),
-                                        changes, w):
-            print(f"  {name:20s} {change:9.3f} ms   w = {weight:.4f}")
+        for name, change, weight in zip(KINDS, changes, w):
+            print(f"  {name:9s} {change:9.3f} ms   w = {weight:.4f}")
     return w
 
 
@@ -1019,7 +984,8 @@ def run_search(cfg, device, net, teacher, student, table, loaders):
     LatencyTable, loaders: of trainA, trainB and held-out pictures. All three networks are trained
     in place."""
     train_a, train_b, held_out = loaders
-    w, sgd = choose_eq3_w(cfg, table), weight_optimizer(net, cfg)
+    w = choose_eq3_w(cfg, table)                                                # of Eq. (3)
+    sgd = torch.optim.SGD(net.parameters(), cfg.search_lr, 0.9, weight_decay=5e-4)     # App. H
     decay = torch.optim.lr_scheduler.ExponentialLR(sgd, cfg.search_decay)       # App. H
     adam_t, adam_s = (torch.optim.Adam(arch.parameters(), cfg.arch_lr, betas=(0.5, 0.999))
                       for arch in (teacher, student))       # OFFICIAL-CODE: betas
@@ -1031,7 +997,7 @@ def run_search(cfg, device, net, teacher, student, table, loaders):
               adam_t=adam_t, adam_s=adam_s)
     for epoch in run.epochs():
         train_b.sampler.set_epoch(epoch)
-        for batch, batch_b in itertools.islice(zip(run.batches(train_a), train_b), steps):
+        for batch, batch_b in islice(zip(run.batches(train_a), train_b), steps):
             with torch.no_grad():                       # to W the architectures are constants
                 t_widest = teacher.draw(teacher.widest())
                 narrowest, widest, sampled, *two_random = map(student.draw, (
@@ -1073,27 +1039,15 @@ def update_weights(run, name, sgd, net, batch, passes):
     in those on trainB too.
     """
     sgd.zero_grad()
-    terms, parameters = {}, list(net.parameters())
+    mean = 0.0
     for who, draw in passes:
         loss = seg_loss(net, draw, who, *batch, run.cfg)
         loss.backward()
-        terms[name] = terms.get(name, 0.0) + loss.detach() / len(passes)
-    average_gradients(parameters)                       # a NaN of one rank now stops all of them
-    norm = nn.utils.clip_grad_norm_(parameters, run.cfg.clip or math.inf)
-    run.check(**terms)
-    if not norm.isfinite():
-        run.check(**terms, gradient_norm=norm)
+        mean = mean + loss.detach() / len(passes)
+    average_gradients(list(net.parameters()))           # a NaN of one rank now stops all of them
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 5.0)                  # OFFICIAL-CODE
+    run.check(**{name: mean}, gradient=norm)
     sgd.step()
-
-
-def weight_optimizer(net, cfg):
-    """SGD for W, App. H. fused: else the update of a large supernet makes temporaries as large. It
-    wants the momentum of all parameters or of none; a pass leaves many without a gradient."""
-    sgd = torch.optim.SGD(net.parameters(), cfg.search_lr, cfg.momentum,
-                          weight_decay=cfg.weight_decay, fused=True)
-    for p in net.parameters():
-        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return sgd
 
 
 def search_loaders(cfg):
@@ -1101,21 +1055,25 @@ def search_loaders(cfg):
 
     App. F: trainA and trainB are disjoint halves, here of what is not held out for App. B.
     """
-    cfg = replace(cfg, size=cfg.search_size)
-    images, half = open_split(cfg, "train"), (1 - cfg.held_out) / 2
-    data.check_pairs(images)
+    images = open_split(replace(cfg, size=cfg.search_size), "train")
+    half = (1 - cfg.held_out) / 2
     parts = data.split_indices(len(images), (half, half, cfg.held_out), cfg.seed)
     scale, batch = cfg.search_scale * cfg.image_scale, cfg.search_batch // world_size()
-    moved, plain = data.train_transform(cfg.size, cfg.scales, scale), data.eval_transform(scale)
-    kinds = (moved, batch, True), (moved, batch, True), (plain, 1, False)       # A, B, held out
-    return images.num_classes, [
-        data.make_loader(images, part, *kind, cfg.workers, cfg.seed, rank(), world_size())
-        for part, kind in zip(parts, kinds)]
+    crops = data.train_transform(cfg.search_size, cfg.scales, scale)
+    data.check_pairs(images)
+
+    def loader(part, transform, batch, shuffle):
+        return data.make_loader(images, part, transform, batch, shuffle, cfg.workers, cfg.seed,
+                                rank(), world_size())
+    train_a, train_b = (loader(part, crops, batch, True) for part in parts[:2])
+    return images.num_classes, (train_a, train_b, loader(parts[2], data.eval_transform(scale), 1,
+                                                         False))
 
 
 @torch.no_grad()
 def supernet_miou(net, draw, who, loader, device, amp=False):
-    """{branch set: mIoU} of the supernet itself (not of a derived network) over all ranks."""
+    """{set of branches: mIoU} of the supernet itself (not of a derived network) over all ranks.
+    One pass scores all sets; common.evaluate would need one for each."""
     net.eval()
     matrices = {rates: ConfusionMatrix(net.num_classes, device) for rates in net.sets}
     for images, labels in loader:
@@ -1132,37 +1090,34 @@ def supernet_miou(net, draw, who, loader, device, amp=False):
 
 @torch.no_grad()
 def decidedness(arch):
-    """{kind: (mean largest probability, mean margin to the second)}; {} for a kind with one choice.
+    """{kind: (mean largest probability, mean margin to the second)} of the kinds with a choice.
 
     Entropy would mislead: it falls with the learning rate while two runs do not agree.
     """
     found = {}
-    for kind, name in (("alpha", "operator"), ("beta", "rate"), ("gamma", "width")):
-        p = torch.softmax(getattr(arch, kind), 1)
-        if p.shape[1] > 1:
-            first, second = p.topk(2).values.mean(0).tolist()
-            found[name] = first, first - second
+    for kind, logits in zip(KINDS, arch.parameters()):
+        if logits.shape[1] > 1:
+            first, second = torch.softmax(logits, 1).topk(2).values.mean(0).tolist()
+            found[kind] = first, first - second
     return found
 
 
 @torch.no_grad()
 def end_search_epoch(run, net, teacher, student, table, held_out):
-    """Log and store; what the log says of each network: the signs of collapse, and how decided."""
+    """Log and store. `shares`, the mean probability of each choice, shows a collapse; `decided`
+    tells whether an argmax means anything."""
     common.average_buffers(net)
-    draw, record = student.draw(student.likeliest()), {}
+    draw = student.draw(student.likeliest())
     scores = supernet_miou(net, draw, STUDENT, held_out, run.device, run.cfg.amp)
-    chosen = [miou for rates, miou in scores.items() if len(rates) == run.cfg.branches]
+    record = {"supernet_miou": sum(scores[s] for s in net.final_sets) / len(net.final_sets),
+              "ms": float(table.mean(draw)), "searching": run.epoch >= run.cfg.pretrain_epochs}
     for name, arch in (("teacher", teacher), ("student", student)):
-        record[name] = {"operators": torch.softmax(arch.alpha, 1).mean(0).tolist(),
-                        "down": torch.softmax(arch.beta, 1)[:, 0].tolist(),
-                        "widths": torch.softmax(arch.gamma, 1).mean(0).tolist(),
-                        "decided": decidedness(arch)}
-    record |= {"supernet_miou": sum(chosen) / len(chosen), "ms": float(table.mean(draw)),
-               "searching": run.epoch >= run.cfg.pretrain_epochs}
-    skips, decided = record["student"]["operators"][0], record["student"]["decided"]
+        means = [torch.softmax(logits, 1).mean(0).tolist() for logits in arch.parameters()]
+        choices = *OPERATORS, "go down", "stay", *(f"chi {chi}" for chi in run.cfg.widths)
+        record[name] = {"shares": dict(zip(choices, sum(means, []))), "decided": decidedness(arch)}
+    margins = [f"{kind} {margin:.2f}" for kind, (_, margin) in record["student"]["decided"].items()]
     run.end_epoch(note=f" | supernet mIoU {100 * record['supernet_miou']:.2f}, {record['ms']:.2f} "
-                  f"ms, skips {100 * skips:.0f}%, margins " + ", ".join(
-                      f"{kind} {margin:.2f}" for kind, (_, margin) in decided.items()), **record)
+                  f"ms, margins {', '.join(margins)}", **record)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1188,31 +1143,36 @@ def downsampling_places(beta, layers):
     beta0 = {(16, 1): 0.5, (32, 2): 0.5} | {node: float(b[0]) for node, b in beta.items()}
     _, place = max((beta0[16, l], l) for l in range(1, layers))
     _, second, first = max((beta0[16, a] * beta0[32, b], b, a)
-                           for a, b in itertools.combinations(range(1, layers), 2))
+                           for a, b in combinations(range(1, layers), 2))
     return {8: (), 16: (place,), 32: (first, second)}
 
 
 @torch.no_grad()
 def derive(draw, cfg, who, rates):
-    """The discrete network of the branches `rates`: argmax of alpha, beta; widths of the draw."""
+    """The discrete network of the branches `rates`: argmax of alpha, beta; widths of the draw.
+
+    L = 4, places[16] = (2,): cells (8, 0), (8, 1) /2, (16, 2), (16, 3), of which the second enters
+    node (16, 2) and so has that node's width. If cell (16, 2) is a skip, three cells are left.
+    """
     places, branches = downsampling_places(draw.beta, cfg.layers), {}
     for rate in rates:
         s, cells = 8, []
         for l in range(cfg.layers):
-            down = l + 1 in places[rate]
+            s_out = 2 * s if l + 1 in places[rate] else s
             op = OPERATORS[int(draw.alpha[s, l].argmax())]
-            j, _ = draw.width[2 * s if down else s, l + 1]
+            chi = cfg.widths[int(draw.gamma[s_out, l + 1].argmax())]
             # 3.4: a skip is shrunk, the branch loses a cell. OURS: one that goes down stays; the
             # release takes the next best operator, and keeps a least number of cells.
-            if op != "skip" or down:
-                cells.append(Cell(op, down, s, cfg.widths[j], l))
-            s = 2 * s if down else s
+            if op != "skip" or s_out > s:
+                cells.append(Cell(op, s_out > s, s, chi, l))
+            s = s_out
         branches[rate] = cells
     return Architecture(max(cfg.widths) if who == TEACHER else cfg.stem_chi, branches)
 
 
 def target(accuracy, ms, cfg):
-    """Eqs. (5), (6): ACC * (LAT / T)^w, with the same w on both sides of T."""
+    """Eqs. (5), (6): ACC * (LAT / T)^w. The paper has w = alpha where LAT <= T and w = beta above,
+    and sets both to -0.07: one number here."""
     return accuracy * (ms / cfg.target_ms) ** cfg.target_power
 
 
@@ -1225,16 +1185,17 @@ def select(cfg, device, net, teacher, student, ms, held_out):
     found, rows = {}, {}
     for who, name, draw in ((TEACHER, "teacher", teacher.draw(teacher.widest())),
                             (STUDENT, "student", student.draw(student.likeliest()))):
-        scores, best = supernet_miou(net, draw, who, held_out, device, cfg.amp), -math.inf
-        for rates in (rates for rates in net.sets if len(rates) == cfg.branches):
+        scores, candidates = supernet_miou(net, draw, who, held_out, device, cfg.amp), []
+        # ACC of Eq. (5) is the supernet's; no candidate is trained for this.
+        for rates in net.final_sets:
             arch = derive(draw, cfg, who, rates)
             row = rows[f"{name} {rates}"] = {"supernet_miou": scores[rates],
                                              "target": scores[rates]}
             if who == STUDENT:
                 row["table_ms"] = table_latency(arch, ms, net.num_classes)
                 row["target"] = target(scores[rates], row["table_ms"], cfg)
-            if row["target"] > best:
-                best, found[name] = row["target"], arch
+            candidates.append((row["target"], arch))
+        _, found[name] = max(candidates, key=lambda candidate: candidate[0])
         small = FasterSeg(found[name], net.num_classes).to(device)
         inherit(small, net, who, cfg.widths)
         # With the BN statistics of mixtures, not measured again: a sign of life, not a result.
@@ -1251,13 +1212,16 @@ def inherit(small, net, who, widths):
     """
     copy_slices(small.stem, net.stems[who])
     copy_slices(small.head, net.heads[who])
-    for index, cell in itertools.chain(*small.paths.values()):
+    for index, cell in chain(*small.paths.values()):
         ops = (net.down if cell.down else net.keep)[f"{cell.rate} {cell.layer}"].ops
         copy_slices(small.cells[index], ops[OPERATORS.index(cell.op)], widths.index(cell.chi))
 
 
 def copy_slices(small, wide, j=0):
-    """Same-named tensors, the first channels of each; BN of width j."""
+    """Same-named tensors, the first channels of each; BN of width j.
+
+    Not load_state_dict: what a superkernel has beyond the width found is left behind.
+    """
     source = wide.state_dict()
     for name, tensor in small.state_dict().items():
         whole = source[name.replace("norms.0.", f"norms.{j}.")]
@@ -1269,28 +1233,32 @@ def random_architecture(cfg, generator):
     """A network of the search's own space: what derive makes of random one-hot parameters, the
     branches, paths, operators and widths drawn uniformly. generator: random.Random."""
     arch, layers = ArchParameters(cfg), cfg.layers
-    for kind in (arch.alpha, arch.gamma):
-        for row in kind:
-            row[generator.randrange(len(row))] = 100.0
+    for row in (*arch.alpha, *arch.gamma):
+        row[generator.randrange(len(row))] = 100.0          # softmax: 1
     # beta is one for both branches: 1/16 goes down where 1/32 does, or behind its second step.
     first, second = sorted(generator.sample(range(1, layers), 2))
     alone = generator.choice([first, *range(second, layers)])
     down = {(16, first), (32, second), (16, alone)}
     for node, row in zip(arch.keys["beta"], arch.beta):
         row[0 if node in down else 1] = 100.0
-    sets = [rates for rates in branch_sets(cfg.branches) if len(rates) == cfg.branches]
-    return derive(arch.draw(arch.likeliest()), cfg, STUDENT, generator.choice(sets))
+    rates = generator.choice(final_sets(cfg.branches))
+    return derive(arch.draw(arch.likeliest()), cfg, STUDENT, rates)
 
 
-def random_like(cfg, student, ms, num_classes, tolerance=0.03, tries=20000):
-    """The control: a random network whose table latency is within 3% of the student's."""
-    generator, wanted = random.Random(cfg.control), table_latency(student, ms, num_classes)
-    for _ in range(tries):
+def controls(cfg, student, ms, num_classes, draws=200):
+    """The control that the paper does not have: of `draws` random networks of the space the three
+    whose table latency is nearest to the student's, {"random": ..., "random1": ..., ...}.
+
+    Nearest, not within a bound: a search of hours must not end in "there is none".
+    """
+    generator, wanted = random.Random(cfg.seed), table_latency(student, ms, num_classes)
+    archs = []
+    for _ in range(draws):
         arch = random_architecture(cfg, generator)
-        if abs(table_latency(arch, ms, num_classes) / wanted - 1) <= tolerance:
-            return arch
-    raise InputError(f"no random network within {100 * tolerance:.0f}% of {wanted:.2f} ms in "
-                     f"{tries} draws; is arch.json of another --widths or --frame?")
+        if arch not in (student, *archs):
+            archs.append(arch)
+    archs.sort(key=lambda arch: abs(table_latency(arch, ms, num_classes) - wanted))
+    return dict(zip(("random", "random1", "random2"), archs))
 
 
 def search(cfg, device):
@@ -1305,19 +1273,22 @@ def search(cfg, device):
     teacher, student = (ArchParameters(cfg).to(device) for _ in range(2))
     run_search(cfg, device, net, teacher, student, table, loaders)
     found, rows = select(cfg, device, net, teacher, student, ms, loaders[2])
+    found["pruned_teacher"] = pruned(found["teacher"], min(cfg.widths), cfg.stem_chi)
+    found |= controls(cfg, found["student"], ms, num_classes)
     if rank() == 0:
         out = Path(cfg.out)
         common.write_text(out / "arch.json", json.dumps(
-            {**{name: arch.to_json() for name, arch in found.items()}, "classes": num_classes,
-             "space": {name: getattr(cfg, name) for name in SPACE}}, indent=1))
+            {"classes": num_classes, **{name: arch.to_json() for name, arch in found.items()}},
+            indent=1))
+        rows["random"] = {"table_ms": table_latency(found["random"], ms, num_classes)}
         log_record(out, stage="selection", **rows)
         for name, row in rows.items():
             print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
-        print("\nstudent")
-        print_table_7(found["student"])
+        for rate, cells in found["student"].branches.items():       # Table 7
+            print(f"student, branch 1/{rate}", *cells, sep="\n  ")
         print_decidedness(student)
-        for name, arch in found.items():
-            draw_architecture(out / f"arch_{name}.png", arch, f"FasterSeg {name}")
+        for name in ("student", "teacher"):
+            draw_architecture(out / f"arch_{name}.png", found[name], f"FasterSeg {name}")
         draw_search(cfg, student.cpu())
         print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\n"
               + common.next_command(cfg, "fastersg", "--train --eval"))
@@ -1338,49 +1309,36 @@ def print_decidedness(arch):
 
 
 def draw_architecture(path, arch, title):
-    """Figure 6: a branch is a line of boxes, down where its resolution falls. A box is a cell: its
-    colour the operator, its number chi; cells that branches share are drawn once."""
-    longest = max(len(cells) for cells in arch.branches.values())
-    image, pen, font = common.canvas(title, 56 * (longest + 3), 350)
-    height, colours = {8: 70, 16: 160, 32: 250}, dict(zip(OPERATORS, common.COLOURS))
-    end = 56 * (longest + 2), 90
-    boxes = {(28, 90): ("stem", "#e5f5e0"), end: ("head", "#e5f5e0")}
-    for lane, (rate, cells) in enumerate(arch.branches.items()):
-        before = 28, 90
+    """Figure 6: a branch is a row of boxes, lower where its resolution is. A box is a cell: its
+    colour the operator, its number chi; framed in black are the cells that branches share."""
+    rows, colours = list(arch.branches.values()), dict(zip(OPERATORS, common.COLOURS))
+    image, pen, font = common.canvas(title, 56 * max(6, *map(len, rows)) + 90, 130 * len(rows) + 70)
+    for row, (rate, cells) in enumerate(arch.branches.items()):
+        top = 60 + 130 * row
+        pen.text((12, top), f"branch 1/{rate}", common.INK, font)
         for i, cell in enumerate(cells):
-            shared = all(cells[:i + 1] == other[:i + 1] for other in arch.branches.values())
-            at = 84 + 56 * i, height[cell.rate] + 20 * (1 if shared else 2 * lane)
-            pen.line((*before, *at), common.FAINT, 3)
-            boxes[at] = f"{cell.chi}{' /2' if cell.down else ''}", colours[cell.op]
-            before = at
-        pen.line((*before, *end), common.FAINT, 3)
-    for (x, y), (text, colour) in boxes.items():
-        pen.rectangle((x - 22, y - 12, x + 22, y + 12), colour, common.INK)
-        pen.text((x, y), text, common.INK, font, "mm")
-    for k, (op, colour) in enumerate(colours.items()):
-        pen.rectangle((20 + 84 * k, 325, 32 + 84 * k, 337), colour)
-        pen.text((38 + 84 * k, 324), op, common.INK, font)
-    for rate, y in height.items():
-        pen.text((4, y - 24), f"1/{rate}", common.INK, font)
+            shared = all(cells[:i + 1] == other[:i + 1] for other in rows)
+            x, y = 90 + 56 * i, top + 36 * RATES.index(cell.rate)
+            pen.rectangle((x, y, x + 48, y + 24), colours[cell.op],
+                          common.INK if shared and len(rows) > 1 else None, 2)
+            text = f"{cell.chi} /2" if cell.down else str(cell.chi)
+            pen.text((x + 24, y + 12), text, common.INK, font, "mm")
+    for i, (op, colour) in enumerate(colours.items()):
+        pen.text((12 + 76 * i, image.height - 20), op, colour, font)
     common.save_png(image, path)
 
 
 def draw_search(cfg, student):
-    """From the log and the student's logits: alpha, beta, gamma, and Figure 4."""
+    """From the log and the student's logits: alpha at the end, what moved when, and Figure 4."""
     records, out = common.read_log(cfg.out, "search"), Path(cfg.out)
     alpha = {f"1/{s} layer {l}": p.tolist()
              for (s, l), p in student.probabilities("alpha").items()}
     common.heat_map(out / "search_alpha.png", "alpha of the student at the end", list(alpha),
                     OPERATORS, list(alpha.values()))
-    nodes = [f"1/{s} layer {l}" for s, l in student.keys["beta"]]
-    common.heat_map(out / "search_beta.png", "beta0 of the student by epoch: from the finer rate",
-                    nodes, [r["epoch"] + 1 for r in records],
-                    list(zip(*(r["student"]["down"] for r in records))))
-    shares = {f"{kind[:-1]} {name}": [(r["epoch"] + 1, r["student"][kind][i]) for r in records]
-              for kind, names in (("operators", OPERATORS), ("widths", cfg.widths))
-              for i, name in enumerate(names)}
-    common.plot(out / "search_shares.png", "alpha and gamma of the student", "epoch",
-                "mean over the cells", shares)
+    shares = [r["student"]["shares"] for r in records]
+    common.heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
+                    list(shares[0]), [r["epoch"] + 1 for r in records],
+                    [[share[name] for share in shares] for name in shares[0]])
     path = {name: [(r["ms"], 100 * r["supernet_miou"]) for r in records
                    if r["searching"] == searching]
             for name, searching in (("pretraining", False), ("searching", True))}
@@ -1393,47 +1351,28 @@ def draw_search(cfg, student):
 #
 # The supernet's weights are thrown away: both networks are trained from scratch, the teacher first.
 # Rows of Table 3: --network student --no-distill (S), --network student (T -> S),
-# --network pruned_teacher (T -> pruned T). The control that the paper does not have is
-# --network random, a network of the space with the student's latency, and --control draws others.
+# --network pruned_teacher (T -> pruned T). --network random is the control, see `controls`.
 # ---------------------------------------------------------------------------------------------
 
 
-def distillation(student, teacher, kind="paper"):
-    """Eq. (4). Logits (B, K, H, W) -> scalar."""
+def distillation(student, teacher):
+    """Eq. (4): E_i KL(q^s_i || q^t_i), i over the pixels. Logits (B, K, H, W) -> scalar.
+
+    PAPER. The release has KL(q^t || q^s), and divides by the classes too.
+    """
     log_s = F.log_softmax(student.float(), 1)
     log_t = F.log_softmax(teacher.float(), 1)
-    if kind == "release":           # OFFICIAL-CODE: KL(q^t || q^s), also divided by the classes
-        return (log_t.exp() * (log_t - log_s)).mean()
-    # PAPER: E_i KL(q^s_i || q^t_i), i over the pixels
     return (log_s.exp() * (log_s - log_t)).sum(1).mean()
-
-
-def space_of(cfg, path):
-    """cfg with the search space that arch.json was found in; the paper's for 'paper'."""
-    space = {k: getattr(Config, k) for k in SPACE}
-    if path != "paper":
-        space = common.read_json(path, "arch.json").get("space")
-        if not isinstance(space, dict) or set(space) != set(SPACE):
-            raise InputError(f"{path} does not say in which space it was found; run --search")
-        space = {k: tuple(v) if isinstance(v, list) else v for k, v in space.items()}
-    return replace(cfg, **space)
-
-
-def find_architecture(cfg, which, classes, device):
-    """The architecture that --network names, from --arch or the run folder. Same on all ranks."""
-    path = cfg.arch or str(Path(cfg.out) / "arch.json")
-    if which in ("student", "teacher"):
-        return load_architecture(path, which)
-    student, space = load_architecture(path, "student"), space_of(cfg, path)
-    if which == "pruned_teacher":
-        return pruned(load_architecture(path, "teacher"), min(space.widths), student.stem_chi)
-    return random_like(space, student, measured_table(space, classes, device), classes)
 
 
 def folder_of(cfg):
     """Run folder of one trained network: runs without distillation do not overwrite the others."""
     alone = "" if cfg.distill or cfg.network == "teacher" else "_alone"
-    return Path(cfg.out) / f"{cfg.network}{cfg.control or ''}{alone}"
+    return Path(cfg.out) / f"{cfg.network}{alone}"
+
+
+def arch_path(cfg):
+    return cfg.arch or str(Path(cfg.out) / "arch.json")
 
 
 def train_network(cfg, device, teacher=None):
@@ -1441,11 +1380,10 @@ def train_network(cfg, device, teacher=None):
     images, loader = open_loader(cfg, "train", train=True)
     _, val_loader = open_loader(cfg, "val")                    # chooses best.pt
     classes = images.num_classes
-    arch = find_architecture(cfg, cfg.network, classes, device)
+    arch = load_architecture(arch_path(cfg), cfg.network)
     torch.manual_seed(cfg.seed)
     net = place(FasterSeg(arch, classes, auxiliary=True), cfg, device)
-    optimizer = torch.optim.SGD(net.parameters(), cfg.lr, cfg.momentum,
-                                weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.SGD(net.parameters(), cfg.lr, 0.9, weight_decay=5e-4)  # as in search
     # The rate falls once an epoch; fit steps the schedule once a batch.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cfg.lr_decay ** (step // len(loader)))
@@ -1457,11 +1395,11 @@ def train_network(cfg, device, teacher=None):
         logits, *auxiliary = forward(images)
         terms = {"seg": ohem(logits, labels)}
         if auxiliary:
-            terms["aux"] = cfg.aux_weight * sum(ohem(y, labels) for y in auxiliary)
+            terms["aux"] = 0.2 * sum(ohem(y, labels) for y in auxiliary)    # OFFICIAL-CODE
         if teacher is not None:             # equal weights for both losses, Section 3.3
             with torch.no_grad():
                 soft = teacher(images)
-            terms["kl"] = distillation(logits, soft, cfg.distill_kl)
+            terms["kl"] = distillation(logits, soft)
         return terms
 
     def score(model):
@@ -1480,7 +1418,7 @@ def restore(cfg, path, classes, device):
     state = load_checkpoint(path, ("model", "settings"))
     stored = state["settings"].get("arch") or "{}"
     if cfg.arch:
-        wanted = find_architecture(cfg, cfg.network, classes, device).to_json()
+        wanted = load_architecture(cfg.arch, cfg.network).to_json()
         common.require_same(state["settings"], {"arch": json.dumps(wanted)}, path)
     net = FasterSeg(Architecture.from_json(json.loads(stored), str(path)), classes)
     load_weights(net, {k: v for k, v in state["model"].items() if "auxiliary" not in k}, path)
@@ -1491,8 +1429,7 @@ def train(cfg, device):
     """--train: the chosen network; its teacher first, unless that one is there already."""
     teacher = None
     if cfg.distill or cfg.network == "teacher":
-        teacher = train_network(replace(cfg, network="teacher", control=0, distill=True,
-                                        distill_kl="paper"), device)
+        teacher = train_network(replace(cfg, network="teacher", distill=True), device)
     if cfg.network != "teacher":
         train_network(cfg, device, teacher)
     if rank() == 0:
@@ -1519,37 +1456,34 @@ def evaluate_network(cfg, device):
         common.draw_segmentations(net, images, cfg, device, folder)
 
 
-def networks_to_bench(cfg, device):
+def networks_to_bench(cfg):
     """{name: architecture}, number of classes: what was found, if there is something, and the
     published ones."""
-    path, published = cfg.arch or str(Path(cfg.out) / "arch.json"), {
-        "published student": PAPER_STUDENT, "published teacher": PAPER_TEACHER}
+    archs = {f"published {which}": PUBLISHED[which] for which in ("student", "teacher")}
+    path = arch_path(cfg)
     if path == "paper" or not (cfg.arch or Path(path).exists()):
-        return published, 19
+        return archs, 19
     classes = common.read_json(path, "arch.json").get("classes")
     if not isinstance(classes, int) or not 2 <= classes <= 254:
         raise InputError(f"{path} does not say for how many classes it was found")
-    found = dict.fromkeys(("student", "teacher", cfg.network))
-    return {f"found {which}": find_architecture(cfg, which, classes, device)
-            for which in found} | published, classes
+    for which in dict.fromkeys(("student", "teacher", cfg.network)):
+        archs[f"found {which}"] = load_architecture(path, which)
+    return archs, classes
 
 
 def bench(cfg, device):
     """--bench: parameters, conv MACs and measured latency (BN folded); writes bench.json."""
-    archs, classes = networks_to_bench(cfg, device)
+    archs, classes = networks_to_bench(cfg)
     ms = measured_table(cfg, 19, device) if cfg.correlation else {}
     if rank() > 0:                      # only here: a table is measured by rank 0 for all of them
         return
     about, rows = latency.compare({name: FasterSeg(arch, classes).eval()
                                    for name, arch in archs.items()}, cfg.frame, device, cfg)
     full = FasterSeg(PAPER_STUDENT, 19)
-    ours = {"params": count_params(full), "conv_macs": count_macs(full, (1024, 2048)),
-            "params_with_auxiliary": count_params(FasterSeg(PAPER_STUDENT, 19, True))}
-    rows["published student, 19 classes, 1024x2048"] = ours
-    rows["paper"] = {"params": 4.4e6, "flops": 28.2e9, "fps": 163.9}
+    macs, params = count_macs(full, (1024, 2048)), count_params(full)
     print("published student at 1024x2048, 19 classes, ours | paper (Table 3):\n"
-          f"  parameters {ours['params']:,}, in training {ours['params_with_auxiliary']:,} "
-          f"| 4.4 M\n  conv MACs {ours['conv_macs'] / 1e9:.6f} G | 28.2 G with BN and ReLU\n"
+          f"  parameters {params:,} | 4.4 M with the auxiliary heads\n"
+          f"  conv MACs {macs / 1e9:.6f} G | 28.2 G with BN and ReLU\n"
           "  latency: another device and backend, not comparable | 163.9 FPS (1080Ti, TensorRT)")
     if cfg.correlation:
         rows["correlation"] = correlate(cfg, device, ms)
@@ -1602,8 +1536,6 @@ def check(cfg, stages):
     if len(set(cfg.widths)) < len(cfg.widths) or cfg.stem_chi not in cfg.widths:
         raise InputError(f"--widths {cfg.widths} must differ, and contain --stem-chi "
                          f"{cfg.stem_chi}: a skip hands on the stem's width")
-    if cfg.eq3_w and (len(cfg.eq3_w) != 3 or abs(sum(cfg.eq3_w) - 1) > 1e-6):
-        raise InputError("--eq3-w needs three numbers that sum to 1, as 0.1 0.8 0.1")
     if cfg.correlation and ("bench" not in stages or cfg.correlation < 3):
         raise InputError("--correlation needs --bench and 3 networks or more")
     if cfg.compile and "search" in stages:
@@ -1613,11 +1545,11 @@ def check(cfg, stages):
     for stage, flag, batch, size in (
             ("search", "--search-batch", cfg.search_batch, cfg.search_size),
             ("train", "--batch-size", cfg.batch_size, cfg.size)):
-        if stage in stages and batch % world_size():
+        share, rest = divmod(batch, world_size())
+        if stage in stages and rest:
             raise InputError(f"{flag} {batch} does not divide over {world_size()} processes")
         # BN needs two values a channel: the coarsest map is a zoomed one at rate 32.
-        values = batch // world_size() * math.prod(math.ceil(d / 64) for d in size)
-        if stage in stages and values < 2:
+        if stage in stages and share * math.prod(math.ceil(d / 64) for d in size) < 2:
             raise InputError(f"crops of {size[0]}x{size[1]} leave BN a single value at 1/64 of the "
                              f"resolution; take larger ones, or a larger {flag}")
 
