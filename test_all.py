@@ -4209,7 +4209,7 @@ def test_mtp_exact_counts_with_ties_and_least_width():
         assert sum(map(len, kept.values())) == stay, "the least width holds the total"
         assert len(kept["a"]) >= 2 and len(kept["b"]) >= 1 and len(kept["c"]) >= 5
         assert 6 in kept["b"], "what stays of a low layer is its best channel"
-    _refused(lambda: mtp.keep_ranked(low, 99, 0.05), "--least-width", "145", "139")
+    _refused(lambda: mtp.keep_ranked(low, 99, 0.05), "--percentile 99", "145", "5%", "139")
     assert mtp.keep_ranked({"a": torch.tensor([0.5, 0.5, 0.5, 0.1])}, 50, 0)["a"].tolist() == [1, 2]
 
 
@@ -4748,7 +4748,7 @@ def test_mtp_choice_and_cut_by_method():
         tasks = mtp.tasks_of(*copy.deepcopy((cls, seg)), cfg, torch.device("cpu"))
         with mock.patch.multiple(mtp, THINET_IMAGES=2, THINET_SAMPLES=1):
             *small, kept = mtp.choose_and_prune(
-                tasks, replace(cfg, method=method, least_width=0.0), torch.device("cpu"))
+                tasks, replace(cfg, method=method), torch.device("cpu"))
         for net, source in zip(small, weights):
             assert torch.equal(net.backbone.conv1.weight, stem[source]), (method, source)
             assert int(net.backbone.bn1.num_batches_tracked) == 1, "one batch, counted anew"
@@ -4910,7 +4910,7 @@ def test_mtp_wrong_input_ends_in_one_sentence():
                 (["--search", "--lr", "0.1"], "--lr", "--train"),
                 (["--search", "--rho", "1"], "--rho"), (["--search", "--rho", "nan"], "--rho"),
                 (["--eval", "--eval-scales", "nan"], "--eval-scales"),
-                (["--search", "--percentile", "97"], "--percentile 97", "--least-width"),
+                (["--search", "--percentile", "97"], "--percentile 97", "5% of each layer"),
                 (["--search", "--backbone", missing], missing),
                 (["--train"], "arch.json", "no"),
                 (["--bench", "--arch", missing], missing)):
