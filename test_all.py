@@ -3262,7 +3262,11 @@ def test_sparsemask_derived_network_and_ablations():
         _refused(lambda: call_main(sparsemask, "--eval", *base, "--network", "unet", "--weights",
                                    path), "derived.pt was made with --arch")
         for flags in ("--loss l1 --l1 0.01 --no-bn", "--loss maskconnect --k 3", "--loss task"):
-            said = call_main(sparsemask, "--search", *base, "--search-epochs", 1, *flags.split())
+            with mock.patch.object(sparsemask, "FullyDenseNet",
+                                   wraps=sparsemask.FullyDenseNet) as made:
+                said = call_main(sparsemask, "--search", *base, "--search-epochs", 1,
+                                 *flags.split())
+            assert made.call_args.args[-1] == (3 if "maskconnect" in flags else 0)
             supernet, small = re.search(r"supernet (\S+), derived (\S+);", said).groups()
             assert supernet == small, (flags, said)
         said = call_main(sparsemask, "--search", *base, "--search-epochs", 1, "--simplify")
