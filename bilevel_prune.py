@@ -1266,7 +1266,8 @@ def kept_in(folder):
     """{name of a mask: (n,) bool} of the channels that the search in `folder` has kept."""
     path = Path(folder) / "last.pt"
     state = load_checkpoint(path)["model"]
-    kept = {key: tau == -math.inf for key, tau in state.items() if key.endswith(".tau")}
+    kept = {key: tau == -math.inf for key, tau in state.items()
+            if key.startswith("masks.") and key.endswith(".tau")}       # Attention has some, too
     if not any(b.any() for b in kept.values()):
         raise InputError(f"{path} is of no finished search")
     return kept
