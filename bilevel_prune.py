@@ -28,8 +28,8 @@ The idea in five lines:
     dL_m / ds            first - second + pull             Eq. (15): mask_gradient
     Section 4.2          learn                             the algorithm on one page
 
-    python bilevel_prune.py --search                          dense network, masks, cut: 80 s on
-                                                              one core
+    python bilevel_prune.py --search                          dense network, masks, cut: 90 s of
+                                                              one core's time
     python bilevel_prune.py --search --method uniform --eval  a baseline of the same budget
     python bilevel_prune.py --bench                           counts beside the paper's, latency
 """
