@@ -28,8 +28,8 @@ The idea in five lines:
     dL_m / ds            first - second + pull             Eq. (15): mask_gradient
     Section 4.2          learn                             the algorithm on one page
 
-    python bilevel_prune.py --search                          dense network, masks, cut: 80 s on
-                                                              one core
+    python bilevel_prune.py --search                          dense network, masks, cut: 90 s of
+                                                              one core's time
     python bilevel_prune.py --search --method uniform --eval  a baseline of the same budget
     python bilevel_prune.py --bench                           counts beside the paper's, latency
 """
@@ -1266,7 +1266,8 @@ def kept_in(folder):
     """{name of a mask: (n,) bool} of the channels that the search in `folder` has kept."""
     path = Path(folder) / "last.pt"
     state = load_checkpoint(path)["model"]
-    kept = {key: tau == -math.inf for key, tau in state.items() if key.endswith(".tau")}
+    kept = {key: tau == -math.inf for key, tau in state.items()
+            if key.startswith("masks.") and key.endswith(".tau")}       # Attention has some, too
     if not any(b.any() for b in kept.values()):
         raise InputError(f"{path} is of no finished search")
     return kept

@@ -4021,9 +4021,11 @@ def test_bilevel_controls_and_sweep_from_the_command_line():
         main("--search", "--method", "magnitude", "--widths", out / "arch.json")
         widths = json.loads((out / "arch.json").read_text())["widths"]
         assert json.loads((out / "magnitude/arch.json").read_text())["widths"] == widths
+        kept = bilevel_prune.kept_in(out).items()
+        assert {key.split(".")[1]: int(b.sum()) for key, b in kept} == widths
         other = out / "uniform" / "arch.json"
         said = main("--train", "--no-finetune", "--eval", "--arch", other)
-        assert "retrained mIoU on val" in said
+        assert "retrained mIoU on val" in said and "retrained: best mIoU on val" in said
         kept = bilevel_prune.build(*bilevel_prune.load_arch(other))
         kept.load_state_dict(torch.load(out / "retrained/best.pt", weights_only=True)["model"])
         other.write_text("{}")
