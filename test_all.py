@@ -649,7 +649,7 @@ def test_data_split_indices():
     _refused(lambda: data.split_indices(2, (0.4, 0.4, 0.2)), "2 images", "3 parts")
 
 
-def pieces(mask):
+def parts_of(mask):
     """Number of 8-connected components, by flood fill."""
     left, count = {tuple(p) for p in np.argwhere(mask)}, 0
     while left:
@@ -679,7 +679,7 @@ def test_data_edge_augmentation_keeps_thin_lines():
         bright, label = turned(label, factor, 22.5 * step)
         edge, inside, case = label == 1, label != 255, (points[:2], factor, step)
         length = factor * np.hypot(*np.subtract(points[-1], points[0]))
-        assert pieces(edge.numpy()) == 1, case
+        assert parts_of(edge.numpy()) == 1, case
         assert 0.65 < edge.sum() / length < (2.6 if factor > 1 else 2.3), case
         over = lambda *shift: (bright * inside * edge.roll(shift, (0, 1))).sum()
         assert over(0, 0) > max(over(-4, 0), over(4, 0), over(0, -4), over(0, 4)), case
@@ -773,7 +773,7 @@ def test_data_thin_against_a_loop():
     for mask in (blobs, rng.random((30, 31)) < 0.4, bar, np.zeros((3, 3), bool)):
         thin = data.thin(mask)
         assert np.array_equal(thin, thinned(mask)) and not (thin & ~mask).any()
-        assert pieces(thin) == pieces(mask)
+        assert parts_of(thin) == parts_of(mask)
     assert data.thin(bar)[5, 5:25].all() and data.thin(bar).sum(0).max() == 1  # its middle
 
 
