@@ -6,7 +6,7 @@
     Run         epochs, batches, descend, end_epoch         one training; it resumes bit for bit
     networks    classifier, narrowed, fold_bn, export       torchvision's, and cutting channels
     learning    evaluate, open_loader, fit                  for a network that has been found
-    pictures    plot, heat_map, bars, draw_segmentations
+    pictures    draw_lines, draw_heat_map, draw_bars, draw_segmentations
 
 A paper's search is written out in its own file, on top of Run:
 
@@ -456,9 +456,8 @@ class Run:
             print(f"{self.name}: trained already with these settings, taken from {self.folder}")
         self.values, self.fresh = dict(state.get("values", {})), not state
         self.began, self.images, self.done, self.shown = time.perf_counter(), 0, 0, 0.0
-        done = state.get("epoch", 0)
-        self.epoch, self.step = done - 1, 0             # of the last epoch, if none is left to do
-        for self.epoch in range(done, self.total):
+        self.epoch, self.step = state.get("epoch", 0) - 1, 0            # the last one done
+        for self.epoch in range(self.epoch + 1, self.total):
             torch.manual_seed(1_000_003 * self.cfg.seed + self.epoch)
             self.step = 0
             yield self.epoch
@@ -821,7 +820,7 @@ def draw_segmentations(net, images, cfg, device, folder, count=4):
     print(f"picture: {folder}/segmentations.png (image, label, prediction)")
 
 
-def canvas(title, width, height):
+def draw_canvas(title, width, height):
     """(image, pen, font) of a white picture with a title."""
     image = Image.new("RGB", (int(width), int(height)), "white")
     pen = ImageDraw.Draw(image)
@@ -829,14 +828,14 @@ def canvas(title, width, height):
     return image, pen, ImageFont.load_default(size=12)
 
 
-def plot(path, title, x_label, y_label, series, dots=False):
+def draw_lines(path, title, x_label, y_label, series, dots=False):
     """Save lines, or dots. series: {name: [(x, y), ...]}; a point that is not finite is left out,
     one must be left; colours repeat after ten series."""
     series = {name: [p for p in line if all(map(math.isfinite, p))]
               for name, line in series.items()}
     points = torch.tensor([point for line in series.values() for point in line])       # (N, 2)
     low, high = points.amin(0).tolist(), points.amax(0).tolist()
-    image, pen, font = canvas(title, 900, 440)
+    image, pen, font = draw_canvas(title, 900, 440)
     left, top, right, bottom = frame = 70, 56, 640, 390
 
     def at(x, y):
@@ -844,14 +843,8 @@ def plot(path, title, x_label, y_label, series, dots=False):
                 bottom - (y - low[1]) / (high[1] - low[1] or 1) * (bottom - top))
 
     pen.rectangle(frame, outline=FAINT)
-    for place, text, anchor in (
-            ((left, bottom + 6), f"{low[0]:.4g}", "lt"),
-            ((right, bottom + 6), f"{high[0]:.4g}", "rt"),
-            ((left - 8, bottom), f"{low[1]:.4g}", "rs"),
-            ((left - 8, top), f"{high[1]:.4g}", "rt"),
-            ((left, top - 8), y_label, "ls"),
-            (((left + right) / 2, bottom + 28), x_label, "mt")):
-        pen.text(place, text, INK, font, anchor)
+    pen.text((left, top - 8), f"{y_label}: {low[1]:.4g} to {high[1]:.4g}", INK, font, "ls")
+    pen.text((left, bottom + 8), f"{x_label}: {low[0]:.4g} to {high[0]:.4g}", INK, font, "lt")
     for k, (name, line) in enumerate(series.items()):
         colour, places = COLOURS[k % len(COLOURS)], [at(*point) for point in line]
         if not dots:
@@ -863,7 +856,7 @@ def plot(path, title, x_label, y_label, series, dots=False):
     save_png(image, path)
 
 
-def heat_map(path, title, row_names, column_names, values):
+def draw_heat_map(path, title, row_names, column_names, values):
     """Save a table of numbers, white = 0 (or less) to blue = 1 (or more), NaN = grey.
 
     values: (rows, columns), in the order of the names; of many columns not every one is named.
@@ -874,7 +867,7 @@ def heat_map(path, title, row_names, column_names, values):
     cell_w = max(10, min(64, 900 // len(column_names)))
     cells = Image.fromarray(colours.round().astype(np.uint8)).resize(
         (cell_w * len(column_names), cell_h * len(row_names)), Image.Resampling.NEAREST)
-    image, pen, font = canvas(title, left + cells.width + 12, top + cells.height + 12)
+    image, pen, font = draw_canvas(title, left + cells.width + 12, top + cells.height + 12)
     image.paste(cells, (left, top))
     for i, name in enumerate(row_names):
         pen.text((left - 6, top + cell_h * (i + 0.5)), str(name), INK, font, "rm")
@@ -883,9 +876,9 @@ def heat_map(path, title, row_names, column_names, values):
     save_png(image, path)
 
 
-def bars(path, title, rows):
+def draw_bars(path, title, rows):
     """Save width bars, one a layer: rows = {name: (kept, of)}; grey is what there was."""
-    image, pen, font = canvas(title, 760, 52 + 16 * len(rows))
+    image, pen, font = draw_canvas(title, 760, 52 + 16 * len(rows))
     longest = max(total for _, total in rows.values())
     for i, (name, (kept, total)) in enumerate(rows.items()):
         y = 40 + 16 * i

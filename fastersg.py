@@ -1312,7 +1312,8 @@ def draw_architecture(path, arch, title):
     """Figure 6: a branch is a row of boxes, lower where its resolution is. A box is a cell: its
     colour the operator, its number chi; framed in black are the cells that branches share."""
     rows, colours = list(arch.branches.values()), dict(zip(OPERATORS, common.COLOURS))
-    image, pen, font = common.canvas(title, 56 * max(6, *map(len, rows)) + 90, 130 * len(rows) + 70)
+    image, pen, font = common.draw_canvas(title, 56 * max(6, *map(len, rows)) + 90,
+                                          130 * len(rows) + 70)
     for row, (rate, cells) in enumerate(arch.branches.items()):
         top = 60 + 130 * row
         pen.text((12, top), f"branch 1/{rate}", common.INK, font)
@@ -1333,16 +1334,16 @@ def draw_search(cfg, student):
     records, out = common.read_log(cfg.out, "search"), Path(cfg.out)
     alpha = {f"1/{s} layer {l}": p.tolist()
              for (s, l), p in student.probabilities("alpha").items()}
-    common.heat_map(out / "search_alpha.png", "alpha of the student at the end", list(alpha),
+    common.draw_heat_map(out / "search_alpha.png", "alpha of the student at the end", list(alpha),
                     OPERATORS, list(alpha.values()))
     shares = [r["student"]["shares"] for r in records]
-    common.heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
+    common.draw_heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
                     list(shares[0]), [r["epoch"] + 1 for r in records],
                     [[share[name] for share in shares] for name in shares[0]])
     path = {name: [(r["ms"], 100 * r["supernet_miou"]) for r in records
                    if r["searching"] == searching]
             for name, searching in (("pretraining", False), ("searching", True))}
-    common.plot(out / "search_trajectory.png", "Supernet during the search (Figure 4)",
+    common.draw_lines(out / "search_trajectory.png", "Supernet during the search (Figure 4)",
                 "expected latency (ms)", "mIoU (%)", path, dots=True)
 
 
@@ -1506,7 +1507,7 @@ def correlate(cfg, device, ms, classes=19):
     r = statistics.correlation(estimates, measured)
     print(f"{len(archs)} random networks, {min(measured):.1f} to {max(measured):.1f} ms: Pearson "
           f"r = {r:.4f} (paper, Figure 3: 0.993)")
-    common.plot(Path(cfg.out) / "latency_correlation.png",
+    common.draw_lines(Path(cfg.out) / "latency_correlation.png",
                 f"Table against measurement, r = {r:.4f}", "sum of entries (ms)", "measured (ms)",
                 {"random network": list(zip(estimates, measured))}, dots=True)
     return {"pearson_r": r, "table_ms": estimates, "measured_ms": measured}

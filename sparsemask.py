@@ -126,8 +126,8 @@ class Config(BaseConfig):
                                  low=32)
 
 
-# Two hundred steps cannot make w binary at the paper's learning rate of w, so the quick preset takes
-# a larger one (OURS), with the paper's lambda. Its encoder is untrained, so do not read much into
+# Two hundred steps cannot make w binary at the paper's learning rate of w: the quick preset takes a
+# larger one (OURS), with the paper's lambda. Its encoder is untrained, so do not read much into
 # what it finds: seeds 0 and 1 kept 12 and 13 connections, 4 of them the same (by chance 1.7).
 QUICK = dict(size=(65, 129), batch_size=8, epochs=8, search_epochs=4, weights_encoder="none",
              lr_w=2.0, lr_encoder=0.05, frame=(129, 257), scales=(0.75, 1.5), thresholds=19)
@@ -871,13 +871,14 @@ def draw_search(cfg, w, connectivity):
     out, columns = Path(cfg.out), sources(1, len(w))
     draw_connectivity(out / "connectivity.png", connectivity, cfg.encoder,
                       f"{sum(map(len, connectivity.values()))} connections, loss {cfg.loss}")
-    common.heat_map(out / "weights.png", f"w after the search, loss {cfg.loss}", list(w), columns,
-                    [[row.get(t, math.nan) for t in columns] for row in w.values()])
+    values = [[row.get(t, math.nan) for t in columns] for row in w.values()]
+    common.draw_heat_map(out / "weights.png", f"w after the search, loss {cfg.loss}", list(w),
+                         columns, values)
     log = common.read_log(cfg.out, "search")
     links = [(stage, t) for stage, row in w.items() for t in row]
-    common.heat_map(out / "weights_over_time.png", "w of every connection after each epoch",
-                    [f"{t} to {stage}" for stage, t in links], [r["epoch"] + 1 for r in log],
-                    [[r["w"][stage][t] for r in log] for stage, t in links])
+    common.draw_heat_map(out / "weights_over_time.png", "w of every connection after each epoch",
+                         [f"{t} to {stage}" for stage, t in links], [r["epoch"] + 1 for r in log],
+                         [[r["w"][stage][t] for r in log] for stage, t in links])
 
 
 def draw_connectivity(path, connectivity, encoder, title):
@@ -885,7 +886,7 @@ def draw_connectivity(path, connectivity, encoder, title):
     is pale."""
     strides = ENCODERS[encoder][0]
     L = len(strides)
-    image, pen, font = common.canvas(title, 820, 60 + 46 * (L + 1))
+    image, pen, font = common.draw_canvas(title, 820, 60 + 46 * (L + 1))
     centre = {"G": (190, 60 + 46 * L)}
     for l in range(1, L + 1):
         centre[f"E{l}"], centre[f"D{l}"] = (190, 14 + 46 * l), (520, 14 + 46 * l)

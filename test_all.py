@@ -1384,7 +1384,7 @@ def test_plots():
     with tempfile.TemporaryDirectory() as tmp:
         path = Path(tmp, "new", "a.png")                    # the folder is made
         peak = [(x, float(x == 5)) for x in range(21)] + [(5.5, math.nan), (3, math.inf)]
-        common.plot(path, "title", "epoch", "share", {
+        common.draw_lines(path, "title", "epoch", "share", {
             "a": peak, "dot": [(20, 0.5)], "none": []})
         rows, columns = where(path, blue)
         left, right, bottom = columns.min(), columns.max(), rows.max()
@@ -1394,7 +1394,7 @@ def test_plots():
         assert len(y) > 20 and abs(x.mean() - right) < 3
         assert abs(y.mean() - (rows.min() + bottom) / 2) < 4
         assert len(where(path, green)[0]) == 0 < len(where(path, green, 900)[0]), "legend only"
-        common.plot(path, "", "x", "y", {"a": [(0, 0), (10, 40)], "b": [(20, 20)]}, dots=True)
+        common.draw_lines(path, "", "x", "y", {"a": [(0, 0), (10, 40)], "b": [(20, 20)]}, dots=True)
         (y, x), (v, u) = where(path, blue), where(path, orange)
         rows, columns = where(path, common.FAINT)           # the frame: 0 to 20, 0 to 40
         left, right = np.nonzero(np.bincount(columns) > 100)[0]
@@ -1408,15 +1408,15 @@ def test_plots():
 def test_heat_map_and_bars():
     with tempfile.TemporaryDirectory() as tmp:
         path = Path(tmp, "a.png")
-        common.heat_map(path, "t", ["r0", "r1", "r2"], ["c0", "c1"],
+        common.draw_heat_map(path, "t", ["r0", "r1", "r2"], ["c0", "c1"],
                         [[1, 0], [math.nan, 0.5], [2, -1]])
         (deep_y, deep_x), (half_y, half_x) = (where(path, c) for c in ("#08306b", "#8498b5"))
         assert deep_x.max() < half_x.min() and deep_y.min() < half_y.min() < deep_y.max()
         assert abs(deep_y.mean() - half_y.mean()) < 1, "clamped: 2 is drawn as 1, in the last row"
         cell = Image.open(path).getpixel((int(deep_x.mean()), 40 + int(half_y.mean())))
         assert cell == (200, 200, 200), "NaN is grey"
-        common.heat_map(path, "t", range(4), range(200), torch.rand(4, 200))
-        common.bars(path, "t", {"first": (10, 40), "second": (30, 30)})
+        common.draw_heat_map(path, "t", range(4), range(200), torch.rand(4, 200))
+        common.draw_bars(path, "t", {"first": (10, 40), "second": (30, 30)})
         y, x = where(path, common.COLOURS[0], 760)
         pixels = np.asarray(Image.open(path))
         lengths = []                                        # (blue, grey) of each row's bar
@@ -2248,7 +2248,7 @@ def test_fastersg_figure_3_correlates_table_and_clock():
     def clock(calls, device):
         return {name: {"median": 2.0 * value + 1} for name, value in zip(calls, estimates)}
     with silent(), mock.patch.multiple(latency, measure=clock, prepare=lambda *rest: None), \
-            mock.patch.object(common, "plot") as plot:
+            mock.patch.object(common, "draw_lines") as plot:
         found = fastersg.correlate(cfg, CPU, ms)
     assert abs(found["pearson_r"] - 1) < 1e-9 and found["table_ms"] == estimates
     assert plot.call_args.args[4] == {"random network": [(e, 2 * e + 1) for e in estimates]}
