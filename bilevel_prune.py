@@ -1309,15 +1309,15 @@ def draw_search(net, small, rows, target, folder):
     """widths.png; masks.png, the soft masks; from the log search.png, what moved them."""
     widths, masks = small.widths(), masks_of(net)
     common.draw_bars(folder / "widths.png", f"Channels before and after, {net.name}",
-                {name: (widths[name], n) for name, n in net.widths().items()})
+                     {name: (widths[name], n) for name, n in net.widths().items()})
     if rows:
         shares = torch.linspace(0, 1, 21)
         soft = torch.stack([mask.s.detach().cpu().quantile(shares) for mask in masks.values()])
         common.draw_heat_map(folder / "masks.png", "Soft masks, sorted: 0 white, 1 and more blue",
-                        list(masks), [f"{100 * share:.0f}%" for share in shares], soft)
+                             list(masks), [f"{100 * share:.0f}%" for share in shares], soft)
         common.draw_lines(folder / "search.png", f"What moved the masks; target {target:.2f}",
-                    "mask step", "share", {key: list(enumerate(row[key] for row in rows))
-                                           for key in rows[0]})
+                          "mask step", "share", {key: list(enumerate(row[key] for row in rows))
+                                                 for key in rows[0]})
 
 
 # ---------------------------------------------------------------------------------------------
