@@ -722,7 +722,7 @@ def enlarged(logits, size):
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def probabilities(model, images, size, scales=(1.0,), flip=False):
+def probabilities(model, images, size, scales, flip):
     """Class probabilities (B, K, *size), averaged over rescaled and mirrored copies of the images.
 
     model(images (B, 3, H, W)) -> logits (B, K, h, w); scales: factors of H and W.

@@ -958,8 +958,11 @@ def test_devices_that_cannot_work_are_refused():
             _refused(lambda: common.setup(Settings(device=device)), device, "auto, cpu, cuda")
         dist.is_torchelastic_launched = lambda: True
         _refused(lambda: common.setup(Settings(device="cuda:0")), "without torchrun")
-        with mock.patch.object(torch.cuda, "is_available", lambda: False):
+        with (mock.patch.object(torch.cuda, "is_available", lambda: False),
+              mock.patch.object(dist, "init_process_group") as joined):
             os.environ["LOCAL_RANK"] = "0"
+            common.setup(Settings(device="cpu"))
+            assert joined.call_args.args == ("gloo",)
             _refused(lambda: common.setup(Settings(device="cuda")), "sees 0 GPUs")
     finally:
         dist.is_torchelastic_launched = launched
@@ -1101,6 +1104,18 @@ def toy_run(tmp, epochs=3, stop=None, lr=0.1, net=None, stale=(), **settings):
     return net, best
 
 
+class Terminal(io.StringIO):
+    isatty = lambda self: True
+
+
+def test_progress_is_live_on_a_terminal():
+    out = Terminal()
+    with (tempfile.TemporaryDirectory() as tmp, mock.patch.object(io, "StringIO", lambda: out),
+          contextlib.suppress(KeyboardInterrupt)):
+        toy_run(tmp, stop=1)
+    assert re.match(r"\rtoy epoch 1/3 it 1/3 loss .*\x1b\[K\rtoy epoch 1/3 it 3/3", out.getvalue())
+
+
 def test_run_resumes_bit_for_bit_and_replaces_an_older_one_late():
     with tempfile.TemporaryDirectory() as tmp:
         whole, broken = Path(tmp, "whole"), Path(tmp, "broken")
@@ -1110,6 +1125,7 @@ def test_run_resumes_bit_for_bit_and_replaces_an_older_one_late():
             with contextlib.suppress(KeyboardInterrupt):
                 again, best_again = toy_run(broken, stop=stop, resume=stop != 1)
         assert torch.equal(moved, again.conv.weight) and best == best_again
+        assert torch.load(whole / "last.pt")["schedule"]["_last_lr"] == [0], "poly, step by step"
         for name in ("last.pt", "best.pt"):
             a, b = tensors_of(whole / name), tensors_of(broken / name)
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
