@@ -248,7 +248,7 @@ class BiSeNetDecoder(nn.Module):
         self.fuse = conv_bn_relu(256, 256, 1)
         self.gate = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(256, 256, 1, bias=False), nn.ReLU(inplace=True),
+            nn.Conv2d(256, 256, 1, bias=False), nn.ReLU(),
             nn.Conv2d(256, 256, 1, bias=False), nn.Sigmoid())
         self.head = conv_bn_relu(256, 64)
         self.classifier = nn.Conv2d(64, num_classes, 1)
@@ -813,6 +813,7 @@ def end_round(run, gap, scales, cfg):
 SPARSE = ("mtp", "slimming", "slimming_cls")            # methods with a sparse training
 
 
+@torch.no_grad()
 def scores_of(first, last, groups):
     """Line 9: {group name: |gamma| of each channel (C,)}; the backbone's from the network `first`,
     gamma1 of W1 for MTP (OURS: not gamma3, as in the algorithm box), the decoder's from `last`.
@@ -823,7 +824,7 @@ def scores_of(first, last, groups):
     scores = {}
     for g in groups:
         scales = gammas(first if g.part == "backbone" else last, [g])
-        scores[g.name] = torch.stack([s.detach().abs() for s in scales]).mean(0).cpu()
+        scores[g.name] = torch.stack([s.abs() for s in scales]).mean(0).cpu()
     return scores
 
 

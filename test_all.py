@@ -4250,6 +4250,30 @@ def test_mtp_rebuilt_from_widths_and_state_alone():
         _refused(lambda: mtp.read_arch(path), path)
 
 
+def test_mtp_bisenet_decoder_written_out():
+    """BiSeNet's Figure 2, step by step."""
+    torch.manual_seed(0)
+    with narrow(), torch.no_grad():
+        net = lively(mtp.Segmenter("bisenet_resnet18", 5))
+        d, x = net.decoder, torch.randn(1, 3, 64, 96, dtype=torch.float64)
+        maps = mtp.features(net.backbone, x)
+
+        def up(y, factor):
+            return F.interpolate(y, scale_factor=factor, mode="bilinear")
+
+        def refined(arm, y):
+            y = arm.conv(y)
+            mean = y.mean((2, 3), keepdim=True)
+            return y * torch.sigmoid(arm.gate[2](arm.gate[1](mean)))
+        context = d.context[1:](maps[3].mean((2, 3), keepdim=True))
+        low = d.refines[0](up(refined(d.arms[0], maps[3]) + context, 2))
+        high = d.refines[1](up(refined(d.arms[1], maps[2]) + low, 2))
+        both = d.fuse(torch.cat([d.spatial(x), high], 1))
+        gate = torch.sigmoid(d.gate[3](torch.relu(d.gate[1](both.mean((2, 3), keepdim=True)))))
+        expected = up(d.classifier(d.head(both * (1 + gate))), 8)
+        assert torch.allclose(net(x), expected, rtol=0, atol=1e-9)
+
+
 def test_mtp_dilations():
     """The rates, and that a dilated backbone computes what the plain one does, and more places."""
     def rates(network, stage):
@@ -4290,7 +4314,7 @@ class Scalars(nn.Module):
         super().__init__()
         self.backbone, self.decoder = nn.Module(), nn.Module()
         for part, value in ((self.backbone, start), (self.decoder, 0.5)):
-            part.conv, part.bn = nn.Module(), nn.Module()
+            part.bn = nn.Module()
             part.bn.weight = nn.Parameter(torch.tensor([value], dtype=torch.float64))
 
 
@@ -4423,8 +4447,9 @@ def algorithm_1_in_loops(n1, n2, x1, x2, cfg):
 
 def test_mtp_algorithm_1_against_loops():
     """Weights, gammas, E and mu after three rounds of both tasks, and of each task alone."""
-    for method, settings in (("mtp", {}), ("mtp", {"rounds": 9, "inner_steps": 1}),  # mu reaches its end
-                             ("slimming", {}), ("slimming_cls", {})):
+    to_the_end = {"rounds": 9, "inner_steps": 1}            # mu reaches its largest value
+    for method, settings in (("mtp", {}), ("mtp", to_the_end), ("slimming", {}),
+                             ("slimming_cls", {})):
         torch.manual_seed(0)
         cfg = mtp.Config(**{**dict(
             method=method, lam=0.7, alpha1=0.3, alpha2=0.2, rounds=3, rho=3.0, inner_steps=2,
@@ -4663,6 +4688,7 @@ def test_mtp_recalibration_is_a_plain_mean():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     batches = [(3 * torch.randn(4, 3, 8, 8) + 1, None) for _ in range(5)]
     net[1].running_mean.fill_(7)
+    net[1].num_batches_tracked.fill_(9)                 # what it has seen so far no longer counts
     mtp.recalibrate(net, Repeated(batches), torch.device("cpu"))
     means = torch.stack([net[0](x).mean((0, 2, 3)) for x, _ in batches]).mean(0)
     assert torch.allclose(net[1].running_mean, means, atol=1e-5)
@@ -4796,6 +4822,9 @@ def test_mtp_stages_hand_on_what_they_have_learnt():
         assert torch.allclose(fine[key], weights("mtp_50/cls/best.pt")[key], rtol=0, atol=1e-6)
         assert not torch.allclose(fine[key], pruned["cls"][key], rtol=0, atol=1e-4)
         assert not torch.allclose(pruned["model"][key], pruned["cls"][key], rtol=0, atol=1e-6)
+        for folder, power in (("dense/cls", 1.0), ("dense/seg", 0.9), ("mtp_50/cls", 0.9)):
+            schedule = torch.load(out / folder / "last.pt")["schedule"]     # it ends with the steps
+            assert schedule["last_epoch"] == schedule["total_iters"] and schedule["power"] == power
         # One sparse training serves several percentiles, one dense pair all methods
         before = (out / "sparse_mtp/last.pt").read_bytes()
         text = said("--search", "--resume", "--percentile", "25", words=["90 of 120"])
@@ -4841,7 +4870,20 @@ def test_mtp_every_process_gets_two_pictures_a_step():
         with mock.patch.object(mtp, "world_size", lambda: ranks):
             _refused(lambda: mtp.tasks_of(None, None, cfg, torch.device("cpu")), word, "2 or more")
     tasks = mtp.tasks_of(None, None, replace(cfg, cls_batch=2, batch_size=2), torch.device("cpu"))
-    assert [len(next(iter(task.batches))[0]) for task in tasks] == [2, 2]
+    for task in tasks:
+        first = []
+        for epoch in range(2):
+            task.batches.sampler.set_epoch(epoch)
+            first.append(next(iter(task.batches))[0])
+        assert len(first[0]) == 2 and not torch.equal(*first), "shuffled and augmented"
+
+
+def test_mtp_accuracy_by_hand():
+    net = nn.Flatten().train()                          # the picture is its own score
+    pictures = torch.eye(4)[[0, 1, 1, 3, 2]].reshape(5, 4, 1, 1)
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    batches = [(pictures[:3], labels[:3]), (pictures[3:], labels[3:])]
+    assert mtp.accuracy(net, batches, torch.device("cpu")) == 3 / 5 and net.training
 
 
 def test_mtp_wrong_input_ends_in_one_sentence():
