@@ -1336,16 +1336,16 @@ def draw_search(cfg, student):
     alpha = {f"1/{s} layer {l}": p.tolist()
              for (s, l), p in student.probabilities("alpha").items()}
     common.draw_heat_map(out / "search_alpha.png", "alpha of the student at the end", list(alpha),
-                    OPERATORS, list(alpha.values()))
+                         OPERATORS, list(alpha.values()))
     shares = [r["student"]["shares"] for r in records]
     common.draw_heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
-                    list(shares[0]), [r["epoch"] + 1 for r in records],
-                    [[share[name] for share in shares] for name in shares[0]])
+                         list(shares[0]), [r["epoch"] + 1 for r in records],
+                         [[share[name] for share in shares] for name in shares[0]])
     path = {name: [(r["ms"], 100 * r["supernet_miou"]) for r in records
                    if r["searching"] == searching]
             for name, searching in (("pretraining", False), ("searching", True))}
     common.draw_lines(out / "search_trajectory.png", "Supernet during the search (Figure 4)",
-                "expected latency (ms)", "mIoU (%)", path, dots=True)
+                      "expected latency (ms)", "mIoU (%)", path, dots=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1509,8 +1509,8 @@ def correlate(cfg, device, ms, classes=19):
     print(f"{len(archs)} random networks, {min(measured):.1f} to {max(measured):.1f} ms: Pearson "
           f"r = {r:.4f} (paper, Figure 3: 0.993)")
     common.draw_lines(Path(cfg.out) / "latency_correlation.png",
-                f"Table against measurement, r = {r:.4f}", "sum of entries (ms)", "measured (ms)",
-                {"random network": list(zip(estimates, measured))}, dots=True)
+                      f"Table against measurement, r = {r:.4f}", "sum of entries (ms)", "measured (ms)",
+                      {"random network": list(zip(estimates, measured))}, dots=True)
     return {"pearson_r": r, "table_ms": estimates, "measured_ms": measured}
 
 

@@ -1266,7 +1266,7 @@ def report_cut(cfg, folder, groups, kept, wide, pruned):
           f"{100 * wide[1]:.2f}, pruned mIoU {100 * pruned[1]:.2f}; top-1 {100 * wide[0]:.2f}, "
           f"{100 * pruned[0]:.2f}")
     common.draw_bars(folder / "channels.png", f"{folder.name}: channels that stay (Figure 5)",
-                {g.name: (len(kept[g.name]), g.width) for g in groups})
+                     {g.name: (len(kept[g.name]), g.width) for g in groups})
     log_record(folder, stage="search", wide=wide, pruned=pruned)
     print(f"in {folder}: arch.json, pruned.pt, channels.png")
     print(common.next_command(cfg, "mtp", "--train --eval"))
