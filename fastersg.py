@@ -1509,8 +1509,8 @@ def correlate(cfg, device, ms, classes=19):
     print(f"{len(archs)} random networks, {min(measured):.1f} to {max(measured):.1f} ms: Pearson "
           f"r = {r:.4f} (paper, Figure 3: 0.993)")
     common.draw_lines(Path(cfg.out) / "latency_correlation.png",
-                      f"Table against measurement, r = {r:.4f}", "sum of entries (ms)", "measured (ms)",
-                      {"random network": list(zip(estimates, measured))}, dots=True)
+                      f"Table against measurement, r = {r:.4f}", "sum of entries (ms)",
+                      "measured (ms)", {"random network": list(zip(estimates, measured))}, dots=True)
     return {"pearson_r": r, "table_ms": estimates, "measured_ms": measured}
 
 
