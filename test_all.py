@@ -2067,7 +2067,11 @@ def test_fastersg_each_update_moves_what_appendix_f_says():
     archs = {name: fastersg.ArchParameters(cfg) for name in "TS"}
     table = fastersg.LatencyTable(cfg, made_up_table(cfg), 7)
     a, b = ((torch.randn(2, 3, 32, 64), torch.randint(0, 7, (2, 32, 64))) for _ in range(2))
-    calls, states, real = [], [], fastersg.seg_loss
+    assert len(net.keep) == 9 and len(net.down) == 5        # the last layer does not go down
+    calls, states, rates, real = [], [], [], fastersg.seg_loss
+
+    def end_epoch(run, *rest):
+        rates.append(run.parts["sgd"].param_groups[0]["lr"])
 
     def note_state():
         states.append({"W": nn.utils.parameters_to_vector(net.parameters()).detach(), **{
@@ -2082,7 +2086,7 @@ def test_fastersg_each_update_moves_what_appendix_f_says():
         note_state()
         return real(network, draw, who, images, labels, cfg)
     with tempfile.TemporaryDirectory() as tmp, silent(), mock.patch.multiple(
-            fastersg, seg_loss=spy, end_search_epoch=lambda *rest: None):
+            fastersg, seg_loss=spy, end_search_epoch=end_epoch):
         fastersg.run_search(replace(cfg, out=tmp), CPU, net, *archs.values(), table,
                             (Batches([a]), Batches([b]), None))
     note_state()
@@ -2096,6 +2100,9 @@ def test_fastersg_each_update_moves_what_appendix_f_says():
         (("S", "mixed", "A", False), {"W"}),                                        # 2
         (("T", "max", "B", True), {"T.alpha", "T.beta"}),                           # 3
         (("S", "mixed", "B", True), {"S.alpha", "S.beta", "S.gamma"})]              # 4
+    assert abs(rates[0] - 0.0099) < 1e-9 and abs(rates[1] - 0.009801) < 1e-9       # App. H
+    left = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    assert abs(left.norm() - 5) < 1e-3                      # of update 2, clipped; 3 and 4 add none
     draw = archs["S"].draw(archs["S"].widest())
     full, half = (real(net, draw, 1, *a, c).detach() for c in (cfg, replace(cfg, amp=True)))
     assert abs(half / full - 1) < 0.05 and half != full     # --amp reaches the search
@@ -2263,12 +2270,13 @@ def test_fastersg_figure_3_correlates_table_and_clock():
 
     def clock(calls, device):
         return {name: {"median": 2.0 * value + 1} for name, value in zip(calls, estimates)}
-    with silent(), mock.patch.multiple(latency, measure=clock, prepare=lambda *rest: None), \
+    with silent(), mock.patch.multiple(latency, measure=clock, prepare=mock.DEFAULT) as mocks, \
             mock.patch.object(common, "draw_lines") as plot:
         found = fastersg.correlate(cfg, CPU, ms)
     assert abs(found["pearson_r"] - 1) < 1e-9 and found["table_ms"] == estimates
     assert plot.call_args.args[4] == {"random network": [(e, 2 * e + 1) for e in estimates]}
     assert plot.call_args.kwargs == {"dots": True}
+    assert [call.args[1] for call in mocks["prepare"].call_args_list] == 5 * [[(1, 3, 64, 96)]]
 
 
 def test_fastersg_random_control():
@@ -2568,8 +2576,8 @@ def test_fastersg_planted_skips_and_reach():
         alpha = torch.softmax(arch.alpha.detach(), 1)       # (9, 5)
         reach = alpha[:4] @ torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0])     # of the cells at 1/8
         found[chosen, distant] = float(alpha[:, 0].mean()), float(reach.mean())
-    (teacher_skips, teacher_reach), (near_skips, near_reach), (far_skips, far_reach) = found.values()
-    assert teacher_skips > 0.3 and teacher_reach < 1, found     # at the start: 0.2 and 1.8
+    teacher, (near_skips, near_reach), (far_skips, far_reach) = found.values()
+    assert teacher[0] > 0.3 and teacher[1] < 1, found       # at the start: 0.2 and 1.8
     assert near_skips > 1.5 * far_skips and near_reach < 1.2 < 2 < far_reach, found
 
 
