@@ -1374,6 +1374,8 @@ def test_evaluation_at_the_labels_resolution():
     assert torch.equal(found.matrix, many) and not torch.equal(one, many) and net.training
     with torch.no_grad():
         mirrored = counts(logits(image).softmax(1) + logits(image.flip(-1)).flip(-1).softmax(1))
+    shares = common.probabilities(plain, image, (70, 80), (1.0, 0.75), True).sum(1)
+    assert torch.allclose(shares, torch.ones(1, 70, 80), atol=1e-5)
     found = common.evaluate(net, [(image, label)], 5, device, flip=True)
     assert torch.equal(found.matrix, mirrored) and not torch.equal(one, mirrored)
 
