@@ -905,7 +905,7 @@ def best_counts(scores, area, target):
     for mask, score in scores.items():
         parts = score.double().sort(descending=True).values.split(mask.least)
         counts[mask] = len(parts[0])
-        units += [(float(part.mean()), mask, len(part)) for part in parts[1:]]
+        units += [(part.mean().item(), mask, len(part)) for part in parts[1:]]
     units.sort(key=lambda unit: -unit[0])               # stable: of equals the first mask's
     many = len(units)
     while units:
