@@ -5153,6 +5153,34 @@ def two_ranks_are_one(name):
         assert max(apart.values(), default=0) <= method.apart, apart
 
 
+def test_bilevel_prune_two_ranks_are_one():
+    """The first epoch, weight and mask steps, before equal masks are chosen by rounding; without
+    dropout, whose draws are those of a rank's own batch."""
+    method, end_epoch, ends = METHODS["bilevel_prune"], common.Run.end_epoch, []
+
+    def first_epoch(run, *rest, **record):
+        end_epoch(run, *rest, **record)
+        if run.name == "search":
+            ends.append({k: v.clone() for k, v in run.parts["model"].state_dict().items()})
+            raise KeyboardInterrupt
+
+    def job(out):
+        with contextlib.suppress(KeyboardInterrupt):
+            call_main(method.module, "--search", *method.flags(tmp, out), "--search-epochs", 3,
+                      "--drop-path", 0)
+    with (tempfile.TemporaryDirectory() as tmp,
+          mock.patch.object(F, "batch_norm", on_frozen_statistics),
+          mock.patch.object(F, "dropout2d", lambda x, *rest: x),
+          mock.patch.object(common.Run, "end_epoch", first_epoch)):
+        job(Path(tmp, "one"))
+        on_two_ranks(lambda rank: job(Path(tmp, "two")))
+    one, two = ends
+    assert sum(key.startswith("masks") and bool((one[key] != 1).any()) for key in one) > 5
+    for key, value in one.items():
+        far = (value.double() - two[key].double()).abs()
+        assert value.numel() == 0 or far.max() <= 1e-5 * max(1, value.abs().max()), key
+
+
 def test_bilevel_prune_two_ranks_hold_the_same_weights():
     """Not those of one process: of masks that are still equal, rounding chooses."""
     method, end_epoch = METHODS["bilevel_prune"], common.Run.end_epoch
