@@ -1249,8 +1249,10 @@ def bench(cfg, device):
     print("parameters and MACs, ours | printed in the paper (150 classes, 512x512; deeplab and "
           "base_cityscapes 19, 512x1024)")
     for name, printed in PRINTED.items():
-        wide = name in ("deeplab", "base_cityscapes")
-        net, size = build(name, 19 if wide else 150), (512, 1024 if wide else 512)
+        classes, size = 150, (512, 512)                                 # ADE20K
+        if name in ("deeplab", "base_cityscapes"):
+            classes, size = 19, (512, 1024)
+        net = build(name, classes)
         print(f"  {name:15s} {count_params(net):11,d} {count_macs(net, size):15,d} | {printed}")
     nets = {"dense": build(cfg.network, 19).eval()}
     if cfg.arch or (folder_of(cfg) / "arch.json").exists():

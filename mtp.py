@@ -866,8 +866,9 @@ def keep_ranked(scores, percentile, least=0.05):
 
 def pool_of(cfg):
     """--pool, with auto resolved."""
-    by_gamma = cfg.method in (*SPARSE, "gammas")
-    return cfg.pool if cfg.pool != "auto" else "part" if by_gamma else "layer"
+    if cfg.pool != "auto":
+        return cfg.pool
+    return "part" if cfg.method in (*SPARSE, "gammas") else "layer"
 
 
 def kept_channels(scores, groups, cfg):
