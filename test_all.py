@@ -5081,8 +5081,7 @@ def finished_run(name):
         out, program = Path(tmp, "runs", "a"), Path(tmp, "net.pt2")
         flags = method.flags(tmp, out, train=True)
         said = call_main(method.module, "--search", "--train", "--eval", "--bench", *flags,
-                         "--export",
-                    program)
+                         "--export", program)
         for word in (*method.words, "retrained mIoU on val", f"next: python {name}.py"):
             assert word in said, f"'{word}' is missing in:\n{said}"
         for file in method.files.split():
