@@ -244,8 +244,9 @@ def sum_over_ranks(tensor):
 def average(tensors):
     """Replace each tensor by its mean over all ranks: one message for all of them."""
     if tensors and world_size() > 1:
-        total = sum_over_ranks(nn.utils.parameters_to_vector(tensors))
-        nn.utils.vector_to_parameters(total / world_size(), tensors)
+        flat = sum_over_ranks(torch.cat([t.flatten() for t in tensors])) / world_size()
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))            # keeps the layout, NHWC too
 
 
 def average_gradients(parameters):

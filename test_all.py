@@ -1202,6 +1202,12 @@ def test_two_ranks_equal_the_joint_batch():
             w.grad = torch.tensor([rank + 1.0, 4.0 * rank])
             common.average_gradients([w, nn.Parameter(torch.zeros(1))])
             assert w.grad.tolist() == [1.5, 2.0]
+            kernel = nn.Parameter(torch.zeros(2, 3, 4, 5))          # NHWC, as --channels-last has it
+            grid = torch.arange(120.0).view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+            kernel.grad = grid * (1 + 2 * rank)
+            common.average_gradients([kernel, w])
+            assert torch.equal(kernel.grad, 2 * grid) and w.grad.tolist() == [1.5, 2.0]
+            assert kernel.grad.stride() == grid.stride()
             # NaN on one rank alone has to stop both.
             sgd = torch.optim.SGD([w], 0.1)
             run = common.Run("x", "train", Settings(device="cpu"), torch.device("cpu"), tmp, 1)
