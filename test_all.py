@@ -1202,8 +1202,9 @@ def test_two_ranks_equal_the_joint_batch():
             w.grad = torch.tensor([rank + 1.0, 4.0 * rank])
             common.average_gradients([w, nn.Parameter(torch.zeros(1))])
             assert w.grad.tolist() == [1.5, 2.0]
-            kernel = nn.Parameter(torch.zeros(2, 3, 4, 5))          # NHWC, as --channels-last has it
-            grid = torch.arange(120.0).view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+            kernel = nn.Parameter(torch.zeros(2, 3, 4, 5))
+            grid = torch.arange(120.0).view(2, 3, 4, 5)             # NHWC, as with --channels-last
+            grid = grid.contiguous(memory_format=torch.channels_last)
             kernel.grad = grid * (1 + 2 * rank)
             common.average_gradients([kernel, w])
             assert torch.equal(kernel.grad, 2 * grid) and w.grad.tolist() == [1.5, 2.0]
