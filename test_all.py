@@ -5180,12 +5180,13 @@ def test_bilevel_prune_two_ranks_are_one():
 
     def job(out):
         with contextlib.suppress(KeyboardInterrupt):
-            call_main(method.module, "--search", *method.flags(tmp, out), "--search-epochs", 3,
+            call_main(method.module, "--search", *flags, "--out", out, "--search-epochs", 3,
                       "--drop-path", 0)
     with (tempfile.TemporaryDirectory() as tmp,
           mock.patch.object(F, "batch_norm", on_frozen_statistics),
           mock.patch.object(F, "dropout2d", lambda x, *rest: x),
           mock.patch.object(common.Run, "end_epoch", first_epoch)):
+        flags = method.flags(tmp, tmp)          # once: it writes the pictures that both ranks read
         job(Path(tmp, "one"))
         on_two_ranks(lambda rank: job(Path(tmp, "two")))
     one, two = ends
