@@ -56,8 +56,8 @@ from data import IGNORE, torchvision
 # is neither (Table 1); l1 and maskconnect are what Figure 4 compares with.
 TERMS = {"ours": ("binary", "sparse"), "binary": ("binary",), "sparse": ("sparse",), "task": (),
          "l1": ("l1",), "maskconnect": ()}
-NETWORKS = ("found", "released", "unet", "sparseacn", "fdn", "random", "random_rule", "random_like",
-            "fcn", "deeplabv3")
+NETWORKS = ("found", "released", "unet", "sparseacn", "fdn", "random_rule", "random_like", "fcn",
+            "deeplabv3")
 DATA_SETS = tuple(dict.fromkeys(name for task in ("segmentation", "saliency", "edges")
                                 for name in data.set_names(task)))
 
@@ -69,11 +69,10 @@ class Config(BaseConfig):
     # PAPER 4.1 crops 513, without saying why.
     size: tuple[int, int] = opt((513, 513), "training crop, H W in pixels, each 32 k + 1 "
                                 "(PAPER 4.1)", "search", low=32)
-    scales: tuple[float, float] = opt((0.5, 2.0), "range of the random scale, drawn uniformly "
-                                      "(PAPER 4.1; OFFICIAL-CODE draws steps of 0.25); edges are "
-                                      "augmented as HED does it", "search", low=0.01, high=16)
-    batch_size: int = opt(16, "images a training step, over all processes (PAPER 4.1)", "search",
-                          low=2)
+    # OFFICIAL-CODE draws scales in steps of 0.25; here uniformly. Edges: augmented as HED does it.
+    scales: tuple[float, float] = opt((0.5, 2.0), "range of the random scale (PAPER 4.1); not of "
+                                      "edges", "search", low=0.01, high=16)
+    batch_size: int = opt(16, "images a step, over all processes (PAPER 4.1)", "search", low=2)
     search_epochs: int = opt(50, "epochs of the Fully Dense Network (PAPER 4.1)", "search", low=1)
     epochs: int = opt(50, "epochs of a pruned network or baseline (PAPER 4.1)", "train", low=1)
     task: str = opt("segmentation", "what is predicted (PAPER 5.3)", "search",
@@ -81,10 +80,9 @@ class Config(BaseConfig):
     dataset: str = opt("synthetic", "where images come from", "dense", DATA_SETS)
     encoder: str = opt("mobilenet_v2", "classifier that becomes the encoder (PAPER 4.1, 5.1)",
                        "search", ("mobilenet_v2", "vgg16", "resnet50", "resnet101"))
-    weights_encoder: str = opt("imagenet", "none, imagenet (torchvision's, downloaded) or a file",
-                               "search")
-    width: int = opt(64, "channels of every decoder stage (OFFICIAL-CODE). The 7 M of Table 2's "
-                     "ResNet-101 decoder take 512, which the paper does not say", "search", low=1)
+    weights_encoder: str = opt("imagenet", "none, imagenet (downloaded) or a file", "search")
+    # The 7 M of Table 2's ResNet-101 decoder take a width of 512, which the paper does not say.
+    width: int = opt(64, "channels of every decoder stage (OFFICIAL-CODE)", "search", low=1)
     loss: str = opt("ours", "what drives w besides the task loss: ours = Eq. (2), its binary or "
                     "sparse half alone, task = nothing (Table 1); l1, maskconnect (Figure 4)",
                     "search", tuple(TERMS))
@@ -92,34 +90,30 @@ class Config(BaseConfig):
     warmup: int = opt(0, "first epochs of the search in which w rests at 1/2 (OURS; PAPER: none)",
                       "search", low=0)
     l1: float = opt(5e-3, "strength of --loss l1 (PAPER 4.2: 1e-3, 5e-3, 1e-2)", "search", low=0)
-    k: int = opt(2, "inputs of every stage with --loss maskconnect (PAPER 4.2: 2 to 5)", "search",
-                 low=1)
-    bn: bool = opt(True, "BN on every connection, Eq. (4); --no-bn is the ablation of 4.2",
-                   "search")
+    k: int = opt(2, "inputs a stage of --loss maskconnect (PAPER 4.2: 2 to 5)", "search", low=1)
+    bn: bool = opt(True, "BN on every connection, Eq. (4); --no-bn: 4.2's ablation", "search")
     sigma: float = opt(0.001, "connections with w below it are dropped (PAPER 4.1)", "search",
                        low=1e-9, high=0.999)
-    simplify: bool = opt(False, "after the paper's rules, drop duplicate and subset stages "
-                         "(OFFICIAL-CODE)", "search")
+    simplify: bool = opt(False, "drop duplicate and subset stages too (OFFICIAL-CODE)", "search")
     lr_encoder: float = opt(0.005, "SGD, encoder (PAPER 4.1)", "search", low=0)
     lr_decoder: float = opt(0.05, "SGD, decoder (PAPER 4.1)", "search", low=0)
     lr_w: float = opt(0.0, "SGD, w; 0 = the decoder's (OFFICIAL-CODE)", "search", low=0)
     momentum: float = opt(0.9, "of SGD (PAPER 4.1)", "search", low=0, high=0.999)
     weight_decay: float = opt(4e-5, "of SGD (PAPER 4.1), on w too (OFFICIAL-CODE)", "search", low=0)
-    poly: float = opt(0.9, "lr = lr0 (1 - step / steps)^poly (PAPER 4.1, power OFFICIAL-CODE)",
-                      "search", low=0)
+    # OURS: with 3e-4 a short run would never get away from the initial statistics.
     bn_momentum: float = opt(0.0, "of running BN statistics; 0 = 3e-4 (OFFICIAL-CODE), or "
-                             "10 / steps where that is more (OURS: a short run would never get "
-                             "away from the initial statistics)", "search", low=0, high=1)
+                             "10 / steps where that is more", "search", low=0, high=1)
     network: str = opt("found", "what --train, --eval and --export work on: found is --arch; "
                        "random_like is random, of about the size of --arch", "train", NETWORKS)
     arch: str = opt("", "arch.json [<out>/arch.json]", "train")
     init: str = opt("", "checkpoint to start --train from: derived.pt of the search, or the "
                     "earlier step of 5.1", "train")
-    train_split: str = opt("", "split for --train [trainval of bsds500, else train: PAPER 5.3]; "
-                           "voc also has trainvoc and trainval (data.py)", "train")
+    # voc also has trainvoc and trainval (data.py).
+    train_split: str = opt("", "split for --train [trainval of bsds500, else train: PAPER 5.3]",
+                           "train")
     split: str = opt("", "split for --eval [test of msra_b, bsds500, else val: PAPER 5.3]", "eval")
-    eval_scales: tuple[float, ...] = opt((1.0,), "scales for --eval, averaged (PAPER 5.1)", "eval",
-                                         low=0.05, high=16)
+    eval_scales: tuple[float, ...] = opt((1.0,), "scales for --eval, averaged (PAPER 5.1)",
+                                         "eval", low=0.05, high=16)
     flip: bool = opt(False, "average over mirrored pictures in --eval (PAPER 5.1)", "eval")
     thresholds: int = opt(99, "thresholds of the edge scores, as in the benchmark", "eval", low=1)
     frame: tuple[int, int] = opt((512, 512), "picture H W of --bench and --export (PAPER Table 1)",
@@ -349,8 +343,8 @@ def connectivity_of(cfg):
     patterns = {"unet": unet, "sparseacn": sparse_acn, "fdn": fully_dense}
     if cfg.network in patterns:
         return patterns[cfg.network](L)
-    if cfg.network in ("random", "random_rule"):
-        return random_connectivity(L, generator, cfg.network == "random_rule")
+    if cfg.network == "random_rule":
+        return random_connectivity(L, generator, rule=True)
     path = cfg.arch or str(Path(cfg.out) / "arch.json")
     old, connectivity = ("mobilenet_v2", RELEASED) if cfg.network == "released" else (
         read_connectivity(path))
@@ -939,7 +933,7 @@ def poly_sgd(net, cfg, steps):
     groups = [{"params": [parameter], "lr": rates.get(name.split(".")[0], cfg.lr_decoder)}
               for name, parameter in net.named_parameters() if parameter.requires_grad]
     sgd = torch.optim.SGD(groups, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-    return sgd, common.poly(sgd, steps, cfg.poly)
+    return sgd, common.poly(sgd, steps, 0.9)            # the power: OFFICIAL-CODE
 
 
 def decoder_of(cfg):
@@ -1082,8 +1076,8 @@ def evaluate_network(cfg, device):
         common.report_segmentation(cfg.network, kind, matrix, images, cfg, folder)
     else:
         common.log_record(folder, stage="eval", split=cfg.split, **scores)
-        print(f"{cfg.network} on {cfg.split}, {len(images)} pictures: "
-              + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+        told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        print(f"{cfg.network} on {cfg.split}, {len(images)} pictures: {told}")
     common.draw_segmentations(net, images, cfg, device, folder)
 
 
