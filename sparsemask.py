@@ -422,7 +422,7 @@ class Decoder(nn.Module):
 
         D_l = bn_l( sum_{t in T_l} w_l^t f_up(bn_l^t(conv_l^t(act(t)))) )
 
-    search: with bn_l^t (unless not bn), and w in forward; pruned, both are gone. OFFICIAL-CODE,
+    While searching with w in forward and link_norm, bn_l^t; pruned, both are gone. OFFICIAL-CODE,
     where the paper is silent: conv_l^t is 1x1 without bias, every input passes `act` first (on
     MobileNet-V2 the ReLU6 that its linear bottlenecks do not have), and bn_l, one a stage, follows
     the sum and stays after pruning.
@@ -433,8 +433,9 @@ class Decoder(nn.Module):
     maps of one size before they are up-sampled.
     """
 
-    def __init__(self, connectivity, channels, act, width=64, search=False, bn=True):
-        """channels: dict name of an encoder feature -> channels."""
+    def __init__(self, connectivity, channels, act, width=64, link_norm=None):
+        """channels: dict name of an encoder feature -> channels. link_norm: nn.BatchNorm2d, or
+        nn.Identity for the ablation without it; None for the pruned form."""
         super().__init__()
         self.connectivity, self.act, self.width = connectivity, act, width
         self.readers = {}                               # feature t -> the stages that read it
@@ -449,8 +450,7 @@ class Decoder(nn.Module):
             t: nn.Conv2d(channels[t], width * len(readers), 1, bias=False)
             for t, readers in self.readers.items()})
         self.link_norm = nn.ModuleDict({
-            t: nn.BatchNorm2d(conv.out_channels) if bn else nn.Identity()
-            for t, conv in self.conv.items() if search})
+            t: link_norm(conv.out_channels) for t, conv in self.conv.items() if link_norm})
         self.norm = nn.ModuleDict({stage: nn.BatchNorm2d(width) for stage in connectivity})
 
     def slot(self, stage, t):
@@ -604,7 +604,7 @@ class FullyDenseNet(nn.Module):
         self.encoder, self.k = encoder, k
         connectivity = fully_dense(len(encoder.channels))
         self.decoder = Decoder(connectivity, feature_channels(encoder.channels), encoder.act,
-                               width, search=True, bn=bn)
+                               width, nn.BatchNorm2d if bn else nn.Identity)
         self.classifier = nn.Conv2d(width, num_classes, 1)
         # OURS: w starts in the middle of its range, as the release's does (1 of [0, 2]). There the
         # binary part of Eq. (2) has no gradient yet: task loss and sparse part take sides first.
