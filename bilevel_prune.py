@@ -742,22 +742,15 @@ def mask_rates(masks, area, target, steps, cfg):
 # "no need for fine-tuning" holds for weights that have been trained under their masks.
 
 
-def learn(cfg, net, loader, area, target, score, device, folder):
-    """Sections 3 and 4: trains the weights, learns the masks, chooses channels. Returns the Run.
+def learn(run, net, loader, area, target, score):
+    """Sections 3 and 4: trains the weights, learns the masks, chooses channels.
 
-    net: the dense network; score(net) -> mIoU, for the log.
+    run: of run_of_search(); net: the dense network, its masks started; score(net) -> mIoU, for the
+    log.
     """
-    for mask, least in prunable(net, cfg).items():
-        mask.start(cfg.tau, least)                                      # s = 1: the dense network
-    masks = list(masks_of(net.to(device)).values())
-    forward = common.training_form(net.train(), cfg, device)
-    optimizer, schedule = optimizer_for(net, cfg, cfg.search_epochs * len(loader))
-    steps = chosen_after(cfg) * (len(loader) // (cfg.weight_steps + 1))
-    rates = mask_rates(masks, area, target, steps, cfg)
-    mask_optimizer = torch.optim.SGD([{"params": [mask.s]} for mask in masks], 0.0, cfg.momentum)
-    run = common.Run("search", "search", cfg, device, folder, cfg.search_epochs, stale=STALE,
-                     model=net, optimizer=optimizer, schedule=schedule,
-                     mask_optimizer=mask_optimizer)
+    cfg, schedule, masks = run.cfg, run.parts["schedule"], list(masks_of(net).values())
+    weight_sgd, mask_sgd = run.parts["optimizer"], run.parts["mask_optimizer"]
+    forward = common.training_form(net.train(), cfg, run.device)
     for epoch in run.epochs():
         deciding = epoch < chosen_after(cfg)
         batches, rows, direction = run.batches(loader), [], None
@@ -771,8 +764,9 @@ def learn(cfg, net, loader, area, target, score, device, folder):
                 if deciding and cfg.method == "slimming":
                     terms["l1"] = cfg.slim_l1 * sum(n.weight.abs().sum() for n in norms_of(net))
                 with pruned_weights_kept(net):
-                    run.descend(optimizer, **terms)
+                    run.descend(weight_sgd, **terms)
                 schedule.step()
+
             # Second step: one on s, the weights stay. No decay: Eq. (5) alone makes masks fall.
             net.masks.requires_grad_(True)
             for images, labels in islice(batches, int(deciding and cfg.method == "bilevel")):
@@ -783,20 +777,36 @@ def learn(cfg, net, loader, area, target, score, device, folder):
                 # One schedule for both: (1 - step / steps)^0.9. A scheduler of the masks' own would
                 # have to count the weight steps too.
                 fall = schedule.get_last_lr()[0] / cfg.lr
-                for k, group in enumerate(mask_optimizer.param_groups):
+                for k, group in enumerate(mask_sgd.param_groups):
                     masks[k].s.grad = first[k] - second[k] + pull[k]            # Eq. (15)
-                    group["lr"] = rates[k] * fall
-                mask_optimizer.step()
-                direction, row = forces(rates, first, second, pull, direction)
+                    group["lr"] = group["rate"] * fall
+                mask_sgd.step()
+                direction, row = forces(mask_sgd, first, second, pull, direction)
                 rows.append(row | {"macs": share_left(net, area)})
                 schedule.step()
+
         if epoch + 1 == chosen_after(cfg):              # from here on b is fixed, only w moves
             run.values["by_masks"] = share_left(net, area)
             choose(net, scores_of(cfg.method, net), area, target, cfg)
         miou, share = score(net), share_left(net, area)
         run.end_epoch(note=f" | {100 * share:.1f}% of the MACs, masked mIoU {100 * miou:.2f}",
                       masked_miou=miou, macs=share, mask_steps=rows, widths=widths_left(net))
-    return run
+
+
+def run_of_search(cfg, net, loader, area, target, device, folder):
+    """The Run of a search: starts the masks of the dense network; SGD with momentum for the
+    weights, and for the masks, each with a `rate` of its own."""
+    for mask, least in prunable(net, cfg).items():
+        mask.start(cfg.tau, least)                                      # s = 1: the dense network
+    masks = list(masks_of(net.to(device)).values())
+    optimizer, schedule = optimizer_for(net, cfg, cfg.search_epochs * len(loader))
+    mask_steps = chosen_after(cfg) * (len(loader) // (cfg.weight_steps + 1))
+    rates = mask_rates(masks, area, target, mask_steps, cfg)
+    groups = [{"params": [mask.s], "rate": rate} for mask, rate in zip(masks, rates)]
+    mask_optimizer = torch.optim.SGD(groups, 0.0, cfg.momentum)
+    return common.Run("search", "search", cfg, device, folder, cfg.search_epochs, stale=STALE,
+                      model=net, optimizer=optimizer, schedule=schedule,
+                      mask_optimizer=mask_optimizer)
 
 
 def norm(parts):
@@ -804,7 +814,7 @@ def norm(parts):
     return torch.cat(list(parts)).norm()
 
 
-def forces(rates, first, second, pull, before):
+def forces(mask_sgd, first, second, pull, before):
     """What decides in a mask step, for the log: (the loss's own mask gradient, first - second, of
     all masks (M,), a dict of shares). before: that gradient of the last mask step, None at first.
 
@@ -812,6 +822,7 @@ def forces(rates, first, second, pull, before):
     masks. cosine: of the gradients of two batches; if it is near 0, noise of the batch decides.
     """
     now = torch.cat([f - s for f, s in zip(first, second)])
+    rates = [group["rate"] for group in mask_sgd.param_groups]
     moves = torch.stack([norm(rate * x for rate, x in zip(rates, part))
                          for part in (first, second, pull)])
     cosine = 0.0 if before is None else float(F.cosine_similarity(now, before, dim=0))
@@ -850,7 +861,8 @@ def search(cfg, device, folder=None):
     target = target_of(cfg, net, area)                  # refused now, not after hours
     start(cfg, net, device)
     torch.manual_seed(cfg.seed)
-    run = learn(cfg, net, loader, area, target, score, device, folder or folder_of(cfg))
+    run = run_of_search(cfg, net, loader, area, target, device, folder or folder_of(cfg))
+    learn(run, net, loader, area, target, score)
     return finish(run, net, area, target, score)
 
 

@@ -3588,8 +3588,8 @@ def learnt(net, pairs, area, target, **settings):
     spy = mock.patch.object(bilevel_prune, "mask_rates", wraps=bilevel_prune.mask_rates)
     with (tempfile.TemporaryDirectory() as tmp, spy as rates,
           contextlib.redirect_stdout(io.StringIO())):
-        bilevel_prune.learn(cfg, net, MaskBatches(pairs), area, target, lambda net: 0.0,
-                            torch.device("cpu"), tmp)
+        run = bilevel_prune.run_of_search(cfg, net, MaskBatches(pairs), area, target, CPU, tmp)
+        bilevel_prune.learn(run, net, MaskBatches(pairs), area, target, lambda net: 0.0)
         record, = common.read_log(tmp, "search")
         assert cfg.method != "bilevel" or rates.call_args.args[3] == len(record["mask_steps"])
     return {name: mask.s.detach() for name, mask in net.masks.items()}, record
@@ -3861,6 +3861,33 @@ def planted():
     return net, pairs, area, bilevel_prune.macs_of(area, counts)
 
 
+def test_bilevel_planted_pull_of_the_macs_turns_masks_off():
+    """A classifier of zeros: the loss says nothing, so the pull of Eq. (5) alone moves the masks.
+    With momentum the dearest falls to tau after some steps, without it later, without a pull never;
+    when, is counted by hand."""
+    found = []
+    for momentum, beta in ((0.9, 0.01), (0.0, 0.01), (0.9, 0.0)):
+        net, pairs, area, target = planted()
+        nn.init.zeros_(net.classify.conv.weight)
+        dense, full = bilevel_prune.macs_of(area, {}), net.widths()
+        dearest = max(dense - bilevel_prune.macs_of(area, {net.masks[name]: n - 1})
+                      for name, n in full.items())
+        pull = beta * 2 * (dense - target) * dearest * (8.2 / dense) ** 2
+        v, s, whole = 0, 1, 0                               # mask steps after which all are there
+        while whole < 60:
+            v = momentum * v + pull
+            s -= 0.6 * (1 - (2 * whole + 1) / 120) ** 0.9 * v
+            if s <= 0.5:
+                break
+            whole += 1
+        _, record = learnt(net, pairs, area, target, lr=1e-12, momentum=momentum, beta=beta,
+                           mask_lr=0.6, cost_power=0.0)
+        left = [step["macs"] for step in record["mask_steps"]]
+        assert left[:whole] == [1.0] * whole and (whole == 60 or left[whole] < 1), (whole, left)
+        found.append(whole)
+    assert 2 < found[0] < found[1] - 5 < found[2] - 10, found
+
+
 SLOW = {"lam": 100.0, "mask_lr": 1e-4}                  # no mask is ever tried at 0
 
 
@@ -3876,7 +3903,7 @@ def test_bilevel_planted_useless_channels_are_found():
 def test_bilevel_slimming_penalty():
     net, pairs, *problem = planted()
     net.layers[0].norm.weight.data[0] = -1.0
-    want = sum(layer.norm.weight.abs().sum() for layer in net.layers)
+    want = sum(layer.norm.weight.detach().abs().sum() for layer in net.layers)
     _, record = learnt(net, pairs[:2], *problem, method="slimming", lr=1e-12, slim_l1=0.5)
     assert abs(record["l1"] - 0.5 * float(want)) < 1e-3 and record["mask_steps"] == []
 
