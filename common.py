@@ -468,10 +468,10 @@ class Run:
         loader.sampler.set_epoch(self.epoch)
         self.steps = self.steps or len(loader)
         for images, labels in loader:
-            yield to_device(images, labels, self.cfg, self.device)
-            self.step += 1
+            self.step += 1                  # here: behind the last batch nobody asks on
             self.done += 1
             self.images += len(images) * world_size()
+            yield to_device(images, labels, self.cfg, self.device)
             if sys.stdout.isatty() and rank() == 0 and time.perf_counter() - self.shown > 0.5:
                 self.shown = time.perf_counter()
                 print("\r" + self.progress()[:150], end="\x1b[K", flush=True)
@@ -492,7 +492,7 @@ class Run:
         if not torch.stack([v.float() for v in terms.values()]).isfinite().all():
             values = ", ".join(f"{name} = {float(v):.4g}" for name, v in terms.items())
             raise InputError(f"not finite in {self.name}, epoch {self.epoch + 1}, step "
-                             f"{self.step + 1}: {values}; lower the learning rate (the last "
+                             f"{self.step}: {values}; lower the learning rate (the last "
                              "checkpoint is kept)")
 
     def descend(self, optimizer, clip=0.0, **terms):
