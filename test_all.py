@@ -4985,7 +4985,7 @@ METHODS = {
         "--size 32 64 --epochs 1 --batch-size 4 --lr 0.02",
         "arch.json last.pt log.jsonl arch_student.png arch_teacher.png teacher/best.pt "
         "student/segmentations.png student/best.pt bench.json",
-        ("Table 2", "it 2/2", "supernet_miou", "derived_miou", "27.770487 G", "teacher: best"),
+        ("Table 2", "it 1/1 seg", "supernet_miou", "derived_miou", "27.770487 G", "teacher: best"),
         (("--search --resume --tau 0.5", "--tau"), ("--search --layers 3", "--layers"),
          ("--search --widths 4 4", "--widths"), ("--search --target-ms 0", "--target-ms"),
          ("--train --no-distill --lr 1e30", "not finite", "step"),
