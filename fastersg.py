@@ -1293,7 +1293,7 @@ def search(cfg, device):
         print_decidedness(student)
         for name in ("student", "teacher"):
             draw_architecture(out / f"arch_{name}.png", found[name], f"FasterSeg {name}")
-        draw_search(cfg, student.cpu())
+        draw_search(cfg)
         print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\n"
               + common.next_command(cfg, "fastersg", "--train --eval"))
     common.barrier()                            # the other ranks may read arch.json now
@@ -1333,13 +1333,9 @@ def draw_architecture(path, arch, title):
     common.save_png(image, path)
 
 
-def draw_search(cfg, student):
-    """From the log and the student's logits: alpha at the end, what moved when, and Figure 4."""
+def draw_search(cfg):
+    """From the log: what moved when, and Figure 4."""
     records, out = common.read_log(cfg.out, "search"), Path(cfg.out)
-    alpha = {f"1/{s} layer {l}": p.tolist()
-             for (s, l), p in student.probabilities("alpha").items()}
-    common.draw_heat_map(out / "search_alpha.png", "alpha of the student at the end", list(alpha),
-                         OPERATORS, list(alpha.values()))
     shares = [r["student"]["shares"] for r in records]
     common.draw_heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
                          list(shares[0]), [r["epoch"] + 1 for r in records],
