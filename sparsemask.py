@@ -531,6 +531,25 @@ class SparseMaskNet(nn.Module):
             decoder.norm[stage] = nn.Identity()
 
 
+class Padded(nn.Module):
+    """A network for pictures of any size: images (B, 3, H, W) -> logits (B, K, H, W).
+
+    OURS: rows and columns of zeros, the mean colour, make the sides 32 k + 1 as in training, and
+    are cut off again. E_9 of a picture of 144 rows has 5 cells, on rows 0 to 128; align_corners
+    would draw the last one on row 143. A network that has learnt where cells lie loses 9 mIoU by
+    that (CamVid, docs/results.md).
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.train(net.training)                # as it is: evaluate() puts it back
+
+    def forward(self, images):
+        h, w = images.shape[-2:]
+        return self.net(F.pad(images, (0, -(w - 1) % 32, 0, -(h - 1) % 32)))[..., :h, :w]
+
+
 class FCN(nn.Module):
     """The baseline of Table 1: one 1x1 convolution on E_L, up-sampled."""
 
@@ -800,7 +819,7 @@ def search(cfg, device):
                      schedule=schedule)
 
     def score(network):
-        return evaluate(network, val_loader, images.num_classes, device, cfg.amp).miou()
+        return evaluate(Padded(network), val_loader, images.num_classes, device, cfg.amp).miou()
 
     connectivity, derived = search_connectivity(net, loader, run, cfg, score)
     w, miou = net.connection_weights(), {"supernet": score(net), "derived": score(derived)}
@@ -998,7 +1017,7 @@ def train(cfg, device):
         return {"task": task_loss(forward(images), labels, cfg.task)}
 
     def score(model):
-        return evaluate(model, val_loader, images.num_classes, device, cfg.amp).miou()
+        return evaluate(Padded(model), val_loader, images.num_classes, device, cfg.amp).miou()
 
     best = common.fit(run, loss_terms, loader, score)
     if rank() == 0:
@@ -1049,14 +1068,15 @@ class SaliencyScores:
 
 
 def restore(cfg, classes, device):
-    """The trained network in eval mode; InputError if the checkpoint is another network's."""
+    """The trained network in eval mode, Padded; InputError if the checkpoint is another network's.
+    """
     path = checkpoint_of(cfg)
     state = common.load_checkpoint(path, ("model", "settings"))
     wanted = {"encoder": cfg.encoder, "arch": decoder_of(cfg)}
     common.require_same(state["settings"], wanted, path)
     net = build(cfg, classes)
     common.load_weights(net, state["model"], path)
-    return place(net.eval(), cfg, device)
+    return place(Padded(net.eval()), cfg, device)
 
 
 def evaluate_network(cfg, device):
@@ -1162,7 +1182,7 @@ def check(cfg, stages):
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
     if stages & {"search", "train"} and rank() == 0 and any(side % 32 != 1 for side in cfg.size):
         print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features will lie "
-              "up to a cell, 32 pixels, from where they belong")
+              "up to a cell, 32 pixels, from where they lie in --eval and belong")
 
 
 def check_files(cfg, stages):

@@ -2649,6 +2649,18 @@ def test_sparsemask_coarse_cells_lie_where_they_belong():
         back = sparsemask.f_up(columns[..., ::32], (1, width))
         assert bool((back - columns).abs().max() < 1e-3) == exact
     assert all(side % 32 == 1 for side in (*sparsemask.Config.size, *sparsemask.QUICK["size"]))
+    # Pictures of other sizes are padded: their cells lie as in training.
+    class EveryCell(nn.Module):
+        def forward(self, images):
+            self.size = images.shape[-2:]
+            return sparsemask.f_up(images[..., ::32, ::32], self.size)
+    columns, cells = torch.arange(144.0).expand(1, 3, 130, 144), EveryCell().eval()
+    padded = sparsemask.Padded(cells)
+    assert padded(columns).shape == columns.shape and cells.size == (161, 161)
+    assert torch.allclose(padded(columns)[..., :129, :129], columns[..., :129, :129], atol=1e-3)
+    assert (cells(columns) - columns)[..., :129, :129].abs().max() > 10
+    assert torch.equal(padded(columns[..., :129, :97]), cells(columns[..., :129, :97]))
+    assert not padded.training and sparsemask.Padded(cells.train()).training
 
 
 def dense_net(**options):
@@ -3270,7 +3282,11 @@ SPARSE_TINY = ("--dataset folder --num-classes 3 --size 33 65 --batch-size 4 --w
 def test_sparsemask_derived_network_and_ablations():
     """What the search has learned can be evaluated, and is where a training may start. Every
     ablation ends with a derived network that is the supernet."""
-    with tempfile.TemporaryDirectory() as tmp:
+    def of_padded(net, *rest):
+        assert isinstance(net, sparsemask.Padded)
+        return common.evaluate(net, *rest)
+    with (tempfile.TemporaryDirectory() as tmp,
+          mock.patch.object(sparsemask, "evaluate", of_padded)):
         base = [*SPARSE_TINY, "--data-root", three_classes(Path(tmp, "set")), "--out", tmp]
         call_main(sparsemask, "--search", *base, "--search-epochs", 2)
         derived, path = common.read_log(tmp, "found")[-1]["derived"], Path(tmp, "derived.pt")
