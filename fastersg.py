@@ -106,7 +106,7 @@ class Config(BaseConfig):
     network: str = opt("student", "which one: pruned_teacher is a row of Table 3, random ones have "
                        "the student's latency", "train", NETWORKS)
     # OURS: small crops are better 32 k + 1: align_corners stretches a map of 3 cells over 96 pixels
-    # by half, and one of 5 over 130, in evaluation, hardly at all (28 and 31 mIoU: docs/results.md).
+    # by half, and in evaluation one of 5 over 130 hardly at all (28 and 31 mIoU: docs/results.md).
     size: tuple[int, int] = opt((512, 1024), "training crop H W (OFFICIAL-CODE)", "train", low=32)
     # OURS: uniform; OFFICIAL-CODE: .75, 1 or 1.25. The search draws scales too.
     scales: tuple[float, float] = opt((0.75, 1.25), "random scale", "search", low=0.1, high=10)
