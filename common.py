@@ -676,7 +676,8 @@ def export(model, size, path):
 
     torch.export.load(path).module()(image (1, 3, *size)) -> logits.
     """
-    folded, image = fold_bn(model).cpu(), torch.randn(1, 3, *size)
+    folded = fold_bn(model).cpu().to(memory_format=torch.contiguous_format)
+    image = torch.randn(1, 3, *size)
     with torch.no_grad():
         program = torch.export.export(folded, (image,))
     with replacing(path) as temporary, open(temporary, "wb") as file:

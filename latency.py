@@ -1,7 +1,8 @@
 """Latency: measuring modules, a table of operator latencies (LUT), a bench of whole networks.
 
-How it is measured: eval mode, BN folded, no gradients, after warm-up, synchronised (CUDA events on
-a GPU, wall time on a CPU). Candidates take turns, so that a slow moment of the machine hits all of
+How it is measured: eval mode, BN folded, no gradients, after warm-up, synchronised. On a CPU wall
+time counts; on a GPU CUDA events, of a CUDA graph, because a small kernel runs in less time than
+Python takes to launch it. Candidates take turns, so that a slow moment of the machine hits all of
 them, and the median over the turns is reported with the 90th percentile. Backends are never mixed
 in one table: `conditions` says what a latency is valid for, and stands beside every number.
 
@@ -76,7 +77,8 @@ def measure(calls, device, rounds=15):
     return times
 
 
-def prepare(module, shapes, device, dtype=torch.float32, channels_last=False):
+@torch.no_grad()
+def prepare(module, shapes, device, dtype=torch.float32, channels_last=False, compiled=False):
     """A function without arguments that runs a copy of the module, its BN folded, once.
 
     shapes: one (B, C, H, W) an input; the inputs are random numbers, drawn here and now.
@@ -84,7 +86,28 @@ def prepare(module, shapes, device, dtype=torch.float32, channels_last=False):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module = fold_bn(module).to(device, dtype).to(memory_format=layout)
     inputs = [torch.randn(shape).to(device, dtype, memory_format=layout) for shape in shapes]
-    return lambda: module(*inputs)
+    forward = torch.compile(module) if compiled else module
+    if torch.device(device).type != "cuda":
+        return lambda: forward(*inputs)
+    return captured(lambda: forward(*inputs))
+
+
+def captured(call):
+    """The kernels of the call as one CUDA graph; returns what replays it."""
+    torch.backends.cudnn.benchmark = True
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):              # compiles and chooses algorithms, which no graph may hold
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replay(_=call):                 # the graph reads memory that belongs to the call
+        graph.replay()
+    return replay
 
 
 def device_name(device):
@@ -104,7 +127,7 @@ def conditions(device, dtype, frame, layout="NCHW", compiled=False):
     return {"device": device_name(device), "torch": torch.__version__,
             "threads": None if gpu else torch.get_num_threads(),
             "dtype": "tf32" if short else str(dtype).removeprefix("torch."),
-            "layout": layout, "compiled": compiled, "frame": list(frame)}
+            "layout": layout, "compiled": compiled, "graph": gpu, "frame": list(frame)}
 
 
 def compare(nets, frame, device, cfg):
@@ -115,8 +138,7 @@ def compare(nets, frame, device, cfg):
     """
     dtype, calls, rows = torch.bfloat16 if cfg.amp else torch.float32, {}, {}
     for name, net in nets.items():
-        call = prepare(net, [(1, 3, *frame)], device, dtype, cfg.channels_last)
-        calls[name] = torch.compile(call) if cfg.compile else call
+        calls[name] = prepare(net, [(1, 3, *frame)], device, dtype, cfg.channels_last, cfg.compile)
     about = conditions(device, dtype, frame, "NHWC" if cfg.channels_last else "NCHW", cfg.compile)
     times = measure(calls, device)
     print(", ".join(f"{key} {value}" for key, value in about.items()) + ", batch 1, BN folded")

@@ -1,8 +1,11 @@
 """All tests: `python test_all.py`, or `python test_all.py WORD` for those with WORD in the name.
 
-No network, no data set, no GPU; under two minutes on two CPU cores. Each test compares with
+No network, no data set, no GPU; two to four minutes on two CPU cores. Each test compares with
 something that does not share code with what it tests: loops, brute force, torchvision, an identity,
 counts from the papers.
+
+A GPU is left alone: its sums have no fixed order, and many tests compare two runs bit for bit. On
+one, `CUDA_VISIBLE_DEVICES=0 python test_all.py cuda` runs what is for it.
 """
 import contextlib
 import copy
@@ -30,6 +33,7 @@ from unittest import mock
 
 # The networks here are too small to gain from threads, and runs with equal threads are comparable.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import numpy as np
 import torch
@@ -1605,6 +1609,26 @@ def test_latency_on_a_gpu_is_taken_by_its_events():
     assert abs(found["a"]["median"] - 0.25) < 1e-6 and order.count("a") == 10 + 3 * 4
 
 
+def test_latency_on_a_gpu_is_that_of_a_graph():
+    """Stand-ins for CUDA's: after a warm-up the call is captured once, and then only replayed."""
+    done, graph = [], mock.Mock()
+
+    @contextlib.contextmanager
+    def region(name):
+        done.append(f"enter {name}")
+        yield
+        done.append(f"leave {name}")
+    with (mock.patch.object(torch.cuda, "Stream", mock.Mock()),
+          mock.patch.object(torch.cuda, "current_stream", mock.Mock()),
+          mock.patch.object(torch.cuda, "stream", lambda _: region("side")),
+          mock.patch.object(torch.cuda, "CUDAGraph", lambda: graph),
+          mock.patch.object(torch.cuda, "graph", lambda g: region("graph") if g is graph else None)):
+        replay = latency.captured(lambda: done.append("call"))
+    assert done == ["enter side", *["call"] * 3, "leave side", "enter graph", "call", "leave graph"]
+    replay(), replay()
+    assert graph.replay.call_count == 2 and done.count("call") == 4
+
+
 def test_latency_conditions_and_what_is_measured():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     call = latency.prepare(net, [(2, 3, 9, 9)], "cpu", torch.float64, True)
@@ -1622,7 +1646,7 @@ def test_latency_conditions_and_what_is_measured():
                                          (torch.bfloat16, True, "bfloat16")):
             with torch.backends.cudnn.flags(allow_tf32=allowed):
                 about = latency.conditions("cuda", dtype, (4, 6))
-            assert about["dtype"] == expected and about["threads"] is None
+            assert about["dtype"] == expected and about["threads"] is None and about["graph"]
             assert latency.conditions("cpu", dtype, (4, 6))["dtype"] == str(dtype)[6:]
 
 
@@ -5247,6 +5271,80 @@ def test_bilevel_prune_two_ranks_hold_the_same_weights():
         flags = method.flags(tmp, Path(tmp, "two"))
         on_two_ranks(lambda rank: call_main(method.module, "--search", *flags))
 
+
+def cuda_steps_are_the_cpus():
+    """In float64, no rounding hides a kernel that does something else: loss and gradient of a step
+    of every search. FasterSeg's loss is float32. NHWC too."""
+    torch.manual_seed(0)
+    cfg = fastersg.Config(**TINY)
+    arch = one_hot_arch(cfg, random.Random(0)).double()
+    supernet = nn.ModuleList([fastersg.Supernet(cfg, 3), arch]).double()
+
+    def of_supernet(nets, images, labels):
+        net, arch = nets
+        return fastersg.seg_loss(net, arch.draw(arch.likeliest()), fastersg.STUDENT, images, labels,
+                                 cfg)
+
+    def plain(net, images, labels):
+        logits = net(images)
+        main = logits[0] if isinstance(logits, list) else logits
+        return common.cross_entropy(common.enlarged(main, labels.shape[-2:]), labels)
+    cases = {"fastersg": (supernet, of_supernet), "sparsemask": (dense_net(), plain),
+             "bilevel_prune": (with_masks(bilevel_prune.build("tiny", 3).double()), plain),
+             "mtp": (mtp.Segmenter("deeplabv3_resnet18", 3).double(), plain)}
+    images, labels = torch.rand(4, 3, 65, 97).double(), torch.randint(0, 3, (4, 65, 97))
+    for name, (net, loss_of) in cases.items():
+        for module in net.modules():
+            if isinstance(module, nn.Dropout2d):        # draws other masks on a GPU
+                module.p = 0.0
+        found = []
+        for device, layout in (("cpu", torch.contiguous_format), ("cuda", torch.contiguous_format),
+                               ("cuda", torch.channels_last)):
+            copied = copy.deepcopy(net).to(device, memory_format=layout).train()
+            loss = loss_of(copied, images.to(device, memory_format=layout), labels.to(device))
+            loss.backward()
+            grads = [p.grad.cpu().flatten() for p in copied.parameters() if p.grad is not None]
+            found.append((float(loss.detach()), torch.cat(grads)))
+        for loss, gradient in found[1:]:
+            assert abs(loss / found[0][0] - 1) < 1e-6, name
+            assert (gradient - found[0][1]).norm() < 1e-5 * found[0][1].norm(), name
+
+
+def cuda_graph_computes_what_the_network_does():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x, seen = torch.randn(1, 3, 9, 9).cuda(), []
+    folded = common.fold_bn(net).cuda()
+    with torch.no_grad():
+        replay = latency.captured(lambda: seen.append(folded(x)))
+        x.copy_(torch.randn(1, 3, 9, 9))                # the graph reads the same memory
+        replay()
+        torch.cuda.synchronize()
+        assert torch.allclose(seen[-1].cpu(), net(x.cpu()), atol=1e-2)          # TF32
+    times = latency.measure({"a": latency.prepare(net, [(1, 3, 64, 64)], "cuda")}, "cuda")
+    assert 0 < times["a"]["median"] < 100
+
+
+def cuda_stages_run(name):
+    """All stages with bf16 in NHWC memory, and once more, resumed; the export runs on a CPU."""
+    method = METHODS[name]
+    with tempfile.TemporaryDirectory() as tmp, method.around():
+        program = Path(tmp, "net.pt2")
+        flags = [*method.flags(tmp, Path(tmp, "runs", "a"), train=True), "--device", "cuda",
+                 "--amp", "--channels-last"]
+        call_main(method.module, "--search", "--train", *flags)
+        said = call_main(method.module, "--search", "--train", "--eval", "--bench", "--resume",
+                         *flags, "--export", program)
+        for word in (*method.words[-2:], "retrained mIoU on val"):
+            assert word in said, f"'{word}' is missing in:\n{said}"
+        image = torch.randn(1, 3, 32, 64)
+        assert torch.export.load(program).module()(image).isfinite().all()
+
+
+if torch.cuda.device_count():
+    test_cuda_steps_are_the_cpus = cuda_steps_are_the_cpus
+    test_cuda_graph_computes_what_the_network_does = cuda_graph_computes_what_the_network_does
+    for name in METHODS:
+        globals()[f"test_cuda_stages_run_{name}"] = functools.partial(cuda_stages_run, name)
 
 for check in (killed_at_every_rename, killed_for_real, stopped_by_a_scheduler, finished_run,
               two_ranks_are_one):
