@@ -1068,8 +1068,7 @@ class SaliencyScores:
 
 
 def restore(cfg, classes, device):
-    """The trained network in eval mode, Padded; InputError if the checkpoint is another network's.
-    """
+    """The trained network, Padded, in eval mode; InputError if the checkpoint is another's."""
     path = checkpoint_of(cfg)
     state = common.load_checkpoint(path, ("model", "settings"))
     wanted = {"encoder": cfg.encoder, "arch": decoder_of(cfg)}
@@ -1130,8 +1129,9 @@ PAPER = {"fcn": (0.03, 156, 63.80), "deeplabv3": (0.67, 50, 72.51), "unet": (0.1
 def bench(cfg, device):
     """--bench: parameters, conv MACs and latency (BN folded) beside Table 1; writes bench.json.
 
-    Always with 21 classes, as in Table 1. Fewer parameters are not fewer MACs: what D_1 reads runs
-    at the size of its source, but what is up-sampled to 1/2 costs time that MACs do not count.
+    Always with 21 classes, as in Table 1, and at --frame, where --eval pads to 32 k + 1. Fewer
+    parameters are not fewer MACs: what D_1 reads runs at the size of its source, but what is
+    up-sampled to 1/2 costs time that MACs do not count.
     """
     names = dict.fromkeys([cfg.network, *PAPER])
     if not cfg.arch and not (Path(cfg.out) / "arch.json").exists():
@@ -1181,8 +1181,8 @@ def check(cfg, stages):
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
     if stages & {"search", "train"} and rank() == 0 and any(side % 32 != 1 for side in cfg.size):
-        print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features will lie "
-              "up to a cell, 32 pixels, from where they lie in --eval and belong")
+        print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up to a "
+              "cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
 
 
 def check_files(cfg, stages):
