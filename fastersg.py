@@ -844,7 +844,8 @@ def measured_table(cfg, num_classes, device):
 
 
 def table_latency(arch, ms, num_classes):
-    """App. E: ms of a derived network, the sum of its entries."""
+    """App. E: ms of a derived network, the sum of its entries: operators run one after the other,
+    so what they take alone adds up, but for caches and launches (Figure 3: --correlation)."""
     return sum(ms[entry(piece)] for piece in pieces_of(arch, num_classes))
 
 
@@ -1226,7 +1227,9 @@ def inherit(small, net, who, widths):
 def copy_slices(small, wide, j=0):
     """Same-named tensors, the first channels of each; BN of width j.
 
-    Not load_state_dict: what a superkernel has beyond the width found is left behind.
+    Not load_state_dict: what a superkernel has beyond the width found is left behind. The kernel of
+    chi_j is the corner [:c_out, :c_in] of the widest (3.1.3), so shapes alone say which part it is;
+    BN has its own statistics for each width, and j names them.
     """
     source = wide.state_dict()
     for name, tensor in small.state_dict().items():
@@ -1268,7 +1271,12 @@ def controls(cfg, student, ms, num_classes, draws=200):
 
 
 def search(cfg, device):
-    """--search: pretrain, search, derive; writes arch.json (nothing measured in it), pictures."""
+    """--search: pretrain, search, derive; writes arch.json (nothing measured in it), pictures.
+
+    arch.json holds six networks: teacher and student as derived, the teacher at the smallest width
+    (pruned_teacher, Table 3), and three random ones of the student's latency. --train --network
+    takes any of them.
+    """
     num_classes, loaders = search_loaders(cfg)
     if rank() == 0:
         print(f"search space (4.2): {count_paths(cfg.layers)} paths of two branches, times "
@@ -1302,11 +1310,15 @@ def search(cfg, device):
 
 
 def print_decidedness(arch):
+    """How sure the argmax of derive is, and a warning where it is little more than a guess.
+
+    What to do about it is more steps: a larger --arch-lr alone moves the margins, and two searches
+    agree no better (QUICK).
+    """
     for kind, (largest, margin) in decidedness(arch).items():
         print(f"{kind:9s} mean largest probability {largest:.2f}, mean margin {margin:.2f}")
         if margin < 0.05:
-            print(f"  warning: UNDECIDED, another seed may choose another {kind}; search longer, "
-                  "or with a larger --arch-lr")
+            print(f"  warning: UNDECIDED, another seed may choose another {kind}; search longer")
 
 
 # ---------------------------------------------------------------------------------------------

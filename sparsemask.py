@@ -189,8 +189,9 @@ RELEASED = {"D8": ("E9", "G"), "D7": ("E7", "G"), "D6": ("E6", "G"),
 def drop_useless(connectivity):
     """Rules (2) and (3) of Section 3.3: stages without input go, stages that nobody reads go.
 
-    Until nothing changes, as a stage that goes may have been the only input or reader of another.
-    D_1 is read by the classifier. {} if nothing reaches D_1.
+    Until nothing changes, as a stage that goes may have been the only input or reader of another:
+    of {D3: (), D2: (D3,), D1: (D2, E1)} first D3 goes, then D2, and D1 reads E1 alone. D_1 is read
+    by the classifier. {} if nothing reaches D_1.
     """
     while True:
         read = {t for inputs in connectivity.values() for t in inputs} | {"D1"}
@@ -205,7 +206,8 @@ def drop_repeated(connectivity, L):
     """The release's two passes after the paper's rules (OFFICIAL-CODE); D_1 is exempt.
 
     Duplicates: of stages with the same inputs the deepest survives, for the others' readers too.
-    Subsets: a deeper stage goes if a finer one has all of its inputs and all of its readers.
+    Subsets: a deeper stage goes if a finer one has all of its inputs and all of its readers: with
+    {D5: (E6,), D3: (E6, E3), D1: (D5, D3)} whatever D5 could tell D1, D3 can, and at a finer size.
     """
     kept = {stage: set(inputs) for stage, inputs in connectivity.items()}
     pairs = list(itertools.combinations([stage for stage in kept if stage != "D1"], 2))
@@ -473,7 +475,11 @@ class Decoder(nn.Module):
         return dict(zip(readers, z.split(self.width, 1)))
 
     def forward(self, features, w=None):
-        """w: {stage l: (|T_l|,)}, or None for the pruned form, in which w and bn_l^t are gone."""
+        """w: {stage l: (|T_l|,)}, or None for the pruned form, in which w and bn_l^t are gone.
+
+        features[t] is asked for all its links at once, when its first reader comes: what E8 gives
+        to D8, D7, .. is one convolution, and each reader then takes its own share.
+        """
         features, links = dict(features), {}
         for stage, inputs in self.connectivity.items():                     # D_L .. D_1
             sums = {}                                   # (h, w) -> what has this size, summed
@@ -746,6 +752,16 @@ def search_connectivity(net, loader, run, cfg, score):
 
 # ---------------------------------------------------------------------------------------------
 # 7. Prune (3.3), and the network that is left
+#
+#   w of the supernet   {"D2": {"E2": 0.9, "E3": 0.0, "D3": 1.0}, ...}         connection_weights()
+#     rule (1)          {"D2": ("E2", "D3"), ...}                              kept_inputs()
+#     rules (2), (3)    stages without input or reader go, in section 2        drop_useless()
+#   connectivity        what arch.json holds, and --train reads                prune()
+#     folding           w and bn_l^t go into the 1x1 convolutions              inherit()
+#   pruned network      derived.pt, from which --train can start (--init)
+#
+# A stage is never dropped by a number of its own: it goes because all of its inputs went, or all of
+# its readers. That is how nine stages become few.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1181,8 +1197,8 @@ def check(cfg, stages):
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
     if stages & {"search", "train"} and rank() == 0 and any(side % 32 != 1 for side in cfg.size):
-        print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up to a "
-              "cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
+        print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up to "
+              "a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
 
 
 def check_files(cfg, stages):
