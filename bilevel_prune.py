@@ -24,7 +24,7 @@ The idea in five lines:
     s, b, tau            mask.s, mask.binary(), mask.tau   soft mask, binary mask, threshold
     L, L_reg, C          task_loss, regularizer, target    Eqs. (4), (5); MACs that may remain
     beta, lambda         cfg.beta, cfg.lam                 Eqs. (4), (15)
-    o', i', k, t t'      left(out), left(into), area       Eq. (5)
+    o', i, k, t t'       left(out), left(into), k, area    Eq. (5); i' for i is OURS
     dL_m / ds            first - second + pull             Eq. (15): mask_gradient
     Section 4.2          learn                             the algorithm on one page
 
@@ -38,7 +38,7 @@ import copy
 import json
 import math
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -130,10 +130,10 @@ class Config(BaseConfig):
 # A minute or two on two cores: the smallest network, learning rates for a few hundred steps. On a
 # CPU both NHWC and widths in eights are needed to turn fewer MACs into less time.
 # lam = 2 makes the second term of Eq. (15) about as long as the first. Measured: two searches from
-# one dense network with other batches (below) keep
-# channels that agree with kappa 0.64; with the paper's lam = 0.1 the second term is 0.07 of the
-# first, and kappa 0.12. The paper's stays the default of its preset: there hundreds of epochs
-# average the noise of the first term, here it has 75 mask steps.
+# one dense network with other batches (below) keep channels that agree with kappa 0.64; with the
+# paper's lam = 0.1 the second term is 0.07 of the first, and kappa 0.12. The paper's stays the
+# default of its preset: there hundreds of epochs average the noise of the first term, here it has
+# 75 mask steps.
 #     python bilevel_prune.py --search --out runs/a
 #     python bilevel_prune.py --search --out runs/b --seed 1 --dense runs/a/dense/best.pt \
 #         --against runs/a
@@ -230,7 +230,8 @@ class InvertedResidual(nn.Module):
         self.expand = nn.Identity() if one else Layer(into, hidden, act=act)
         self.depth = depthwise(hidden, k, stride, dilation, act=act)
         self.project = Layer(hidden, out, mask=True)
-        self.residual, self.skip = stride == 1 and into == out, out if one else ()
+        self.residual = stride == 1 and into == out
+        self.skip = out if one else ()                  # what masks x, where nothing before has
 
     def forward(self, x):
         h = self.expand(x)                              # (B, t C, H, W)
@@ -472,6 +473,7 @@ class Threshold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s, tau, least):
         b = s > tau                                         # Eq. (2): b = 1 if s > tau else 0
+        # s - tau, not s: once chosen, tau is -inf or +inf, and the chosen ones come first.
         b[(s - tau).topk(least).indices] = True
         return b.to(s.dtype)
 
@@ -532,16 +534,20 @@ def pruned_weights_kept(net):
     pruned channels is preserved").
 
     Their gradient is zero, b = 0 blocks it. But weight decay would wear them down, and momentum
-    would push them on, so that a channel that comes back would not be the one that left.
+    would push them on, so that a channel that comes back would not be the one that left. Frozen are
+    its rows, and the columns of later layers that read it. Not its BN statistics: the channel is
+    still computed, so they follow its inputs.
     """
     old = []
     for layer in layers_of(net):
         device = layer.conv.weight.device
         out, into = gate(layer.out, device).bool(), gate(layer.into, device).bool()   # (C',), (C,)
         for p in layer.parameters():
-            moves = out.view(-1, 1, 1, 1) if p.ndim > 1 else out
-            if p.ndim > 1 and not layer.depthwise:      # (C', C, k, k), pruned inputs too
-                moves = moves & into.view(1, -1, 1, 1)
+            moves = out
+            if p.ndim > 1:                              # a filter, (C', C, k, k) or (C', 1, k, k)
+                moves = out.view(-1, 1, 1, 1)
+                if not layer.depthwise:
+                    moves = moves & into.view(1, -1, 1, 1)
             old.append((p, moves, p.data.clone()))
     yield
     for p, moves, value in old:
@@ -562,10 +568,14 @@ DENSE_UNITS = 8.2
 def areas(net, frame):
     """{layer: t t', the positions of its output} for a picture of `frame`; nothing is computed."""
     probe, area = copy.deepcopy(net).to("meta").float().eval(), {}
-    for ours, m in zip(net.modules(), probe.modules()):
-        if isinstance(m, (Layer, Attention)):
-            m.register_forward_hook(lambda m, _, y, ours=ours: area.update(
-                {ours: y.shape[-2:].numel()}))
+
+    def note(layer):
+        def hook(module, inputs, output):
+            area[layer] = output.shape[-2:].numel()
+        return hook
+    for ours, twin in zip(net.modules(), probe.modules()):      # the same modules, in one order
+        if isinstance(twin, (Layer, Attention)):
+            twin.register_forward_hook(note(ours))
     with torch.no_grad():
         probe(torch.zeros(1, 3, *frame, device="meta"))
     return area
@@ -620,9 +630,15 @@ def task_loss(forward, images, labels, cfg):
 
 # The gradient of the masks. g(w, s) = L(w, s) + |w|^2 / (2 lambda) is what the weights minimise,
 # Eq. (7); w* is where it is least; L_m = L + beta L_reg is what the masks minimise there, Eqs. (4)
-# and (6). For one layer: w (C, i, k, k) and BN's gamma, beta (C,); a(w) (B, C, H, W) is what the
-# mask meets, b (C,) the mask, F the rest of the network and the loss, so that L = F(b a(w)), a
-# scalar; F' (B, C, H, W) its gradient.
+# and (6). L_reg does not depend on w, so grad_w L_m = grad_w L. For one layer: w (C, i, k, k) and
+# BN's gamma, beta (C,); a(w) (B, C, H, W) is what the mask meets, a'(w) its derivative by w; b (C,)
+# the mask; F the rest of the network and the loss, so that L = F(b a(w)), a scalar; F', F'' are the
+# derivatives of F by its argument b a(w), F' (B, C, H, W). beta is the weight of Eq. (4) where it
+# stands before L_reg, BN's shift everywhere else.
+#
+# The paper puts b on the weights, w_b = b w. For a bare convolution that is the same, a(b w) =
+# b a(w), and the paper's grad_{w_b} L(w_b) is F' a'(w) below. Behind BN it is not: zero weights
+# make no zero output there. (Eqs. (21) and (23) to (25) print s as a factor; it must be b.)
 #
 #   equation                                               code                    shape
 #   (2)   b = 1 if s > tau else 0                          mask.binary()           (C,)
@@ -654,7 +670,8 @@ def task_loss(forward, images, labels, cfg):
 # square is (grad_w L)^2 plus the variance of the batches, which near w* is nearly all of it; the
 # term shrinks as batches grow, and over several processes the mean gradient is squared.
 #
-# Eq. (14) is not zero where b = 0, as printed, but meets grad_w L_m = 0 there in Eq. (13).
+# Eq. (14) prints 0 where b = 0. F' a' is not 0 there, but Eq. (13) multiplies it by grad_w L_m,
+# which is 0.
 #
 # What the first term says (Euler's identity). A mask behind BN and ReLU meets an a that is
 # homogeneous of degree 1 in (gamma, beta): a(c gamma, c beta) = c a. So a = gamma da/dgamma + beta
@@ -662,26 +679,27 @@ def task_loss(forward, images, labels, cfg):
 #
 #         grad_s L = gamma dL/dgamma + beta dL/dbeta         (ReLU and none exactly, relu6 nearly).
 #
-# At w* without decay of gamma and beta both factors vanish: the first term is noise around zero for
-# every kept channel, and a mask learns only by falling below tau and being called back. With the
-# decay mu of Eq. (7) it is -mu (gamma^2 + beta^2): an importance. Hence --decay-norms (PAPER).
+# At w* without decay of gamma and beta dL/dgamma and dL/dbeta vanish: the first term is noise
+# around zero for every kept channel, and a mask learns only by falling below tau and being called
+# back. With the decay mu of Eq. (7) it is -mu (gamma^2 + beta^2): an importance. Hence
+# --decay-norms (PAPER).
 #
 # What the second term says: a mask rises by lambda times the squared gradients of its weights.
 # Channels that the loss still works on are kept. At w* grad_w L = -w / lambda, and for a(w) linear
 # both terms are -|w|^2 / lambda. Where BN makes the scale of w meaningless the term is misled: the
-# gradient goes with 1 / |w| (test_bilevel_planted_scaled_filters).
+# gradient goes with 1 / |w| (test_bilevel_planted_scaled_filters_mislead_the_second_term).
 
 
 def squared_gradients(net):
     """{Mask: (n,)}: [grad_w L]^2 summed over the weights of each channel, BN's included."""
-    rows = by_mask(layers_of(net), lambda layer: sum(
-        p.grad.square().reshape(len(p), -1).sum(1) for p in layer.parameters()))
-    return {mask: squares.sum(0) for mask, squares in rows.items()}
+    def of_channels(layer):                 # (C',): of the filter, BN's scale and shift, or bias
+        return sum(p.grad.square().reshape(len(p), -1).sum(1) for p in layer.parameters())
+    return {mask: rows.sum(0) for mask, rows in by_mask(layers_of(net), of_channels).items()}
 
 
 def mask_gradient(net, loss, reg, lam):
     """The parts of Eq. (15), each a list of (n,), one for each mask: dL_m/ds = first + pull -
-    second. One backward pass of L gives both of its terms."""
+    second. One backward pass of L gives `first` and `second`."""
     masks = list(masks_of(net).values())
     pull = torch.autograd.grad(reg, [mask.s for mask in masks])         # grad_s (beta L_reg)
     net.zero_grad()
@@ -689,27 +707,33 @@ def mask_gradient(net, loss, reg, lam):
     common.average_gradients(list(net.parameters()))                    # before they are squared
     squares = squared_gradients(net)
     # lambda b [grad_w L]^2: where b = 0 the gradient is 0 already, so b need not be written.
-    return [mask.s.grad for mask in masks], [lam * squares[mask] for mask in masks], pull
+    second = [lam * squares[mask] for mask in masks]
+    return [mask.s.grad for mask in masks], second, pull
 
 
 def mask_rates(masks, area, target, steps, cfg):
     """The step size of each mask. OURS, twice; the paper gives no step size for s.
 
-    - Divided by a power of the MACs of an element: a 1x1 at full resolution costs 300 times a
-      channel of the transformer, and under one rate its masks would be gone before the loss can
-      speak. Divided by the cost itself, one noisy gradient would decide about the cheap ones.
-    - Unless --mask-lr gives it, so large that a mask of mean cost that the loss ignores falls from
-      1 to tau in a third of the mask steps, however many, under the first pull of Eq. (5). So beta
-      weighs the MACs against the loss, and does not set the pace.
+    - It goes with 1 / cost^--cost-power; the cost is the MACs of one element. In tiny a channel of
+      c2, at half resolution, costs 300 times one of mlp0: under one rate for all, the pull would
+      prune c2 before the loss can speak. Divided by the cost itself, one noisy gradient would
+      decide about the cheap ones.
+    - Unless --mask-lr says how large: a mask of mean cost that the loss ignores falls from 1 to tau
+      in a third of the mask steps, however many, if Eq. (5) goes on pulling as in the first. So
+      beta weighs the MACs against the loss, and does not set the pace.
     """
     dense = macs_of(area, {})
+    unit = dense / DENSE_UNITS
     costs = [dense - macs_of(area, {mask: mask.n - 1}) for mask in masks]       # of one element
-    mean = sum(cost * mask.n for cost, mask in zip(costs, masks)) / sum(mask.n for mask in masks)
-    gap = max(dense - target, 0.1 * dense)              # a target next to the dense needs no haste
-    # beta dL_reg/ds = beta 2 (sum - C) d sum/ds, both in units of dense / 8.2. Momentum m makes
-    # 1 / (1 - m) steps of one: rate pull / (1 - m) steps / 3 = 1 - tau.
-    pull = (cfg.beta or 0.01) * 2 * gap * mean * (DENSE_UNITS / dense) ** 2
-    rate = cfg.mask_lr or (1 - cfg.tau) * (1 - cfg.momentum) / max(pull * steps / 3, 1e-12)
+    elements = sum(mask.n for mask in masks)
+    mean = sum(cost * mask.n for cost, mask in zip(costs, masks)) / elements
+    # The rate goes with 1 / gap: a target next to the dense would make it huge.
+    gap = max(dense - target, 0.1 * dense)
+    beta = cfg.beta or 0.01                             # no pull: at the pace of the paper's beta
+    pull = beta * 2 * (gap / unit) * (mean / unit)      # beta dL_reg/ds, s of mean cost, Eq. (5)
+    # Under a steady pull, SGD of momentum m moves s by rate pull / (1 - m) a step.
+    fall = pull / (1 - cfg.momentum) * steps / 3        # in a third of the steps, at rate 1
+    rate = cfg.mask_lr or (1 - cfg.tau) / max(fall, 1e-12)
     return [rate * (mean / cost) ** cfg.cost_power for cost in costs]
 
 
@@ -720,17 +744,18 @@ def mask_rates(masks, area, target, steps, cfg):
 #   given      w of the dense network, s = 1
 #   repeat     an iteration
 #       repeat --weight-steps times
-#           w <- w - lr grad_w [ L(w, s) + |w|^2 / (2 lambda) ]                       Eq. (7)
+#           w <- w - lr [ grad_w L(w, s) + decay w ]               Eq. (7), approximation 6
 #       s <- s - rate { grad_s L + beta grad_s L_reg - lambda b [grad_w L]^2 }        Eqs. (4), (15)
-#   choose     the channels with the best s that the target has room for              OURS: 7.
-#   repeat     Eq. (7), for the last third of the epochs                              OURS
+#   choose     the channels with the best s that the target has room for      OURS: section 7
+#   repeat     Eq. (7), for the last --settle of the epochs                              OURS
 #
 # The paper's two steps are the two inner loops of learn(); w is a few steps of SGD away from w*
 # (approximation 5), and its momentum goes on from iteration to iteration.
 #
-# Both optimizers are SGD with momentum under one poly schedule (PAPER 5.2). The mask step takes the
-# next batch of the training set (OURS; the paper sets no pictures aside for the masks). A baseline
-# learns no masks: it trains all its batches, and chooses by another score at the same epoch.
+# Both optimizers are SGD with momentum (the weights' may be AdamW) under one poly schedule (PAPER
+# 5.2). The mask step takes the next batch of the training set (OURS; the paper sets no pictures
+# aside for the masks). A baseline learns no masks: it trains all its batches, and chooses by
+# another score at the same epoch.
 #
 # Soft masks are free to go anywhere: Eq. (5) pulls less and less as the target comes near, and a
 # channel that the loss wants rises. Clamped to [0, 1e9] the quick search did no better.
@@ -751,9 +776,10 @@ def learn(run, net, loader, area, target, score):
     cfg, schedule, masks = run.cfg, run.parts["schedule"], list(masks_of(net).values())
     weight_sgd, mask_sgd = run.parts["optimizer"], run.parts["mask_optimizer"]
     forward = common.training_form(net.train(), cfg, run.device)
+    direction = None
     for epoch in run.epochs():
         deciding = epoch < chosen_after(cfg)
-        batches, rows, direction = run.batches(loader), [], None
+        batches, rows = run.batches(loader), []
         while run.step < len(loader):
             # First step of an iteration: a few steps on w, the masks stay. Without their gradient
             # the backward pass is that of plain training.
@@ -767,7 +793,8 @@ def learn(run, net, loader, area, target, score):
                     run.descend(weight_sgd, **terms)
                 schedule.step()
 
-            # Second step: one on s, the weights stay. No decay: Eq. (5) alone makes masks fall.
+            # Second step: one on s; the weights stay, BN's running statistics do not. The optimizer
+            # of s decays nothing: Eq. (15) alone moves a mask. (One batch, or none when decided.)
             net.masks.requires_grad_(True)
             for images, labels in islice(batches, int(deciding and cfg.method == "bilevel")):
                 loss = task_loss(forward, images, labels, cfg)
@@ -777,6 +804,7 @@ def learn(run, net, loader, area, target, score):
                 # One schedule for both: (1 - step / steps)^0.9. A scheduler of the masks' own would
                 # have to count the weight steps too.
                 fall = schedule.get_last_lr()[0] / cfg.lr
+                # first[k] is the old s.grad: the sum is a new tensor, so that forces() sees both.
                 for k, group in enumerate(mask_sgd.param_groups):
                     masks[k].s.grad = first[k] - second[k] + pull[k]            # Eq. (15)
                     group["lr"] = group["rate"] * fall
@@ -816,10 +844,10 @@ def norm(parts):
 
 def forces(mask_sgd, first, second, pull, before):
     """What decides in a mask step, for the log: (the loss's own mask gradient, first - second, of
-    all masks (M,), a dict of shares). before: that gradient of the last mask step, None at first.
+    all masks (M,), a dict of shares). before: that of the mask step before, None at the first.
 
-    second / first: lengths of the terms of Eq. (15). pull: share of the MACs' in what moves the
-    masks. cosine: of the gradients of two batches; if it is near 0, noise of the batch decides.
+    second / first: lengths of the terms of Eq. (15). pull: the share of the MACs term in the step.
+    cosine: of the gradients of two batches, 0 where there is no `before`; near 0 noise decides.
     """
     now = torch.cat([f - s for f, s in zip(first, second)])
     rates = [group["rate"] for group in mask_sgd.param_groups]
@@ -879,18 +907,26 @@ def search(cfg, device, folder=None):
 #   row3   2.1 0.9 0.3    2.1 1.7 0.9 0.8 0.3 0.1        2.1 1.7 0.9 | 0.8 0.3 0.1    "row3": 2
 #   c8     1.7 0.8 0.1    |- above tau: 4 -|             the ranking cut one more     "c8":   1
 #
-# Cutting is by index. A layer that reads `into` and writes `out`, of which (C) and (C') stay:
+# Cutting is by index. A layer that reads `into` and writes `out`, of which (C) and (C') stay (in
+# section 5 C counts what is written, and i what is read):
 #
 #   conv.weight  (C', C, k, k)   rows of out, columns of into; depth-wise (C', 1, k, k): rows alone
 #   conv.bias, BN's weight, bias, mean, var  (C',)             those of out
-#   residual sums, concatenations                              nothing: all terms have one mask
+#   residual sums                                              nothing: all terms have one mask
+#   concatenations                                             nothing: a space lists their masks
 
 
 def target_of(cfg, net, area):
     """C of Eq. (5), MACs for one picture of --frame; InputError if no masks can meet it."""
     dense = macs_of(area, {})
-    target = macs_of(area, counts_from(cfg.widths, net)) if cfg.widths else cfg.target * dense
-    least = macs_of(area, prunable(net, cfg))
+    target, floor = cfg.target * dense, prunable(net, cfg)
+    if cfg.widths:
+        counts = counts_from(cfg.widths, net)
+        if any(counts[mask] < least for mask, least in floor.items()):
+            raise InputError(f"{cfg.widths} leaves fewer than --round-to {cfg.round_to} channels "
+                             "somewhere; give the --round-to it was found with")
+        target = macs_of(area, counts)
+    least = macs_of(area, floor)
     if target < least:
         raise InputError(f"the target of {target / 1e9:.4g} GMACs is below the {least / 1e9:.4g} "
                          "that are left with the fewest channels in every layer; raise --target, "
@@ -909,11 +945,14 @@ def counts_from(path, net):
 def best_counts(scores, area, target):
     """{Mask: elements to keep}: the best of all masks that the target has room for.
 
-    Units stay or go, --round-to channels by their mean score; the best unit of a mask always stays.
-    Down the ranking every unit is kept that fits. MACs only grow, so many are tried at once, and
-    half as many where they are too many; where one is, all that is left of its mask is, too.
+    A unit is --round-to channels (the last of a mask may be smaller) or one head; it stays or goes
+    as a whole, by its mean score, and the best unit of a mask always stays. Down the ranking every
+    unit is kept that still fits. Each unit adds MACs, so if the next `many` fit together, one by
+    one they would have fitted too; if they do not, half as many are tried. Behind a single unit
+    that does not fit, the rest of its mask goes too: a mask keeps its best channels, so none of
+    the others can stay without that unit.
     """
-    counts, units = Counter(), []
+    counts, units = {}, []
     for mask, score in scores.items():
         parts = score.double().sort(descending=True).values.split(mask.least)
         counts[mask] = len(parts[0])
@@ -994,11 +1033,12 @@ def finish(run, net, area, target, score):
         steps = sum((record["mask_steps"] for record in common.read_log(folder, "search")), [])
         draw_search(net, small, steps, target / dense, folder)
         report_masks(net, steps)
+        off = macs / target - 1
+        met = "met" if abs(off) <= 0.01 else "NOT met"
         print(f"MACs of the dense network: by themselves the masks left {by_masks:.1%}, the "
               f"ranking {macs / dense:.1%}\n"
               f"target {target / 1e9:.4f} GMACs, {macs / 1e9:.4f} are left "
-              f"({macs / target - 1:+.2%}): "
-              f"{'' if abs(macs / target - 1) <= 0.01 else 'NOT '}met within 1%\n"
+              f"({off:+.2%}): {met} within 1%\n"
               f"masked mIoU {masked_miou:.2%}, pruned mIoU, no fine-tuning, {pruned_miou:.2%}\n"
               f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, *.png\n"
               + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
@@ -1017,7 +1057,7 @@ def report_masks(net, steps):
               f"over the mask steps: second / first term {mean['second / first']:.2f}, pull of the "
               f"MACs {mean['pull']:.2f} of what moves them, cosine of two batches "
               f"{mean['cosine']:.2f}")
-        if mean["second / first"] < 0.5:
+        if 0 < mean["second / first"] < 0.5:            # 0: --no-implicit
             print("undecided: the second term is the smaller one, and the first is mostly noise of "
                   "the batch; another seed will choose other channels (raise --lam)")
     floor = [name for name, mask in masks.items() if mask.binary().sum() <= mask.least < mask.n]

@@ -3837,6 +3837,8 @@ def test_bilevel_baseline_scores():
         assert kept == net.widths() | {"row3": 9} and net.masks["row3"].binary()[5] == 1
         small = bilevel_prune.build("small", 5)
         _refused(lambda: bilevel_prune.counts_from(cfg.widths, small), "tiny", "--network")
+        cfg.round_to = 16                       # of which no row3 of 9 can be made
+        _refused(lambda: bilevel_prune.target_of(cfg, net, area), "arch.json", "--round-to 16")
 
 
 class Planted(bilevel_prune.Network):
