@@ -66,7 +66,8 @@ DATA_SETS = tuple(dict.fromkeys(name for task in ("segmentation", "saliency", "e
 class Config(BaseConfig):
     # Sides of 32 k + 1 pixels: f_up puts the corners of a map on the corners of the larger one, but
     # cell j of E_9 is centred on pixel 32 j. Both are true only if the last cell is the last pixel.
-    # PAPER 4.1 crops 513, without saying why.
+    # PAPER 4.1 crops 513, without saying why. VGG16 has no such size: its 2x2 poolings centre cell
+    # j of E_5 on pixel 32 j + 15.5.
     size: tuple[int, int] = opt((513, 513), "training crop, H W in pixels, each 32 k + 1 "
                                 "(PAPER 4.1)", "search", low=32)
     # OFFICIAL-CODE draws scales in steps of 0.25; here uniformly. Edges: augmented as HED does it.
@@ -195,8 +196,11 @@ def drop_useless(connectivity):
     """
     while True:
         read = {t for inputs in connectivity.values() for t in inputs} | {"D1"}
-        kept = {stage: tuple(t for t in inputs if t[0] != "D" or connectivity.get(t))
-                for stage, inputs in connectivity.items() if inputs and stage in read}
+        kept = {}
+        for stage, inputs in connectivity.items():
+            if inputs and stage in read:                                    # rules (2) and (3)
+                # get: () for a stage that goes now, None for one that is not listed at all
+                kept[stage] = tuple(t for t in inputs if t[0] != "D" or connectivity.get(t))
         if kept == connectivity:
             return kept
         connectivity = kept
@@ -207,7 +211,7 @@ def drop_repeated(connectivity, L):
 
     Duplicates: of stages with the same inputs the deepest survives, for the others' readers too.
     Subsets: a deeper stage goes if a finer one has all of its inputs and all of its readers: with
-    {D5: (E6,), D3: (E6, E3), D1: (D5, D3)} whatever D5 could tell D1, D3 can, and at a finer size.
+    {D5: (E6,), D3: (E6, E3), D1: (D5, D3)} all that D5 reads reaches D1 through D3 too.
     """
     kept = {stage: set(inputs) for stage, inputs in connectivity.items()}
     pairs = list(itertools.combinations([stage for stage in kept if stage != "D1"], 2))
@@ -218,14 +222,15 @@ def drop_repeated(connectivity, L):
     for deep, fine in pairs:                                # from the deepest stages on
         if deep in kept and fine in kept and kept[deep] == kept[fine]:
             for reader in readers(fine):
-                kept[reader] = kept[reader] - {fine} | {deep}
+                kept[reader] = (kept[reader] - {fine}) | {deep}
             del kept[fine]
     for deep, fine in sorted(pairs, key=lambda pair: level(pair[1])):       # from D_2 on
-        if deep in kept and fine in kept and kept[deep] <= kept[fine] and (
-                readers(deep) <= readers(fine)):
-            for reader in readers(deep):
-                kept[reader] = kept[reader] - {deep}
-            del kept[deep]
+        if deep in kept and fine in kept:
+            covered = kept[deep] <= kept[fine] and readers(deep) <= readers(fine)       # <=: subset
+            if covered:
+                for reader in readers(deep):
+                    kept[reader] = kept[reader] - {deep}
+                del kept[deep]
     return in_order(kept, L)
 
 
@@ -290,6 +295,7 @@ def transfer(connectivity, old, new):
         if stage != "D1" and target in fully_dense(L) and target not in stages.values():
             stages[stage] = target
     renamed = {"G": "G", **stages, **{f"E{l}": f"E{m}" for l, m in match.items()}}
+    # Inputs that get one name become one; None, an input without a match, is left out by in_order.
     moved = {stages[stage]: {renamed.get(t) for t in inputs}
              for stage, inputs in connectivity.items() if stage in stages}
     return drop_useless(in_order(moved, L))
@@ -371,8 +377,8 @@ def f_up(x, size):
 class Encoder(nn.Module):
     """A torchvision classifier without its head: images (B, 3, H, W) -> {"E1": .., "EL": .., "G"}.
 
-    E_l is (B, channels[l - 1], H / strides[l - 1], W / ..); G (B, channels[-1], 1, 1), the global
-    average of E_L. On MobileNet-V2, E_1 and E_9 are taken before their activation (OFFICIAL-CODE),
+    E_l is (B, channels[l - 1], H / strides[l - 1], W / ..), each halving rounded up, on VGG16 down;
+    G (B, channels[-1], 1, 1), the global average of E_L. On MobileNet-V2, E_1 and E_9 are taken before their activation (OFFICIAL-CODE),
     which the decoder applies; so G is the mean of what ReLU6 has not yet seen, and the decoder
     takes ReLU6 of the mean (the paper's global pooling is the mean of ReLU6). A stage of VGG16
     ends with its pooling, so that the five strides are those of Figure 6 (OURS).
@@ -401,7 +407,7 @@ class Encoder(nn.Module):
         self.last = len(stages)
 
     def read_until(self, last):
-        """Run the stages 1 .. last only, without G. The others stay, as the paper counts them."""
+        """Run the stages 1 .. last only; G needs all. The others stay, as the paper counts them."""
         self.last = last
 
     def forward(self, images):
@@ -420,7 +426,7 @@ def scale_and_shift(norm, part=slice(None)):
 
 
 class Decoder(nn.Module):
-    """Eqs. (1) and (4) for any connectivity: {"E1": .., "G": ..} -> D_1 (B, width, h_1, w_1).
+    """Eqs. (1) and (4) for any connectivity: {"E1": .., "G": ..} -> act(D_1) (B, width, H_1, W_1)
 
         D_l = bn_l( sum_{t in T_l} w_l^t f_up(bn_l^t(conv_l^t(act(t)))) )
 
@@ -429,10 +435,11 @@ class Decoder(nn.Module):
     MobileNet-V2 the ReLU6 that its linear bottlenecks do not have), and bn_l, one a stage, follows
     the sum and stays after pruning.
 
-    Written like that, one connection at a time, a search step on MobileNet-V2 makes 90
-    convolutions and keeps 90 enlarged maps. The test compares with that form. Here both theorems
-    are used: convolutions before up-sampling, one for all readers of a feature, and the sum over
-    maps of one size before they are up-sampled.
+    The sum over t and the convolution before f_up are what the paper's theorems make of one 1x1
+    convolution over all inputs, up-sampled and concatenated. As written, one connection at a time,
+    a search step on MobileNet-V2 makes 90 convolutions and keeps 90 maps of their readers' sizes;
+    the test compares with that form. Here one convolution serves all readers of a feature, and
+    maps of one size are summed before f_up, which may change places with a sum as it is linear.
     """
 
     def __init__(self, connectivity, channels, act, width=64, link_norm=None):
@@ -451,8 +458,10 @@ class Decoder(nn.Module):
         self.conv = nn.ModuleDict({
             t: nn.Conv2d(channels[t], width * len(readers), 1, bias=False)
             for t, readers in self.readers.items()})
-        self.link_norm = nn.ModuleDict({
-            t: link_norm(conv.out_channels) for t, conv in self.conv.items() if link_norm})
+        self.link_norm = nn.ModuleDict()                # empty in the pruned form
+        if link_norm:
+            for t, conv in self.conv.items():
+                self.link_norm[t] = link_norm(conv.out_channels)
         self.norm = nn.ModuleDict({stage: nn.BatchNorm2d(width) for stage in connectivity})
 
     def slot(self, stage, t):
@@ -465,20 +474,21 @@ class Decoder(nn.Module):
         return self.connectivity[stage].index(t)
 
     def links(self, t, x, w):
-        """w_l^t bn_l^t(conv_l^t(t)) for every reader l of t: {stage: (B, width, h_t, w_t)}."""
+        """w_l^t bn_l^t(conv_l^t(t)) for every reader l of t: {stage: (B, width, H_t, W_t)}."""
         readers = self.readers[t]
-        z = self.conv[t](self.act(x))                   # (B, width * readers, h_t, w_t)
+        z = self.conv[t](self.act(x))                   # (B, width * readers, H_t, W_t)
         if w is not None:
             w_t = torch.stack([w[l][self.position(l, t)] for l in readers])     # (readers,)
-            w_t = w_t.repeat_interleave(self.width)[:, None, None]
-            z = w_t * self.link_norm[t](z)              # Eq. (4): w_l^t bn_l^t(conv_l^t(t))
+            # `width` channels a reader; bn_l^t of all readers are one BN, as BN is per channel.
+            w_of_channel = w_t.repeat_interleave(self.width)[:, None, None]
+            z = w_of_channel * self.link_norm[t](z)     # Eq. (4): w_l^t bn_l^t(conv_l^t(t))
         return dict(zip(readers, z.split(self.width, 1)))
 
     def forward(self, features, w=None):
         """w: {stage l: (|T_l|,)}, or None for the pruned form, in which w and bn_l^t are gone.
 
-        features[t] is asked for all its links at once, when its first reader comes: what E8 gives
-        to D8, D7, .. is one convolution, and each reader then takes its own share.
+        features[t] is asked for all its links at once, when its first reader comes. The shares are
+        views of one map; its memory can be freed when the last reader has taken its own.
         """
         features, links = dict(features), {}
         for stage, inputs in self.connectivity.items():                     # D_L .. D_1
@@ -486,14 +496,17 @@ class Decoder(nn.Module):
             for t in inputs:
                 if t not in links:
                     links[t] = self.links(t, features[t], w)
-                z = links[t].pop(stage)                 # (B, width, h_t, w_t), read once: freed
+                z = links[t].pop(stage)                 # (B, width, H_t, W_t), its own share
                 in_size = z.shape[-2:]
                 sums[in_size] = sums[in_size] + z if in_size in sums else z
             # f_up is linear and comes last here: what has one size is up-sampled once.
             out_size = features[f"E{level(stage)}"].shape[-2:]
-            total = sum(f_up(z, out_size) for z in sums.values())           # (B, width, h_l, w_l)
+            total = sum(f_up(z, out_size) for z in sums.values())           # (B, width, H_l, W_l)
+            # While w is learnt, bn_l takes out what a stage's w have in common: D_l is the same for
+            # w_l and w_l / 2, but for BN's eps. The task loss sees their ratios only.
             features[stage] = self.norm[stage](total)
-        return self.act(features["D1"])                 # OURS: act, or two linear maps would end it
+        # OURS: the classifier reads act(D_1); conv_1^t, bn_1 and it would else be one affine map.
+        return self.act(features["D1"])
 
 
 class SparseMaskNet(nn.Module):
@@ -507,6 +520,8 @@ class SparseMaskNet(nn.Module):
         L = len(encoder.channels)
         connectivity = check_connectivity(connectivity, L, "connectivity")
         read = {t for inputs in connectivity.values() for t in inputs}
+        # Without G the encoder stops at the deepest E_l that is read. Whatever feeds D_l comes from
+        # an E_i, i >= l, so E_l, which gives D_l its size in Decoder.forward, is still computed.
         if "G" not in read:
             encoder.read_until(max(level(t) for t in read if t[0] == "E"))
         self.encoder = encoder
@@ -549,11 +564,15 @@ class Padded(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
-        self.train(net.training)                # as it is: evaluate() puts it back
+        # A new Module is in training mode. evaluate() puts back the mode of what it is given, so
+        # this one takes that of net, or evaluating would leave net in training mode.
+        self.train(net.training)
 
     def forward(self, images):
         h, w = images.shape[-2:]
-        return self.net(F.pad(images, (0, -(w - 1) % 32, 0, -(h - 1) % 32)))[..., :h, :w]
+        below, right = -(h - 1) % 32, -(w - 1) % 32         # what is missing to the next 32 k + 1
+        logits = self.net(F.pad(images, (0, right, 0, below)))
+        return logits[..., :h, :w]                          # (B, K, H, W)
 
 
 class FCN(nn.Module):
@@ -631,8 +650,9 @@ class FullyDenseNet(nn.Module):
         self.decoder = Decoder(connectivity, feature_channels(encoder.channels), encoder.act,
                                width, nn.BatchNorm2d if bn else nn.Identity)
         self.classifier = nn.Conv2d(width, num_classes, 1)
-        # OURS: w starts in the middle of its range, as the release's does (1 of [0, 2]). There the
-        # binary part of Eq. (2) has no gradient yet: task loss and sparse part take sides first.
+        # OFFICIAL-CODE: w starts in the middle of its range (there 1 of [0, 2]). At 1/2 the binary
+        # part of Eq. (2) has no gradient, and the sparse part pushes all w of a stage down alike
+        # (in D_L and D_{L-1}, where alpha is 1/2, not at all): the task loss takes sides.
         self.w = nn.ParameterDict({stage: nn.Parameter(torch.full((len(inputs),), 0.5))
                                    for stage, inputs in connectivity.items()})
         # OFFICIAL-CODE: BN's gamma and beta are fixed while searching, or they would do w's work
@@ -733,19 +753,22 @@ def search_connectivity(net, loader, run, cfg, score):
             # makes w binary, the second pulls its mean to alpha_l. Summed over l, as in Eq. (3).
             parts = {"binary": 0, "sparse": 0, "l1": 0}
             for w_l in net.w.values():                  # (|T_l|,), l = L .. 1
-                alpha_l = min(2 / len(w_l), 0.5)        # Eq. (5): two inputs a stage
+                alpha_l = min(2 / len(w_l), 0.5)        # Eq. (5): two inputs a stage, in D_L one
                 parts["binary"] += L_m(w_l, w_l).mean()
                 parts["sparse"] += L_m(alpha_l, w_l.mean())
-                parts["l1"] += w_l.abs().sum()          # 4.2; at 0 its gradient is 0, not 1
+                # OURS: the L1 term is a sum over all w; the paper gives its strength only. w is
+                # never below 0; abs is for its gradient at 0, which is 0: no push on a clamped w.
+                parts["l1"] += w_l.abs().sum()                              # 4.2
 
             # Eq. (3): L = L_task + lambda sum_l L_s(w_l, alpha_l), one step of SGD for the weights
-            # of the network and w together. Ablations leave out a half, or take another term.
+            # of the network and w together, on one batch (DARTS takes two data splits in turn).
+            # Ablations leave out a half, or take another term.
             strength = cfg.l1 if cfg.loss == "l1" else cfg.lam
             terms = {name: strength * parts[name] for name in TERMS[cfg.loss]}
             run.descend(sgd, task=task_loss(logits, labels, cfg.task), **terms)
             net.clamp()                                 # w back into [0, 1]
             schedule.step()
-        run.end_epoch(miou=score(net), w=net.connection_weights())
+        run.end_epoch(miou=score(net), w=net.connection_weights())  # no best.pt: the last w count
 
     connectivity = prune(net.connection_weights(), cfg)                     # Figure 1c, 3.3
     return connectivity, inherit(net.eval(), connectivity)
@@ -753,15 +776,16 @@ def search_connectivity(net, loader, run, cfg, score):
 # ---------------------------------------------------------------------------------------------
 # 7. Prune (3.3), and the network that is left
 #
-#   w of the supernet   {"D2": {"E2": 0.9, "E3": 0.0, "D3": 1.0}, ...}         connection_weights()
+#   w of the supernet   {"D2": {"E2": 0.9, "E3": 0, "G": 0, "D3": 1}, ...}     connection_weights()
 #     rule (1)          {"D2": ("E2", "D3"), ...}                              kept_inputs()
 #     rules (2), (3)    stages without input or reader go, in section 2        drop_useless()
+#     --simplify        duplicate and subset stages too (OFFICIAL-CODE)        drop_repeated()
 #   connectivity        what arch.json holds, and --train reads                prune()
 #     folding           w and bn_l^t go into the 1x1 convolutions              inherit()
 #   pruned network      derived.pt, from which --train can start (--init)
 #
-# A stage is never dropped by a number of its own: it goes because all of its inputs went, or all of
-# its readers. That is how nine stages become few.
+# A rule of the paper never drops a stage by a number of its own: it goes because all of its inputs
+# went, or all of its readers. That is how nine stages become few. Only --simplify compares stages.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -772,10 +796,11 @@ def kept_inputs(w, cfg):
     """
     kept = {}
     for stage, row in w.items():
-        chosen = [t for t in row if row[t] >= cfg.sigma]
-        if cfg.loss == "maskconnect":
+        if cfg.loss == "maskconnect":                   # the k largest; of equal ones the first
             chosen = sorted(row, key=row.get, reverse=True)[:cfg.k]
-        kept[stage] = tuple(t for t in row if t in chosen)
+        else:
+            chosen = [t for t in row if row[t] >= cfg.sigma]
+        kept[stage] = tuple(t for t in row if t in chosen)              # in the order of T_l again
     return kept
 
 
@@ -797,12 +822,15 @@ def inherit(net, connectivity):
 
         D_l = bn_l( sum_t f_up((w a conv)(t)) + sum_t w b ).
 
-    w a scales the convolution. w b is a constant map, which up-sampling leaves alone; subtracted
-    from the running mean of bn_l it is still added. So nothing is lost but connections of w <
-    sigma, and a stage of which nothing else is left, whose BN had enlarged them again. Where those
-    w are 0, as the clamp makes them, the derived mIoU is the supernet's, and training need not
-    start from the encoder alone, as in the paper, but can start here (--init derived.pt). A
-    connection that only --simplify has made takes its own w, which may be 0.
+    w a scales the convolution. w b is a constant map, which up-sampling leaves alone; bn_l takes
+    its running mean m off, and (x + w b) - m = x - (m - w b): so m becomes m - w b.
+
+    Lost are the connections of w < sigma. Where they are 0, as the clamp makes them, that costs
+    nothing; but a stage that goes because all of its inputs went was not silent: bn_l enlarges a
+    sum of tiny w again, and makes -m / sqrt(v + eps) of a sum of 0 until its running mean m has
+    come down to 0. Otherwise the derived mIoU is the supernet's, and training need not start from
+    the encoder alone, as in the paper, but can start here (--init derived.pt). A connection that
+    only --simplify has made takes its own w, which may be 0.
     """
     pruned = SparseMaskNet(connectivity, copy.deepcopy(net.encoder), net.classifier.out_channels,
                            net.decoder.width)
@@ -1197,8 +1225,8 @@ def check(cfg, stages):
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
     if stages & {"search", "train"} and rank() == 0 and any(side % 32 != 1 for side in cfg.size):
-        print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up to "
-              "a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
+        print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up "
+              "to a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
 
 
 def check_files(cfg, stages):
