@@ -378,10 +378,11 @@ class Encoder(nn.Module):
     """A torchvision classifier without its head: images (B, 3, H, W) -> {"E1": .., "EL": .., "G"}.
 
     E_l is (B, channels[l - 1], H / strides[l - 1], W / ..), each halving rounded up, on VGG16 down;
-    G (B, channels[-1], 1, 1), the global average of E_L. On MobileNet-V2, E_1 and E_9 are taken before their activation (OFFICIAL-CODE),
-    which the decoder applies; so G is the mean of what ReLU6 has not yet seen, and the decoder
-    takes ReLU6 of the mean (the paper's global pooling is the mean of ReLU6). A stage of VGG16
-    ends with its pooling, so that the five strides are those of Figure 6 (OURS).
+    G (B, channels[-1], 1, 1), the global average of E_L. On MobileNet-V2, E_1 and E_9 are taken
+    before their activation (OFFICIAL-CODE), which the decoder applies; so G is the mean of what
+    ReLU6 has not yet seen, and the decoder takes ReLU6 of the mean (the paper's global pooling is
+    the mean of ReLU6). A stage of VGG16 ends with its pooling, so that the five strides are those
+    of Figure 6 (OURS).
     weights: as common.classifier.
     """
 
