@@ -2,7 +2,8 @@ r"""MTP: prune the channels of a segmentation network, judged by classification 
 together.
 
     Chen, Zhang, Wang: MTP: Multi-Task Pruning for Efficient Semantic Segmentation Networks.
-    Section, equation, table and line numbers below are the paper's.
+    Equation, table and line numbers below are the paper's, and so is n in PAPER n; section n is
+    this file's. PAPER: the paper says so; OURS: it leaves that open or differs.
 
 The idea in five lines:
   1. The scale gamma of a channel's BN says how much the channel matters; an l1 norm shrinks it.
@@ -127,8 +128,8 @@ class Config(BaseConfig):
     frame: tuple[int, int] = opt((513, 513), "picture size H W of MACs and latency", low=32)
     arch: str = opt("", "arch.json to train, evaluate or bench [the run's own]; --bench also takes "
                     "'uniform': uniform widths at --percentile, random weights", "train")
-    eval_scales: tuple[float, ...] = opt((1.0,), "average over rescaled pictures; PAPER 7.1: 0.5 "
-                                         "0.75 1 1.25 1.5 1.75", "eval", low=0.01)
+    eval_scales: tuple[float, ...] = opt((1.0,), "average over rescaled pictures (PAPER 7.1, "
+                                         "Cityscapes: 0.5 0.75 1 1.25 1.5 1.75)", "eval", low=0.01)
 
 
 # Minutes on two cores, from random weights: few steps, so larger ones (OURS). p = 75 for a reason:
@@ -138,12 +139,11 @@ class Config(BaseConfig):
 # report warns of that, and the zeros by layer show that still not all went together.
 #
 # Does it find channels, or chance? What --search, with --method slimming or --batch-order 1 or both
-# added, prints as the share of the backbone's kept channels that another run keeps too (kappa):
+# added, prints as the share of the kept channels that another run keeps too; chance is 0.25. Means
+# over three seeds and both orders (docs/results.md):
 #
-#     MTP and MTP, other batches              0.53 (0.37)       slimming and slimming   0.49 (0.32)
-#     MTP and slimming, four combinations     0.39 to 0.42 (0.18 to 0.22)
-#
-# In the decoder, which both train by the same loss, they are alike: 0.78, 0.77; 0.78 to 0.86.
+#     backbone   MTP and MTP 0.49, slimming and slimming 0.49, MTP and slimming 0.38
+#     decoder    0.81, 0.81, 0.82: both train it by the same loss
 QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), cls_batch=64,
              size=(64, 96), scales=(0.75, 1.5), batch_size=8, dense_cls_epochs=6,
              dense_cls_lr=0.1, dense_epochs=2, dense_lr=0.05, gamma_rate=250.0, rounds=6,
@@ -276,9 +276,11 @@ class BiSeNetDecoder(nn.Module):
         return [self.classifier(x), *extra]                     # (B, K, ...) each
 
     def links(self):
-        heads = [[(f"auxiliary.{i}.0.0", 0)] for i in range(len(self.auxiliary))] or [[], []]
+        heads = [[(f"auxiliary.{i}.0.0", 0)] for i in range(len(self.auxiliary))]
+        heads = heads or [[], []]                       # deployed() has dropped them
         gates = [pair(f"arms.{i}.gate", 1) for i in range(2)]
-        # OURS: the fusion gate's convolutions have no BN and so no score; they follow suit.
+        # The gate's outputs multiply those of fuse, so gate.3 must lose the same channels. What
+        # lies between gate.1 and gate.3 need not; OURS: without BN it has no score, so it follows.
         silent = [("gate.1", None), ("gate.3", None)]
         return [
             # the spatial path, up to its place in the concatenation
@@ -367,9 +369,10 @@ def resnet(network, dilated):
     net = common.classifier(kind.resnet)
     net.fc = nn.Identity()
     if kind.deep_stem:
-        *last, _ = conv_bn_relu(64, 128)        # the ReLU after it is the ResNet's own
-        net.conv1 = nn.Sequential(conv_bn_relu(3, 64, 3, 2), conv_bn_relu(64, 64), *last)
-        net.bn1, first = nn.Identity(), net.layer1[0]           # 128 channels go in, not 64
+        conv, bn, _ = conv_bn_relu(64, 128)         # no ReLU: features() applies the ResNet's own
+        net.conv1 = nn.Sequential(conv_bn_relu(3, 64, 3, 2), conv_bn_relu(64, 64), conv, bn)
+        net.bn1 = nn.Identity()                     # that BN is the last one of conv1 now
+        first = net.layer1[0]                       # 128 channels go in, not 64
         first.conv1 = nn.Conv2d(128, first.conv1.out_channels, 1, bias=False)
         first.downsample[0] = nn.Conv2d(128, first.downsample[0].out_channels, 1, bias=False)
     if dilated:
@@ -391,12 +394,13 @@ def features(net, x):
 class Classifier(nn.Module):
     """N1, Eq. (1): backbone and linear head. Its backbone's parameters are W1.
 
-    OURS: not dilated, as pre-trained networks are; W1 and W3 have the same shapes all the same.
+    OURS: not dilated, like pre-trained networks; W1 and W3 have the same shapes all the same.
     """
 
     def __init__(self, network, num_classes):
         super().__init__()
         self.backbone = resnet(network, dilated=False)
+        # torchvision's inplanes, once the ResNet is built: the channels of its last map.
         self.head = nn.Linear(self.backbone.inplanes, num_classes)
 
     def forward(self, x):
@@ -458,13 +462,15 @@ class Group(NamedTuple):
 def groups_of(net):
     """The prunable Groups of a dense Segmenter or Classifier, front to back.
 
-    PAPER 7.1: of each residual block all convolutions but the last, whose output is added to the
-    shortcut; so stem, last convolutions and shortcuts stay as they are. In the decoder every
-    convolution with BN; not the classifier, whose outputs are the classes.
+    PAPER 7.1: the first two convolutions of each bottleneck; OURS: of a basic block the first. The
+    last one's outputs are added to the shortcut, so stem, last convolutions and shortcuts stay as
+    they are. OURS: in the decoder every convolution with BN, training heads excepted; not the
+    classifier, whose outputs are the classes.
     """
     rows = []                   # part, [(convolution, BN)], [(reader, first input)]
     for path, block in net.backbone.named_modules(prefix="backbone"):
         convs = [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+        # The ResNet itself comes by too; its only conv is the stem, so convs[:-1] is empty.
         for i in convs[:-1]:
             makers = [(f"{path}.conv{i}", f"{path}.bn{i}")]
             rows.append(("backbone", makers, [(f"{path}.conv{i + 1}", 0)]))
@@ -493,21 +499,24 @@ def prune(net, groups, kept):
     kept: {group name: sorted indices of the channels that stay}; groups it lacks stay whole.
     Convolutions that make a channel lose an output, those that read it an input.
     """
-    outputs, inputs = {}, {}
+    outputs, inputs = {}, {}            # {layer: indices of outputs}, {layer: mask of inputs}
     for g in groups:
         stays = kept.get(g.name, torch.arange(g.width))
-        for layer in itertools.chain(*g.makers):
-            outputs[layer] = stays
+        for conv, bn in g.makers:
+            outputs[conv] = stays
+            if bn is not None:
+                outputs[bn] = stays
         for conv, start in g.readers:
+            # Several groups may share a reader (ASPP's projection has five): each clears and
+            # refills its own stretch of the inputs.
             if conv not in inputs:
                 inputs[conv] = torch.ones(net.get_submodule(conv).in_channels, dtype=torch.bool)
             inputs[conv][start:start + g.width] = False
             inputs[conv][start + stays] = True
     small = copy.deepcopy(net)
     for name in {**outputs, **inputs}:                          # a layer may be in both
-        if name is not None:                                    # None: a maker without BN
-            layer = narrowed(net.get_submodule(name), outputs.get(name), inputs.get(name))
-            small.set_submodule(name, layer)
+        layer = narrowed(net.get_submodule(name), outputs.get(name), inputs.get(name))
+        small.set_submodule(name, layer)
     return small
 
 
@@ -622,15 +631,16 @@ def tasks_of(cls, seg, cfg, device):
 @torch.no_grad()
 def accuracy(net, loader, device, amp=False):
     """Share of a classification split that the network gets right (top-1), over all ranks."""
-    training, right = net.training, torch.zeros(2, dtype=torch.float64, device=device)
+    training, counts = net.training, torch.zeros(2, dtype=torch.float64, device=device)
     net.eval()
     for images, labels in loader:
         with autocast(device, amp):
             guess = net(images.to(device)).argmax(1)                    # (B, K) -> (B,)
-        right[0] += (guess == labels.to(device)).sum()
-        right[1] += len(labels)
+        counts[0] += (guess == labels.to(device)).sum()
+        counts[1] += len(labels)
     net.train(training)
-    return float(torch.div(*sum_over_ranks(right)))
+    right, seen = sum_over_ranks(counts)
+    return float(right / seen)
 
 
 class RoundOf:
@@ -641,7 +651,9 @@ class RoundOf:
     """
 
     def __init__(self, loader, steps, order=0):
-        self.loader, self.steps, self.order, self.sampler = loader, steps, order, self
+        self.loader, self.steps, self.order = loader, steps, order
+        # Its own sampler, as callers name the round by loader.sampler.set_epoch(number).
+        self.sampler = self
 
     def set_epoch(self, number):
         self.number = number
@@ -664,13 +676,14 @@ class RoundOf:
 #     shift of all gammas, and the ranking stays the dense network's.
 #   - alpha must lie among the gradients |dl/dgamma| of the channels: above them all, everything
 #     goes to zero together, and the network with it.
-# OURS: the prunable gammas have f = --gamma-rate times the learning rate. That shortens the way and
-# leaves the end of it, |dl/dgamma| = alpha, where it is. --search prints dose and gradients first.
+# OURS: the prunable gammas have f = --gamma-rate times the learning rate. That multiplies the dose
+# by f and leaves the end, |dl/dgamma| = alpha, where it is. --search prints dose and gradients
+# first.
 # ---------------------------------------------------------------------------------------------
 
 
 def sparse_sgd(net, gamma, lr, cfg):
-    """(SGD, its schedule) of the sparse training: linear to 0 (PAPER 7.1).
+    """(SGD, its schedule) of the sparse training: linear to 0 (PAPER 7.1 for W1; OURS for W2, W3).
 
     OURS: no weight decay on prunable gammas, as a second force towards zero would move the point
     where |dl/dgamma| = alpha.
@@ -690,7 +703,8 @@ def shrink_(gamma, alpha, sgd, cfg):
     With momentum m a constant gradient g moves a weight by lr g / (1 - m) a step; t has the same
     factor, else the l1 norm would count (1 - m) alpha only.
     """
-    t = sgd.param_groups[1]["lr"] * alpha / (1 - cfg.momentum)
+    lr = sgd.param_groups[1]["lr"]              # group 1 of sparse_sgd: the prunable gammas
+    t = lr * alpha / (1 - cfg.momentum)
     for g in gamma:
         g.copy_(g.sign() * (g.abs() - t).clamp_min(0))
 
@@ -709,7 +723,13 @@ def pulls(cfg):
 
 
 def constraint(E, gap, mus):
-    """<E, W1 - W3> + mu/2 ||W1 - W3||^2 of Eq. (6), scalar; gap: W1 - W3; lists by parameter."""
+    """<E, W1 - W3> + mu/2 ||W1 - W3||^2 of Eq. (6), scalar; gap: W1 - W3; lists by parameter.
+
+    What E does: where W1 = W3 has settled, the gradients of L for both vanish, so E is -dl_cls/dW1
+    and also lambda dl_seg/dW3 (weight decay and l1 aside). It holds the copies together where each
+    task alone would leave, without a large mu. For a shared gamma the two conditions add up: it can
+    stay at zero only where |dl_cls/dgamma + lambda dl_seg/dgamma| <= alpha1 + alpha2.
+    """
     linear = sum((e * d).sum() for e, d in zip(E, gap))
     return linear + sum(mu / 2 * d.square().sum() for d, mu in zip(gap, mus))
 
@@ -791,10 +811,12 @@ def end_round(run, gap, scales, cfg):
     """Log what the round has come to, judge convergence, store it. gap: ||W1 - W3|| / ||W1||;
     scales: [gamma1, gamma2, gamma3], of which the zeros are counted."""
     zeros = [sum(int((g == 0).sum()) for g in gamma) for gamma in scales]
-    # OURS: the paper does not say when. W1 = W3 is not enough, as they start like that: the
-    # channels that are at zero must have settled too.
-    run.values["converged"] = gap < cfg.tolerance and zeros == run.values.get("zeros")
+    # OURS: the paper does not say when. W1 = W3 is not enough, as they start like that: some gammas
+    # must be at zero, and as many as a round before.
+    settled = sum(zeros) > 0 and zeros == run.values.get("zeros")
+    run.values["converged"] = gap < cfg.tolerance and settled
     run.values["zeros"] = zeros
+    # "mu" is the next round's: train_sparse has raised it already.
     record = {"gap": gap, "gamma_gap": distance(scales[0], scales[2]), "mu": run.values["mu"]}
     note = " ".join(f"{name} {value:.2g}" for name, value in record.items())
     run.end_epoch(note=f" | {note} zeros {zeros}", zeros=zeros, **record)
@@ -803,7 +825,7 @@ def end_round(run, gap, scales, cfg):
 # 7. Which channels stay, and the cut: Algorithm 1, lines 9 and 10, and what it is compared with
 #
 #     mtp             gamma1 and gamma2 after Algorithm 1
-#     slimming        the same gammas after segmentation alone (PAPER: Network Slimming)
+#     slimming        gamma3 and gamma2 after segmentation alone (PAPER: Network Slimming)
 #     slimming_cls    after classification alone, Eq. (3); the decoder's are the dense ones
 #     gammas          the dense network's (OURS: what does the sparse training bring?)
 #     uniform         as many in each layer (PAPER Table 2; OURS: the largest |gamma|, it is silent)
@@ -814,8 +836,8 @@ def end_round(run, gap, scales, cfg):
 #     layer a    0.9  0.0x 0.3  0.8        layer b    0.1x 0.2x 0.0x 0.4
 #
 # So a layer's width is found, not given. Its gammas must mean the same as those of other layers;
-# that is why all of them are pulled by the same alpha, and why backbone and decoder, which two
-# losses pull, have a threshold each.
+# that is why one alpha pulls all of a part, and why the backbone, which both losses train, and the
+# decoder, which l_seg alone trains, have a threshold each.
 # ---------------------------------------------------------------------------------------------
 
 SPARSE = ("mtp", "slimming", "slimming_cls")            # methods with a sparse training
@@ -824,7 +846,7 @@ SPARSE = ("mtp", "slimming", "slimming_cls")            # methods with a sparse 
 @torch.no_grad()
 def scores_of(first, last, groups):
     """Line 9: {group name: |gamma| of each channel (C,)}; the backbone's from the network `first`,
-    gamma1 of W1 for MTP (OURS: not gamma3, as in the algorithm box), the decoder's from `last`.
+    for MTP gamma1 of W1 (PAPER: line 9 names gamma1, not gamma3), the decoder's from `last`.
 
     OURS: for channels that are added or multiplied, the mean over their makers: the sum would put
     BiSeNet's three-fold channels above all others.
@@ -845,16 +867,19 @@ def keep_ranked(scores, percentile, least=0.05):
     """Line 10: the kept channels after removing exactly floor(p N) of the N with one threshold.
 
     scores: {name: (C,)}; least: share of each layer that stays in any case, at least one channel
-    (OURS: an empty layer would cut the network in two); its place is taken by the next in rank, so
-    that the total holds. Of equal scores those that come first go first (a threshold would remove
-    all of them or none). Returns {name: indices}.
+    (OURS: an empty layer would cut the network in two); where such a channel would have gone, the
+    next in rank goes, so that the total holds. Of equal scores those that come first go first (a
+    threshold would remove all of them or none): of too many true zeros, those of the front layers.
+    Returns {name: indices}.
     """
     ranked = []
     for score in scores.values():
-        safe = score.argsort(stable=True)[-max(1, math.ceil(least * len(score))):]
+        order = score.argsort(stable=True)                                  # smallest first
+        safe = order[-max(1, math.ceil(least * len(score))):]
         ranked.append(score.double().index_fill(0, safe, math.inf))
     flat = torch.cat(ranked)                                                # (N,)
-    count, removable = cut_of(len(flat), percentile), int(flat.isfinite().sum())
+    count = cut_of(len(flat), percentile)
+    removable = int(flat.isfinite().sum())                                  # all but the safe ones
     if count > removable:
         raise InputError(f"--percentile {percentile:g} would remove {count} of {len(flat)} "
                          f"channels, but {least:.0%} of each layer stay, so {removable} at most")
@@ -875,7 +900,7 @@ def kept_channels(scores, groups, cfg):
     """{group name: sorted indices of the channels that stay} by --pool.
 
     PAPER 3: one threshold for the backbone (tau1) and one for the decoder (tau2), as their gammas
-    are trained by different losses; Table 4 tries one for both; one a layer is Uniform.
+    are optimized alternately; Table 4 tries one for both; one a layer is Uniform.
     """
     pools = {"layer": [[g] for g in groups], "network": [groups],
              "part": [part_of(groups, "backbone"), part_of(groups, "decoder")]}
@@ -1009,7 +1034,9 @@ def choose_and_prune(tasks, cfg, device):
     """Lines 9 and 10 for every method -> (pruned Classifier, pruned Segmenter, kept).
 
     Both networks lose the same channels. All methods but MTP know one set of weights, so both
-    networks take its backbone.
+    networks take its backbone. MTP keeps two: W1 in the pruned Classifier, W3 in the pruned
+    Segmenter. fine_tune trains W1 on classification, then copies it over W3; W3 itself goes on only
+    with --cls-epochs 0.
     """
     cls, seg = (task.net for task in tasks)
     groups = groups_of(seg)
