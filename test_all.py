@@ -4462,6 +4462,9 @@ def test_mtp_line_7_waits_for_the_zeros():
         mtp.end_round(run, gap, [gamma, gamma, []], mtp.Config(tolerance=1e-4))
         decided.append(run.values["converged"])
     assert decided == [False, False, False, True] and run.values["zeros"] == [2, 2, 0]
+    for _ in range(2):                          # not a zero yet, twice
+        mtp.end_round(run, 1e-9, [[torch.ones(2)]] * 3, mtp.Config(tolerance=1e-4))
+    assert run.values["zeros"] == [0, 0, 0] and not run.values["converged"]
 
 
 class Small(nn.Module):
