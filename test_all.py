@@ -4242,6 +4242,8 @@ def test_mtp_exact_counts_with_ties_and_least_width():
         assert len(kept["a"]) >= 2 and len(kept["b"]) >= 1 and len(kept["c"]) >= 5
         assert 6 in kept["b"], "what stays of a low layer is its best channel"
     _refused(lambda: mtp.keep_ranked(low, 99, 0.05), "--percentile 99", "145", "5%", "139")
+    low["c"] = low["c"][:53]                                # 94 of 100 go, all that are not safe
+    assert sum(map(len, mtp.keep_ranked(low, 94, 0.05).values())) == 6
     assert mtp.keep_ranked({"a": torch.tensor([0.5, 0.5, 0.5, 0.1])}, 50, 0)["a"].tolist() == [1, 2]
 
 
