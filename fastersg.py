@@ -21,8 +21,9 @@ The idea in five lines:
     s, l, L           s, l, cfg.layers                 downsample rate 8/16/32, layer, layers
     O^k               OPERATORS[k], operator()         candidate operators of a cell
     chi, X            cfg.widths, j                    expansion ratios; j is an index into them
-    alpha, beta       draw.alpha[s, l], draw.beta      probabilities of operators, predecessors
-    gamma             draw.gamma[s, l]                 probabilities of the widths of a node
+    alpha             draw.alpha[s, l]                 probabilities of a cell's operators
+    beta              draw.beta[s, l]                  and of a node's predecessors
+    gamma             draw.gamma[s, l]                 one-hot: the width that a node has for now
     I_sl              maps[s][s]                       node (s, l): the input of cell (s, l)
     O_s->s, O_s->2s   keep, down                       the two outputs of a cell
     Lat, w1 w2 w3     LatencyTable, weighed_latency    Section 3.2, Eq. (3)
@@ -65,7 +66,7 @@ NETWORKS = ("student", "teacher", "pruned_teacher", "random", "random1", "random
 @dataclass
 class Config(BaseConfig):
     # The search space, Section 3.1. Channels are chi * rate. One value in widths, e.g. 8, is the
-    # fixed width of Table 3, one branch its single backbone; three rates need four layers.
+    # fixed width of Table 3, one branch its single backbone. With four layers 1/32 has a choice.
     layers: int = opt(16, "L, layers of cells (PAPER 4.2)", "search", low=4)
     widths: tuple[int, ...] = opt((4, 6, 8, 10, 12), "ratios chi (PAPER 4.2)", "search", low=1)
     branches: int = opt(2, "b, branches of a network, 1 or 2 (PAPER 4.2)", "search", low=1, high=2)
@@ -81,18 +82,18 @@ class Config(BaseConfig):
     pretrain_epochs: int = opt(20, "epochs for W alone (PAPER App. F)", "search", low=0)
     search_epochs: int = opt(30, "epochs for W and architecture (PAPER App. F)", "search", low=0)
     search_steps: int = opt(0, "steps an epoch, 0 = one pass over trainA", "search", low=0)
-    # OFFICIAL-CODE: 0.02 while pretraining, then 0.01.
+    # OURS: one rate throughout; OFFICIAL-CODE has 0.02 while pretraining, then this.
     search_lr: float = opt(0.01, "SGD for W while searching", "search", low=0)
     search_decay: float = opt(0.99, "its factor an epoch (PAPER App. H)", "search", low=0, high=1)
     arch_lr: float = opt(3e-4, "Adam for alpha, beta, gamma (PAPER App. H)", "search", low=0)
     tau: float = opt(1.0, "temperature of Gumbel-softmax (PAPER App. C)", "search", low=1e-3)
     label_stride: int = opt(8, "losses at 1/8 of the size (OFFICIAL-CODE)", "search", low=1)
-    # OURS: the paper does not say on which images ACC of Eq. (5) is taken. Training images that
-    # neither W nor the architecture has seen; the validation set stays unseen.
+    # For ACC of Eq. (5). PAPER App. H: never on val or test; on which training images it does not
+    # say. OURS: some that neither W nor the architecture has seen.
     held_out: float = opt(0.1, "share of training images for App. B", "search", low=1e-3, high=0.9)
 
     # Latency, Section 3.2. A processor's milliseconds are not a 1080Ti's: lambda and target_ms mean
-    # something else on each device, and Eq. (3) solves its weights for the device at hand.
+    # something else on each device, and so do w1 w2 w3 (`choose_eq3_w`).
     lam: float = opt(0.01, "lambda of Eq. (8), per millisecond (PAPER App. F)", "search", low=0)
     decouple: bool = opt(True, "Eq. (3); --no-decouple gives Figure 4(a)", "search")
     frame: tuple[int, int] = opt((1024, 2048), "its picture, H W (PAPER Table 2)", "search", low=32)
@@ -105,8 +106,8 @@ class Config(BaseConfig):
     arch: str = opt("", "arch.json, or 'paper': the published networks [<out>/arch.json]", "train")
     network: str = opt("student", "which one: pruned_teacher is a row of Table 3, random ones have "
                        "the student's latency", "train", NETWORKS)
-    # OURS: small crops are better 32 k + 1: align_corners stretches a map of 3 cells over 96 pixels
-    # by half, and in evaluation one of 5 over 130 hardly at all (28 and 31 mIoU: docs/results.md).
+    # Small crops are better 32 k + 1: align_corners stretches a map of 3 cells over 96 pixels by
+    # half, and in evaluation one of 5 over 130 hardly at all (28 and 31 mIoU, one seed of CamVid).
     size: tuple[int, int] = opt((512, 1024), "training crop H W (OFFICIAL-CODE)", "train", low=32)
     # OURS: uniform; OFFICIAL-CODE: .75, 1 or 1.25. The search draws scales too.
     scales: tuple[float, float] = opt((0.75, 1.25), "random scale", "search", low=0.1, high=10)
@@ -131,6 +132,7 @@ QUICK = dict(layers=4, widths=(2, 4), stem_chi=2, size=(128, 256), search_size=(
 
 RATES = (8, 16, 32)
 FIRST = {8: 0, 16: 1, 32: 2}                            # the first layer that has a cell of a rate
+COARSE = {8: (), 16: (16,), 32: (32, 16)}               # rates that a branch's ups start from
 OPERATORS = ("skip", "conv", "conv_x2", "zoom", "zoom_x2")                   # Section 3.1.2
 KINDS = ("operator", "rate", "width")                   # O, s, chi: chosen by alpha, beta, gamma
 TEACHER, STUDENT = 0, 1
@@ -149,8 +151,8 @@ class Cell:
     """One cell of a branch, as text `zoom_x2 /2 s=8 chi=4 layer=3`.
 
     Equal cells behind equal cells are shared by the branches (3.4). OURS: the layer of the supernet
-    they come from must be equal too, where the paper names operator, rate and width: a skip that
-    goes down one layer later has other weights there, and its latency is counted there.
+    they come from must be equal too, where the paper names operator, rate and width: as skips are
+    shrunk, the k-th cells of two branches may come from different layers, with other weights.
     """
     op: str                     # one of OPERATORS
     down: bool                  # stride 2: the output has twice the rate
@@ -173,10 +175,10 @@ class Cell:
     @staticmethod
     def parse(text):
         """Inverse of str; ValueError."""
-        found = re.fullmatch(r"(\w+)( /2)? s=(\d+) chi=([1-9]\d*)( layer=(\d+))?", text)
-        if not found or found[1] not in OPERATORS:
+        match = re.fullmatch(r"(\w+)( /2)? s=(\d+) chi=([1-9]\d*)( layer=(\d+))?", text)
+        if not match or match[1] not in OPERATORS:
             raise ValueError(f"'{text}' is no cell; one reads like 'zoom_x2 /2 s=8 chi=4'")
-        op, down, rate, chi, _, layer = found.groups()
+        op, down, rate, chi, _, layer = match.groups()
         return Cell(op, bool(down), int(rate), int(chi), int(layer or -1))
 
 
@@ -223,6 +225,8 @@ class Architecture:
             if not 1 <= len(arch.branches) <= 3 or arch.stem_chi < 1:
                 raise ValueError("it needs 1 to 3 branches and a positive stem_chi")
             for final, cells in arch.branches.items():
+                if final not in RATES:
+                    raise ValueError(f"a branch ends at rate 8, 16 or 32, not {final}")
                 rates = [8] + [cell.rate_out for cell in cells]
                 if [cell.rate for cell in cells] != rates[:-1] or rates[-1] != final:
                     raise ValueError(f"the rates of branch {final} do not follow each other")
@@ -238,7 +242,7 @@ def pruned(teacher, chi, stem_chi):
 
 
 # Table 7 and Figure 6. Where the table prints s * chi, a cell that downsamples has 2 s * chi
-# output channels (its bold rows); the parameter count confirms it (OFFICIAL-CODE).
+# output channels: row 6 on the left, 4 and 8 on the right. The parameter count confirms it.
 PAPER_STUDENT = Architecture.from_json({"stem_chi": 8, "branches": {
     16: 2 * ["conv_x2 s=8 chi=4"] + 2 * ["zoom_x2 s=8 chi=4"] + [
         "conv_x2 s=8 chi=4", "conv_x2 /2 s=8 chi=4",
@@ -260,11 +264,12 @@ PUBLISHED = {"student": PAPER_STUDENT, "teacher": PAPER_TEACHER,
 
 def load_architecture(path, which):
     """Architecture `which`, one of NETWORKS, of an arch.json; 'paper' means the published ones."""
-    stored = PUBLISHED if path == "paper" else common.read_json(path, "arch.json")
-    if which not in stored:
+    archs = PUBLISHED if path == "paper" else common.read_json(path, "arch.json")
+    if which not in archs:
         raise InputError(f"{path} holds no architecture named {which}; run --search first")
-    found = stored[which]
-    return found if path == "paper" else Architecture.from_json(found, f"{path}, {which}")
+    if path == "paper":
+        return archs[which]
+    return Architecture.from_json(archs[which], f"{path}, {which}")
 
 
 def cells_of(layers):
@@ -277,8 +282,14 @@ def sources_of(l, layers):
 
     They are s / 2, which goes down, and s. The last layer does not go down: nothing would read it.
     """
-    return {s: [r for r in (s // 2, s) if FIRST.get(r, l) < l and (r == s or l < layers)]
-            for s in RATES if FIRST[s] <= l}
+    sources = {s: [] for s in RATES if FIRST[s] <= l}
+    for s in sources:
+        finer = s // 2
+        if finer in sources and FIRST[finer] < l < layers:
+            sources[s].append(finer)
+        if FIRST[s] < l:
+            sources[s].append(s)
+    return sources
 
 
 def final_sets(branches):
@@ -340,8 +351,8 @@ class SliceKernel(torch.autograd.Function):
 class ConvBN(nn.Module):
     """Convolution without bias and BN, of any of the widths c_outs (3.1.3: searchable superkernel).
 
-    "From slim to wide connections take larger subsets of input and output dimensions": the first
-    channels of one kernel. BN is separate for each output width (OFFICIAL-CODE).
+    Wider connections take a larger corner of one kernel: its first output and input channels. BN is
+    separate for each output width (OFFICIAL-CODE).
     """
 
     def __init__(self, c_in, c_outs, kernel=3, stride=1):
@@ -385,7 +396,7 @@ class Skip(nn.Module):
         super().__init__()
         self.c_outs = c_outs
 
-    def forward(self, x, j):                # (B, c, h, w) -> (B, c_outs[j], h, w)
+    def forward(self, x, j=0):              # (B, c, h, w) -> (B, c_outs[j], h, w)
         return match(x, self.c_outs[j])
 
 
@@ -474,7 +485,7 @@ def ups_of(s, last, chi):
     """The ups of a branch that ends at rate s: [(rate of the coarse map, its channels, channels of
     the finer map, channels of the result), ...]. last: {r: channels of its last map at rate r}."""
     ups, c = [], last[s]
-    for coarse in (r for r in (32, 16) if r <= s):
+    for coarse in COARSE[s]:
         fine = coarse // 2
         ups.append((coarse, c, last[fine], chi * fine))
         c = chi * fine
@@ -482,7 +493,8 @@ def ups_of(s, last, chi):
 
 
 def joint_channels(rates, c_8, chi):
-    """(c_in, c_mix) of the classifier of a set; c_8: channels at the end of branch 8."""
+    """(c_in, c_mix) of the classifier of a set; c_8: channels at the end of branch 8, if it is in
+    the set. The others end in an up, which gives them 8 chi."""
     return sum(c_8 if s == 8 else 8 * chi for s in rates), 8 * chi * len(rates)
 
 
@@ -514,8 +526,8 @@ class Head(nn.Module):
         fine_maps = {}
         for s in maps:
             y = maps[s][s]
-            for up, fine in zip(self.ups[str(s)], (s // 2, s // 4)):
-                y = up(y, maps[s][fine])
+            for up, coarse in zip(self.ups[str(s)], COARSE[s]):
+                y = up(y, maps[s][coarse // 2])
             fine_maps[s] = y                                           # (B, c, H/8, W/8)
         # Coarse first: the map at 1/8 alone varies in width, and slices are cut from the end.
         return [self.classifiers[str(rates)](torch.cat([fine_maps[s] for s in reversed(rates)], 1))
@@ -543,9 +555,9 @@ class FasterSeg(nn.Module):
         last = {s: arch.walk(s)[1] for s in rates}
         self.head = Head([tuple(rates)], last, arch.stem_chi, num_classes)
         self.auxiliary = nn.ModuleDict() if auxiliary else None
-        for r in (16, 32) if auxiliary else ():     # OFFICIAL-CODE: at each rate coarser than 1/8
+        for r in (16, 32):                          # OFFICIAL-CODE: at each rate coarser than 1/8
             c = sum(last[s].get(r, 0) for s in rates)
-            if c:
+            if auxiliary and c:
                 self.auxiliary[str(r)] = Classifier(c, None, num_classes)
 
     def forward(self, x):
@@ -656,7 +668,7 @@ def mixed(beta, from_finer, from_same):
 #
 # alpha and beta are mixtures: all operators and both predecessors run, weighed by probability.
 # gamma is a sample: one width of each node runs at a time, and the gradient comes by way of
-# Gumbel-softmax. What the search space says is a Draw; what is learned are the logits behind it.
+# Gumbel-softmax. What supernet and table read is a Draw; what is learned are the logits behind it.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -678,7 +690,8 @@ class ArchParameters(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.tau, self.stem_j = cfg.tau, cfg.widths.index(cfg.stem_chi)
+        self.layers, self.tau = cfg.layers, cfg.tau
+        self.stem_j = cfg.widths.index(cfg.stem_chi)
         nodes = [(s, l) for l in range(1, cfg.layers + 1) for s in sources_of(l, cfg.layers)]
         self.keys = {
             "alpha": cells_of(cfg.layers),
@@ -723,15 +736,17 @@ class ArchParameters(nn.Module):
         p = torch.softmax((F.log_softmax(self.gamma, 1) + noise) / self.tau, 1)
         return self.fixed(p.argmax(1)) + p - p.detach()
 
+    @torch.no_grad()
     def likeliest(self):
         """3.4: argmax of gamma. Where a skip is the likeliest, its node has the width that the skip
         reads: it is shrunk, and Section 4.2 counts no widths for it. Here and not after the search,
-        so that the widths whose latency is optimised and reported are those that are derived."""
+        so that the widths whose latency is reported are those that are derived."""
         j = dict(zip(self.keys["gamma"], self.gamma.argmax(1).tolist()))
         alpha, beta = self.probabilities("alpha"), self.probabilities("beta")
+        places = downsampling_places(beta, self.layers)
+        entered = [(16, places[16][0]), (16, places[32][0]), (32, places[32][1])]   # by going down
         for s, l in self.keys["alpha"]:                     # of a rate in the order of the layers
-            goes_down = (s, l + 1) in beta and beta[s, l + 1].argmax() == 0
-            if OPERATORS[alpha[s, l].argmax()] == "skip" and not goes_down:
+            if OPERATORS[alpha[s, l].argmax()] == "skip" and (s, l + 1) not in entered:
                 j[s, l + 1] = j[s, l] if l else self.stem_j
         return self.fixed(torch.tensor(list(j.values())))
 
@@ -791,8 +806,8 @@ def pieces_of(arch, num_classes):
         pieces.append((cell.op, c_in, cell.c_out, cell.rate, 1 + cell.down))
     for s in last:
         pieces += [("up", *up) for up in ups_of(s, last[s], chi)]
-    shape = joint_channels(last, last.get(8, {}).get(8), chi)
-    return pieces + [("classifier", *shape, num_classes)]
+    c_8 = last[8][8] if 8 in last else None
+    return pieces + [("classifier", *joint_channels(last, c_8, chi), num_classes)]
 
 
 def space_pieces(cfg, num_classes):
@@ -805,7 +820,7 @@ def space_pieces(cfg, num_classes):
                              for op in OPERATORS for i, j in pairs]
     for s in (16, 32):
         groups["up", s] = [("up", s, s * i, s // 2 * j, s // 2 * chi) for i, j in pairs]
-    for rates in final_sets(cfg.branches):
+    for rates in final_sets(cfg.branches):          # one without branch 8: |X| times the same
         groups[rates] = [("classifier", *joint_channels(rates, 8 * j, chi), num_classes)
                          for j in cfg.widths]
     return groups
@@ -831,15 +846,15 @@ def make_piece(piece, frame):
     return lambda: operator(kind, c_in, [c_out], stride), [shape(c_in, s)]
 
 
-def costs(piece):
-    """Whether it is measured: a skip of stride 1 does nothing, and costs nothing."""
+def is_measured(piece):
+    """Not a skip of stride 1: it does nothing, and costs nothing."""
     return piece[0] != "skip" or piece[-1] == 2
 
 
 def measured_table(cfg, num_classes, device):
     """{entry: ms} for cfg.frame on this device; stored beside the run folders, measured once."""
     pieces = chain(*space_pieces(cfg, num_classes).values())
-    entries = {entry(piece): make_piece(piece, cfg.frame) for piece in pieces if costs(piece)}
+    entries = {entry(piece): make_piece(piece, cfg.frame) for piece in pieces if is_measured(piece)}
     return latency.build_table(entries, device, cfg.frame, Path(cfg.out).parent)
 
 
@@ -859,7 +874,7 @@ class LatencyTable:
         self.stem_width = torch.tensor(one_hot, device=device)              # (|X|,)
         self.ms = {}
         for group, pieces in space_pieces(cfg, num_classes).items():
-            values = [ms[entry(piece)] if costs(piece) else 0.0 for piece in pieces]
+            values = [ms[entry(piece)] if is_measured(piece) else 0.0 for piece in pieces]
             self.ms[group] = torch.tensor(values, device=device)
 
     def __call__(self, draw):
@@ -874,34 +889,43 @@ class LatencyTable:
                           branches of two nodes of layer l + 1 have in common, which is paid once
         Lat of (s, t)   = stem + ms(s, L) + ms(t, L) - shared(s, t) + head
 
-        By hand: conv costs 2 ms, going down 3, skip 0; each alpha is half skip and half conv, beta
-        of node (16, 2) is (1/4, 3/4). Then ms(8, 1) = 1 and ms(16, 1) = 3, and
-        ms(16, 2) = 1/4 (1 + 3) + 3/4 (3 + 1) = 4.
+        By hand: skip costs 0 ms, going down 3 by any operator, conv 2 at 1/8 and 4 at 1/16; each
+        alpha is half skip and half conv, beta of node (16, 2) is (1/4, 3/4). Then ms(8, 1) = 1 and
+        ms(16, 1) = 3, and ms(16, 2) = 1/4 (1 + 3) + 3/4 (3 + 2) = 4.75.
         """
-        nodes = {8: {"ms": 0.0, 8: self.stem_width}}    # nodes[s][r]: width of the last map at 1/r
-        shared = {(8, 8): 0.0}
+        # nodes[s]: {"ms": ms(s, l), r: width of the last map at rate r, as probabilities}
+        nodes, shared = {8: {"ms": 0.0, 8: self.stem_width}}, {(8, 8): 0.0}
         for l in range(self.layers):
             reached, chances = {}, {}                   # chances[s] = {r: P(r, l -> s)}
             for s, sources in sources_of(l + 1, self.layers).items():
                 chances[s] = dict(zip(sources, draw.beta.get((s, l + 1), (1.0,))))
-                ways = [self.behind(draw, nodes[r], r, s, l) for r in sources]
-                reached[s] = {key: sum(p * way[key] for p, way in zip(chances[s].values(), ways))
-                              for key in ways[0]}
+                reached[s] = {}
+                for r, p in chances[s].items():
+                    for key, value in self.through_cell(draw, nodes[r], r, s, l).items():
+                        reached[s][key] = reached[s].get(key, 0.0) + p * value
             before, shared = shared, {(s, s): reached[s]["ms"] for s in reached}
             for s, t in combinations(reached, 2):
                 shared[s, t] = sum(p * q * before[a, b] for a, p in chances[s].items()
                                    for b, q in chances[t].items())
             nodes = reached
-        return {rates: self.ms["stem"][0] + sum(nodes[s]["ms"] for s in rates)
-                - shared.get(rates, 0.0) + self.head_ms(rates, nodes) for rates in self.final_sets}
+        latencies = {}
+        for rates in self.final_sets:
+            latencies[rates] = (self.ms["stem"][0] + sum(nodes[s]["ms"] for s in rates)
+                                + self.head_ms(rates, nodes))
+            if len(rates) == 2:
+                latencies[rates] = latencies[rates] - shared[rates]
+        return latencies
 
-    def behind(self, draw, node, r, s, l):
+    def through_cell(self, draw, node, r, s, l):
         """What a branch from `node` has spent, and how wide its last maps are, behind the cell
         between nodes (r, l) and (s, l + 1)."""
         alpha, gamma = draw.alpha[r, l], draw.gamma[s, l + 1]
         by_width = self.ms[r, s // r].view(-1, self.n, self.n)          # (5, |X| in, |X| out)
         ms = torch.einsum("k,i,j,kij", alpha, node[r], gamma, by_width)
-        width = gamma if r < s else alpha[0] * node[s] + (1 - alpha[0]) * gamma
+        width = gamma
+        if r == s:
+            skip = alpha[OPERATORS.index("skip")]
+            width = skip * node[s] + (1 - skip) * gamma
         return {**node, "ms": node["ms"] + ms, s: width}
 
     def head_ms(self, rates, nodes):
@@ -909,7 +933,7 @@ class LatencyTable:
         total = self.ms[rates] @ nodes[8][8]                # (|X|,), by the width at 1/8
         for s in rates:
             c = nodes[s][s]                                 # a branch's end, then chi of the head
-            for coarse in (r for r in (32, 16) if r <= s):
+            for coarse in COARSE[s]:
                 by_width = self.ms["up", coarse].view(self.n, self.n)   # (|X| coarse, |X| fine)
                 total = total + c @ by_width @ nodes[s][coarse // 2]
                 c = self.stem_width
@@ -985,8 +1009,8 @@ def choose_eq3_w(cfg, table):
 
 def run_search(cfg, device, net, teacher, student, table, loaders):
     """App. F. net: Supernet (its weights are W), teacher, student: ArchParameters, table:
-    LatencyTable, loaders: of trainA, trainB and held-out pictures. All three networks are trained
-    in place."""
+    LatencyTable, loaders: of trainA, trainB and held-out pictures. Supernet and both architectures
+    are trained in place."""
     train_a, train_b, held_out = loaders
     w = choose_eq3_w(cfg, table)                                                # of Eq. (3)
     # App. H. fused holds 4% less memory, but wants the momentum of all parameters or of none.
@@ -998,45 +1022,64 @@ def run_search(cfg, device, net, teacher, student, table, loaders):
                       for arch in (teacher, student))       # OFFICIAL-CODE: betas
     steps = min(len(train_a), len(train_b), cfg.search_steps or len(train_a))
     # A new search makes void what an older one has found, and what was trained of it.
-    stale = ["arch.json", *(path.relative_to(cfg.out) for path in Path(cfg.out).glob("*/*.pt"))]
+    stale = ["arch.json"]
+    for network in NETWORKS:
+        for folder in (network, f"{network}_alone"):
+            stale += [f"{folder}/last.pt", f"{folder}/best.pt"]
     run = Run("search", "search", cfg, device, cfg.out, cfg.pretrain_epochs + cfg.search_epochs,
               steps, stale=stale, model=net, teacher=teacher, student=student, sgd=sgd, decay=decay,
               adam_t=adam_t, adam_s=adam_s)
     for epoch in run.epochs():
-        train_b.sampler.set_epoch(epoch)
-        for batch, batch_b in islice(zip(run.batches(train_a), train_b), steps):
-            with torch.no_grad():                       # to W the architectures are constants
-                t_widest = teacher.draw(teacher.widest())
-                narrowest, widest, sampled, *two_random = map(student.draw, (
-                    student.narrowest(), student.widest(), student.gumbel(), student.uniform(),
-                    student.uniform()))
-            if epoch < cfg.pretrain_epochs:
-                # Pretraining: W alone, "each operator with the smallest width, largest width, and
-                # 2 random widths". The widest pass trains the teacher's stem and head, the others
-                # the student's (OURS: in the release those enter the search untrained).
-                update_weights(run, "seg", sgd, net, batch, [
-                    (TEACHER, t_widest), *((STUDENT, draw) for draw in (narrowest, *two_random))])
-                continue
-            # 1. W by grad_W L_seg(M | W, alpha_T, beta_T) on trainA. T is always widest (3.3).
-            update_weights(run, "T", sgd, net, batch, [(TEACHER, t_widest)])
-            # 2. W by grad_W L_seg(M | W, alpha_S, beta_S, gamma_S) on trainA, "with the smallest
-            #    width, largest width, and the width that is sampled from the current gamma".
-            update_weights(run, "S", sgd, net, batch, [
-                (STUDENT, narrowest), (STUDENT, widest), (STUDENT, sampled)])
-            # 3. alpha_T, beta_T by their grad of L_seg(M | W, alpha_T, beta_T) on trainB. First
-            #    order: W counts as a constant, so none of it leaks into the next update of W.
-            batch_b = common.to_device(*batch_b, cfg, device)
-            net.requires_grad_(False)
-            draw = teacher.draw(teacher.widest())
-            run.descend(adam_t, arch_T=seg_loss(net, draw, TEACHER, *batch_b, cfg))
-            # 4. alpha_S, beta_S, gamma_S by their grad of Eq. (8) with Eq. (3) in it, on trainB:
-            #    L = L_seg(M | W, alpha_S, beta_S, gamma_S) + lambda Lat(alpha_S, beta_S, gamma_S)
-            draw = student.draw(student.gumbel())
-            run.descend(adam_s, arch_S=seg_loss(net, draw, STUDENT, *batch_b, cfg),
-                        latency=cfg.lam * weighed_latency(table, draw, w))
-            net.requires_grad_(True)
+        batches = islice(run.batches(train_a), steps)
+        if epoch < cfg.pretrain_epochs:
+            pretrain_epoch(run, batches, net, teacher, student, sgd)
+        else:
+            train_b.sampler.set_epoch(epoch)
+            pairs = zip(batches, train_b)
+            search_epoch(run, pairs, net, teacher, student, sgd, adam_t, adam_s, table, w)
         decay.step()
         end_search_epoch(run, net, teacher, student, table, held_out)
+
+
+def pretrain_epoch(run, batches, net, teacher, student, sgd):
+    """W alone, "each operator with the smallest width, largest width, and 2 random widths". The
+    widest pass trains the teacher's stem and head, the others the student's (OURS: in the release
+    those enter the search untrained)."""
+    for batch in batches:
+        with torch.no_grad():
+            passes = [(TEACHER, teacher.draw(teacher.widest()))]
+            for width in (student.narrowest(), student.uniform(), student.uniform()):
+                passes.append((STUDENT, student.draw(width)))
+        update_weights(run, "seg", sgd, net, batch, passes)
+
+
+def search_epoch(run, pairs, net, teacher, student, sgd, adam_t, adam_s, table, w):
+    """The four updates of App. F in turn; a pair is a batch of trainA and one of trainB."""
+    cfg = run.cfg
+    for batch, batch_b in pairs:
+        with torch.no_grad():                           # to W the architectures are constants
+            t_widest = teacher.draw(teacher.widest())
+            narrowest = student.draw(student.narrowest())
+            widest = student.draw(student.widest())
+            sampled = student.draw(student.gumbel())
+        # 1. W by grad_W L_seg(M | W, alpha_T, beta_T) on trainA. T is always widest (3.3).
+        update_weights(run, "T", sgd, net, batch, [(TEACHER, t_widest)])
+        # 2. W by grad_W L_seg(M | W, alpha_S, beta_S, gamma_S) on trainA, "with the smallest
+        #    width, largest width, and the width that is sampled from the current gamma".
+        update_weights(run, "S", sgd, net, batch, [
+            (STUDENT, narrowest), (STUDENT, widest), (STUDENT, sampled)])
+        # 3. alpha_T, beta_T by their grad of L_seg(M | W, alpha_T, beta_T) on trainB. First
+        #    order: W counts as a constant, so none of it leaks into the next update of W.
+        batch_b = common.to_device(*batch_b, cfg, run.device)
+        net.requires_grad_(False)
+        draw = teacher.draw(teacher.widest())
+        run.descend(adam_t, arch_T=seg_loss(net, draw, TEACHER, *batch_b, cfg))
+        # 4. alpha_S, beta_S, gamma_S by their grad of Eq. (8) with Eq. (3) in it, on trainB:
+        #    L = L_seg(M | W, alpha_S, beta_S, gamma_S) + lambda Lat(alpha_S, beta_S, gamma_S)
+        draw = student.draw(student.gumbel())
+        run.descend(adam_s, arch_S=seg_loss(net, draw, STUDENT, *batch_b, cfg),
+                    latency=cfg.lam * weighed_latency(table, draw, w))
+        net.requires_grad_(True)
 
 
 def update_weights(run, name, sgd, net, batch, passes):
@@ -1050,7 +1093,7 @@ def update_weights(run, name, sgd, net, batch, passes):
     for who, draw in passes:
         loss = seg_loss(net, draw, who, *batch, run.cfg)
         loss.backward()
-        mean = mean + loss / len(passes)
+        mean = mean + loss.detach() / len(passes)
     average_gradients(list(net.parameters()))           # a NaN of one rank now stops all of them
     norm = nn.utils.clip_grad_norm_(net.parameters(), 5.0)                  # OFFICIAL-CODE
     run.check(**{name: mean}, gradient=norm)
@@ -1101,12 +1144,12 @@ def decidedness(arch):
 
     Entropy would mislead: it falls with the learning rate while two runs do not agree.
     """
-    found = {}
+    sureness = {}
     for kind, logits in zip(KINDS, arch.parameters()):
         if logits.shape[1] > 1:
             first, second = torch.softmax(logits, 1).topk(2).values.mean(0).tolist()
-            found[kind] = first, first - second
-    return found
+            sureness[kind] = first, first - second
+    return sureness
 
 
 @torch.no_grad()
@@ -1121,7 +1164,7 @@ def end_search_epoch(run, net, teacher, student, table, held_out):
     for name, arch in (("teacher", teacher), ("student", student)):
         means = [torch.softmax(logits, 1).mean(0).tolist() for logits in arch.parameters()]
         choices = *OPERATORS, "go down", "stay", *(f"chi {chi}" for chi in run.cfg.widths)
-        record[name] = {"shares": dict(zip(choices, sum(means, []))), "decided": decidedness(arch)}
+        record[name] = {"shares": dict(zip(choices, chain(*means))), "decided": decidedness(arch)}
     margins = [f"{kind} {margin:.2f}" for kind, (_, margin) in record["student"]["decided"].items()]
     run.end_epoch(note=f" | supernet mIoU {100 * record['supernet_miou']:.2f}, {record['ms']:.2f} "
                   f"ms, margins {', '.join(margins)}", **record)
@@ -1130,10 +1173,11 @@ def end_search_epoch(run, net, teacher, student, table, held_out):
 # ---------------------------------------------------------------------------------------------
 # 7. Derive, Section 3.4 and App. B
 #
-# Every argmax is taken once, here: of alpha in each cell, of beta over the places where a branch
-# can go down, of gamma in each node (`ArchParameters.likeliest`). Then skips are shrunk, branches
-# share what they have in common, and App. B chooses which branches. With one-hot probabilities the
-# derived network is the relaxed one: same output from the same weights, same latency.
+# `derive` takes the argmax of alpha in each cell, `downsampling_places` that of beta over the
+# places where a branch can go down, `ArchParameters.likeliest` that of gamma in each node. Skips
+# are shrunk, branches share what they have in common, and App. B chooses which branches. With
+# one-hot probabilities the derived network is the relaxed one: same output from the same weights,
+# same latency.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1143,15 +1187,16 @@ def downsampling_places(beta, layers):
     beta: {(s, l): (beta0, beta1)}. For 1/16, l* = argmax_l beta0[16, l]. Footnote 2, for 1/32:
     (l1*, l2*) = argmax beta0[16, l1] beta0[32, l2] with l1 < l2. The first node of a rate has one
     input and so no beta: of the 15 places that 4.2 counts the argmax cannot compare one. OURS: it
-    counts as an undecided node, 0.5, so it wins where all others prefer to stay. Of equal places
+    counts as an undecided node, 0.5: for 1/16 it wins where all others prefer to stay, for 1/32 the
+    product decides. Of equal places
     the last wins, which the walk back from the branch's end meets first: with one-hot beta this is
     the path that Eq. (1) takes.
     """
     beta0 = {(16, 1): 0.5, (32, 2): 0.5} | {node: float(b[0]) for node, b in beta.items()}
-    _, place = max((beta0[16, l], l) for l in range(1, layers))
+    _, once = max((beta0[16, l], l) for l in range(1, layers))
     _, second, first = max((beta0[16, a] * beta0[32, b], b, a)
                            for a, b in combinations(range(1, layers), 2))
-    return {8: (), 16: (place,), 32: (first, second)}
+    return {8: (), 16: (once,), 32: (first, second)}
 
 
 @torch.no_grad()
@@ -1189,34 +1234,31 @@ def select(cfg, device, net, teacher, student, ms, held_out):
     The teacher, which has no latency constraint, is chosen by accuracy alone (OURS). Returns
     ({name: architecture}, {candidate: its numbers}).
     """
-    found, rows = {}, {}
+    archs, rows = {}, {}
     for who, name, draw in ((TEACHER, "teacher", teacher.draw(teacher.widest())),
                             (STUDENT, "student", student.draw(student.likeliest()))):
-        scores, candidates = supernet_miou(net, draw, who, held_out, device, cfg.amp), []
-        # ACC of Eq. (5) is the supernet's; no candidate is trained for this.
+        # OURS: ACC of Eq. (5) is the supernet's; no candidate is trained for this.
+        scores, best = supernet_miou(net, draw, who, held_out, device, cfg.amp), 0.0
         for rates in net.final_sets:
             arch = derive(draw, cfg, who, rates)
-            row = rows[f"{name} {rates}"] = {"supernet_miou": scores[rates],
-                                             "target": scores[rates]}
+            row = {"supernet_miou": scores[rates], "target": scores[rates]}
             if who == STUDENT:
                 row["table_ms"] = table_latency(arch, ms, net.num_classes)
                 row["target"] = target(scores[rates], row["table_ms"], cfg)
-            candidates.append((row["target"], arch))
-        _, found[name] = max(candidates, key=lambda candidate: candidate[0])
-        small = FasterSeg(found[name], net.num_classes).to(device)
+            rows[f"{name} {rates}"] = row
+            if name not in archs or row["target"] > best:
+                best, archs[name] = row["target"], arch
+        small = FasterSeg(archs[name], net.num_classes).to(device)
         inherit(small, net, who, cfg.widths)
         # With the BN statistics of mixtures, not measured again: a sign of life, not a result.
         matrix = evaluate(small, held_out, net.num_classes, device, cfg.amp)
         rows[name] = {"derived_miou": matrix.miou()}
-    return found, rows
+    return archs, rows
 
 
 @torch.no_grad()
 def inherit(small, net, who, widths):
-    """Give a derived network the supernet's weights: kernels and BN of its widths.
-
-    The supernet's mIoU, this network's and the retrained network's are three different numbers.
-    """
+    """Give a derived network the supernet's weights: kernels and BN of its widths."""
     copy_slices(small.stem, net.stems[who])
     copy_slices(small.head, net.heads[who])
     for index, cell in chain(*small.paths.values()):
@@ -1239,18 +1281,23 @@ def copy_slices(small, wide, j=0):
 
 @torch.no_grad()
 def random_architecture(cfg, generator):
-    """A network of the search's own space: what derive makes of random one-hot parameters, the
-    branches, paths, operators and widths drawn uniformly. generator: random.Random."""
+    """A network of the search's own space: what derive makes of random one-hot parameters. The set
+    of branches, operators and widths are uniform, and so is the path within a set. generator: random.Random."""
     arch, layers = ArchParameters(cfg), cfg.layers
     for row in (*arch.alpha, *arch.gamma):
         row[generator.randrange(len(row))] = 100.0          # softmax: 1
-    # beta is one for both branches: 1/16 goes down where 1/32 does, or behind its second step.
-    first, second = sorted(generator.sample(range(1, layers), 2))
-    alone = generator.choice([first, *range(second, layers)])
-    down = {(16, first), (32, second), (16, alone)}
+    rates = generator.choice(final_sets(cfg.branches))
+    twice = [((16, a), (32, b)) for a, b in combinations(range(1, layers), 2)]
+    if 32 not in rates:
+        paths = [((16, l),) for l in range(1, layers)]
+    elif 16 not in rates:
+        paths = twice
+    else:       # one beta says both: 1/16 goes down where 1/32 does, or from its second step on
+        paths = [(first, second, (16, l)) for first, second in twice
+                 for l in (first[1], *range(second[1], layers))]
+    down = generator.choice(paths)
     for node, row in zip(arch.keys["beta"], arch.beta):
         row[0 if node in down else 1] = 100.0
-    rates = generator.choice(final_sets(cfg.branches))
     return derive(arch.draw(arch.likeliest()), cfg, STUDENT, rates)
 
 
@@ -1279,30 +1326,30 @@ def search(cfg, device):
     """
     num_classes, loaders = search_loaders(cfg)
     if rank() == 0:
-        print(f"search space (4.2): {count_paths(cfg.layers)} paths of two branches, times "
-              f"{count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
+        print(f"search space (4.2): {count_paths(cfg.layers)} paths of pairs of branches, "
+              f"times {count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
     ms = measured_table(cfg, num_classes, device)
     table = LatencyTable(cfg, ms, num_classes, device)
     net = place(Supernet(cfg, num_classes), cfg, device).train()
     teacher, student = (ArchParameters(cfg).to(device) for _ in range(2))
     run_search(cfg, device, net, teacher, student, table, loaders)
-    found, rows = select(cfg, device, net, teacher, student, ms, loaders[2])
-    found["pruned_teacher"] = pruned(found["teacher"], min(cfg.widths), cfg.stem_chi)
-    found |= controls(cfg, found["student"], ms, num_classes)
+    archs, rows = select(cfg, device, net, teacher, student, ms, loaders[2])
+    archs["pruned_teacher"] = pruned(archs["teacher"], min(cfg.widths), cfg.stem_chi)
+    archs |= controls(cfg, archs["student"], ms, num_classes)
     if rank() == 0:
         out = Path(cfg.out)
         common.write_text(out / "arch.json", json.dumps(
-            {"classes": num_classes, **{name: arch.to_json() for name, arch in found.items()}},
+            {"classes": num_classes, **{name: arch.to_json() for name, arch in archs.items()}},
             indent=1))
-        rows["random"] = {"table_ms": table_latency(found["random"], ms, num_classes)}
+        rows["random"] = {"table_ms": table_latency(archs["random"], ms, num_classes)}
         log_record(out, stage="selection", **rows)
         for name, row in rows.items():
             print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
-        for rate, cells in found["student"].branches.items():       # Table 7
+        for rate, cells in archs["student"].branches.items():       # Table 7
             print(f"student, branch 1/{rate}", *cells, sep="\n  ")
         print_decidedness(student)
         for name in ("student", "teacher"):
-            draw_architecture(out / f"arch_{name}.png", found[name], f"FasterSeg {name}")
+            draw_architecture(out / f"arch_{name}.png", archs[name], f"FasterSeg {name}")
         draw_search(cfg)
         print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\n"
               + common.next_command(cfg, "fastersg", "--train --eval"))
@@ -1354,10 +1401,11 @@ def draw_search(cfg):
     common.draw_heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
                          list(shares[0]), [r["epoch"] + 1 for r in records],
                          [[share[name] for share in shares] for name in shares[0]])
-    path = {name: [(r["ms"], 100 * r["supernet_miou"]) for r in records
-                   if r["searching"] == searching]
-            for name, searching in (("pretraining", False), ("searching", True))}
-    common.draw_lines(out / "search_trajectory.png", "Supernet during the search (Figure 4)",
+    path = {"pretraining": [], "searching": []}
+    for r in records:
+        path["searching" if r["searching"] else "pretraining"].append(
+            (r["ms"], 100 * r["supernet_miou"]))
+    common.draw_lines(out / "search_trajectory.png", "Supernet, held-out pictures (as Figure 4)",
                       "expected latency (ms)", "mIoU (%)", path, dots=True)
 
 
@@ -1476,7 +1524,7 @@ def networks_to_bench(cfg):
     published ones."""
     archs = {f"published {which}": PUBLISHED[which] for which in ("student", "teacher")}
     path = arch_path(cfg)
-    if path == "paper" or not (cfg.arch or Path(path).exists()):
+    if path == "paper" or not cfg.arch and not Path(path).exists():
         return archs, 19
     classes = common.read_json(path, "arch.json").get("classes")
     if not isinstance(classes, int) or not 2 <= classes <= 254:
@@ -1552,6 +1600,8 @@ def check(cfg, stages):
     if len(set(cfg.widths)) < len(cfg.widths) or cfg.stem_chi not in cfg.widths:
         raise InputError(f"--widths {cfg.widths} must differ, and contain --stem-chi "
                          f"{cfg.stem_chi}: a skip hands on the stem's width")
+    if "search" in stages and not cfg.pretrain_epochs + cfg.search_epochs:
+        raise InputError("--pretrain-epochs and --search-epochs are both 0: no epoch to search in")
     if cfg.correlation and ("bench" not in stages or cfg.correlation < 3):
         raise InputError("--correlation needs --bench and 3 networks or more")
     if cfg.compile and "search" in stages:
@@ -1575,8 +1625,11 @@ def main(argv=None):
     device = common.setup(cfg)
     check(cfg, stages)
     common.write_config(cfg, stages, device)
-    if stages & {"train", "eval"}:
-        open_split(cfg, "val")                              # missing? say so before hours of search
+    # Missing? Say so before hours of search.
+    if "train" in stages:
+        open_split(cfg, "val")
+    if "eval" in stages:
+        open_split(cfg, cfg.split)
     if "search" in stages:
         search(cfg, device)
     if "train" in stages:
