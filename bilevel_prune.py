@@ -1424,9 +1424,10 @@ def main(argv=None):
     stages, cfg = common.parse_args(Config, "bilevel_prune", STAGES, QUICK, __doc__, argv)
     check(cfg, stages)
     device = common.setup(cfg)
-    if stages & {"train", "search", "sweep", "eval"}:
-        open_split(cfg, "val")                              # missing? say so before hours of work
+    if "eval" in stages:                                    # missing? say so before hours of work
+        open_split(cfg, cfg.split)
     if stages & {"train", "search", "sweep"}:
+        open_split(cfg, "val")
         check_batches(cfg, len(open_split(cfg, "train")))
     common.write_config(cfg, stages, device)
     for stage, run in (("search", search), ("train", train), ("sweep", sweep),
