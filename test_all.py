@@ -3031,6 +3031,32 @@ def test_bilevel_eulers_identity():
     assert torch.allclose(mask.s.grad[kept], euler[kept], atol=1e-12) and not kept.all()
 
 
+def test_bilevel_first_term_vanishes_at_an_inner_optimum_but_for_decay():
+    """By Euler's identity grad_s L of scaled and shifted features, frozen, is -mu (gamma^2 + beta^2)
+    where gamma and beta are optimal under a decay of mu, and 0 without: section 5 relies on it."""
+    torch.manual_seed(0)
+    features, y = torch.randn(100, 6).double(), torch.randint(0, 3, (100,))
+    for mu in (0.0, 1e-2):
+        gamma, beta = (torch.ones(6).double().requires_grad_() for _ in range(2))
+        head, s = torch.randn(3, 6).double().requires_grad_(), torch.ones(6, requires_grad=True)
+        fit = torch.optim.LBFGS([gamma, beta, head], 1, 300, tolerance_grad=1e-12,
+                                tolerance_change=0, line_search_fn="strong_wolfe")
+
+        def loss():
+            return F.cross_entropy((s * (gamma * features + beta)) @ head.T, y)
+
+        def closure():
+            fit.zero_grad()
+            total = loss() + mu / 2 * (gamma.square() + beta.square()).sum()
+            total = total + 1e-3 * head.square().sum()
+            total.backward()
+            return total
+        fit.step(closure)
+        first, = torch.autograd.grad(loss(), s)
+        want = -mu * (gamma.square() + beta.square())
+        assert (first - want).abs().max() < 1e-6 + 1e-3 * want.abs().max()
+
+
 def test_bilevel_pruned_channels_keep_their_weights():
     torch.manual_seed(0)
     net = with_masks(bilevel_prune.build("tiny", 3).train())
