@@ -3035,11 +3035,11 @@ def test_bilevel_first_term_vanishes_at_an_inner_optimum_but_for_decay():
     """By Euler's identity grad_s L of scaled and shifted features, frozen, is -mu (gamma^2 + beta^2)
     where gamma and beta are optimal under a decay of mu, and 0 without: section 5 relies on it."""
     torch.manual_seed(0)
-    features, y = torch.randn(100, 6).double(), torch.randint(0, 3, (100,))
+    features, y = torch.randn(400, 6).double(), torch.randint(0, 3, (400,))
     for mu in (0.0, 1e-2):
         gamma, beta = (torch.ones(6).double().requires_grad_() for _ in range(2))
         head, s = torch.randn(3, 6).double().requires_grad_(), torch.ones(6, requires_grad=True)
-        fit = torch.optim.LBFGS([gamma, beta, head], 1, 300, tolerance_grad=1e-12,
+        fit = torch.optim.LBFGS([gamma, beta, head], 1, 500, tolerance_grad=1e-12,
                                 tolerance_change=0, line_search_fn="strong_wolfe")
 
         def loss():
