@@ -3440,6 +3440,11 @@ def test_bilevel_controls_and_sweep_from_the_command_line():
 # mtp.py: networks, counts, surgery
 # ---------------------------------------------------------------------------------------------
 
+agree = torch.testing.assert_close          # float64: to 1e-7; also for lists and dicts of tensors
+CPU = torch.device("cpu")
+TINY_TASKS = dict(network="deeplabv3_resnet18", cls_size=(32, 32), cls_batch=4, size=(32, 32),
+                  batch_size=4, recalibrate=0)
+
 
 class NarrowResNet(torchvision.models.ResNet):
     """Stages of 8 to 64 channels in place of 64 to 512: small enough for float64 and training."""
@@ -3458,218 +3463,140 @@ def narrow(blocks=2):
     return mock.patch.object(common, "classifier", functools.partial(narrow_classifier, blocks))
 
 
-def lively(net, seed=0):
-    """The network in float64, as after training, in eval mode."""
-    return shake_norms(net, seed).double().eval()
+def narrow_net(name, classes, kind=mtp.Segmenter, seed=0):
+    """In float64, as after training, in eval mode."""
+    torch.manual_seed(seed)
+    with narrow():
+        return shake_norms(kind(name, classes), seed).double().eval()
 
 
-def meta(network, classes, kind=mtp.Segmenter):
-    return mtp.on_meta(kind, network, classes)
-
-
-def test_mtp_networks_have_their_exact_size():
-    """With training heads, and at Table 4's picture; the next test has the others."""
-    # 200,573,723,648 multiply-adds are the paper's "201.88G"
-    sizes = mtp.sizes("deeplabv3_resnet101", 19, (720, 1080), 1, True)
-    assert sizes == (58040147, 200573723648)
-    for net, params in ((meta("bisenet_resnet18", 19), 13494777),
-                        (meta("pspnet_resnet50", 21), 49081578),
-                        (meta("deeplabv3_resnet101", 1000, mtp.Classifier), 44549160)):
-        assert common.count_params(net) == params           # the last is torchvision's resnet101
-
-
-def test_mtp_uniform_pruning_has_the_papers_sizes():
-    # (M, G) as Tables 2 and 3 print them: exact (parameters, conv MACs)
-    exact = {(58.04, 71.52): (58040661, 71061387712), (40.18, 49.70): (40179797, 49277240192),
-             (32.88, 39.55): (32880085, 39153503680), (12.89, 104.27): (12894163, 103723270144),
-             (46.71, 190.43): (46716373, 189710102720)}
-    assert {row[-2:] for row in mtp.PAPER_SIZES} == set(exact)
-    for *about, m, g in mtp.PAPER_SIZES:
-        params, macs = mtp.sizes(*about)
-        assert (params, macs) == exact[m, g], about
+@mock.patch.object(copy, "deepcopy", lambda net: net)       # saves half of the time
+def test_mtp_networks_have_the_papers_sizes():
+    counts = ((58040661, 71061387712), (40179797, 49277240192), (32880085, 39153503680),
+              (12894163, 103723270144), (46716373, 189710102720))
+    for (*about, m, g), (params, macs) in zip(mtp.PAPER_SIZES, counts, strict=True):
+        assert mtp.sizes(*about) == (params, macs)
         assert abs(params / 1e6 - m) < 0.01
         assert 0 < g / (macs / 1e9) - 1 < 0.011, "the paper's counter adds BN, ReLU and pooling"
-    for share, decoder, params in ((0.5, False, 7399507), (0.75, True, 9576115)):
-        assert mtp.sizes("bisenet_resnet18", 19, (64, 64), share, decoder)[0] == params
-
-
-def test_mtp_prunable_channels():
-    for name, *channels in (("deeplabv3_resnet101", 16256, 1536),
-                            ("bisenet_resnet18", 1920, 1536), ("pspnet_resnet50", 7552, 2560)):
-        net = meta(name, 19)
-        for part, count in zip(("backbone", "decoder"), channels):
-            groups = mtp.part_of(mtp.groups_of(net), part)
-            assert sum(map(len, mtp.gammas(net, groups))) == count, (name, part)
-    groups = mtp.groups_of(meta("deeplabv3_resnet101", 21))
-    torch.manual_seed(0)
-    scores = {g.name: torch.rand(g.width) for g in groups}
-    for percentile, *counts in ((25, 12192, 1152), (50, 8128, 768)):
-        cfg = mtp.Config(percentile=percentile)
-        kept, unified, layers = (mtp.kept_channels(scores, groups, replace(cfg, pool=pool))
-                                 for pool in ("auto", "network", "layer"))
-        for part, n in zip(("backbone", "decoder"), counts):
-            rows = mtp.part_of(groups, part)
-            assert sum(len(kept[g.name]) for g in rows) == n
-            stay = torch.cat([scores[g.name][kept[g.name]] for g in rows])
-            every = torch.cat([scores[g.name] for g in rows]).sort().values
-            assert stay.min() >= every[-n], "one threshold, and no layer at its least width"
-        assert sum(map(len, unified.values())) == sum(counts)
-        assert sum(len(unified[g.name]) for g in rows) != n, "one threshold for both parts"
-        assert all(100 * len(layers[g.name]) == (100 - percentile) * g.width for g in groups)
+    # Table 4: 201.88 G
+    assert mtp.sizes("deeplabv3_resnet101", 19, (720, 1080), 1, True) == (58040147, 200573723648)
+    # with the heads that only training uses
+    for name, params, prunable_channels in (("deeplabv3_resnet101", 58040661, 16256 + 1536),
+                                            ("bisenet_resnet18", 13495935, 1920 + 1536),
+                                            ("pspnet_resnet50", 49081578, 7552 + 2560)):
+        net = mtp.on_meta(mtp.Segmenter, name, 21)
+        assert common.count_params(net) == params
+        scales = mtp.gammas(net, mtp.groups_of(net))
+        assert sum(map(len, scales)) == prunable_channels
 
 
 def test_mtp_exact_counts_with_ties_and_least_width():
-    low = {"a": torch.arange(40.0), "b": torch.arange(7.0) / 100, "c": torch.arange(100.0)}
-    for p in (1, 10, 33.3, 50, 70, 94):
-        stay = 147 - math.floor(p * 147 / 100)
-        tied = {"a": torch.ones(40), "b": torch.ones(7), "c": torch.ones(100)}
-        kept = mtp.keep_ranked(tied, p, 0.0)
-        assert sum(map(len, kept.values())) == stay and all(map(len, kept.values()))
-        kept = mtp.keep_ranked(low, p, 0.05)
-        assert sum(map(len, kept.values())) == stay, "the least width holds the total"
-        assert len(kept["a"]) >= 2 and len(kept["b"]) >= 1 and len(kept["c"]) >= 5
-        assert 6 in kept["b"], "what stays of a low layer is its best channel"
-    _refused(lambda: mtp.keep_ranked(low, 99, 0.05), "--percentile 99", "145", "5%", "139")
-    low["c"] = low["c"][:53]                                # 94 of 100 go, all that are not safe
-    assert sum(map(len, mtp.keep_ranked(low, 94, 0.05).values())) == 6
-    assert mtp.keep_ranked({"a": torch.tensor([0.5, 0.5, 0.5, 0.1])}, 50, 0)["a"].tolist() == [1, 2]
+    low = {"a": torch.arange(40.0), "b": torch.arange(7.0) / 100, "c": torch.arange(53.0)}
+    tied = {name: torch.ones(len(score)) for name, score in low.items()}
+    for scores in (low, tied):
+        a, b, c = mtp.keep_ranked(scores, 33.3, least=0.05).values()
+        assert len(a) + len(b) + len(c) == 100 - 33
+        a, b, c = mtp.keep_ranked(scores, 94, least=0.05).values()      # all go that may
+        assert (len(a), len(b), len(c)) == (2, 1, 3)
+        assert b == 6, "the best of a low layer, the last of equals"
+    _refused(lambda: mtp.keep_ranked(low, 95, 0.05), "--percentile 95")
 
 
 def test_mtp_overlap_by_hand():
-    groups = [mtp.Group("decoder", n, ((name, None),), ()) for name, n in (("a", 6), ("b", 4))]
-    a = {"a": torch.tensor([0, 2, 3]), "b": torch.tensor([1])}
-    b = {"a": torch.tensor([0, 3, 5]), "b": torch.tensor([2])}
-    assert mtp.overlap(a, a, groups) == (1, 1)
-    share, kappa = mtp.overlap(a, b, groups)            # 2 of 4; by chance 4 in 10 would agree
-    assert share == 0.5 and abs(kappa - (0.5 - 0.4) / (1 - 0.4)) < 1e-12
+    a, b = {"x.0": torch.tensor([0, 1, 2, 3])}, {"x.0": torch.tensor([0, 2, 5, 7])}
+    assert mtp.overlap(a, a, [prunable("x", 10)]) == (1, 1)
+    # 2 of 4; by chance 4 in 10 would agree
+    assert mtp.overlap(a, b, [prunable("x", 10)]) == (0.5, (0.5 - 0.4) / (1 - 0.4))
 
 
-def some_kept(groups, seed=0):
-    """Different widths for every group, chosen at random."""
-    g = torch.Generator().manual_seed(seed)
-    return {x.name: torch.randperm(x.width, generator=g)[:max(1, x.width * (3 + i % 5) // 9)]
-            .sort().values for i, x in enumerate(groups)}
+def some_kept(groups):
+    return {g.name: (torch.rand(g.width) < 0.6).nonzero()[:, 0] for g in groups}
 
 
 @torch.no_grad()
-def masked(net, groups, kept):
-    """gamma = beta = 0 for removed channels; where a maker has no BN, its filters are 0."""
-    net = copy.deepcopy(net)
-    for g in groups:
-        gone = torch.ones(g.width, dtype=torch.bool)
-        gone[kept[g.name]] = False
-        for conv, bn in g.makers:
-            layer = net.get_submodule(bn or conv)
-            layer.weight[gone] = 0
-            if bn:
-                layer.bias[gone] = 0
-    return net
-
-
 def test_mtp_masked_equals_pruned():
     """Derived = relaxed: basic blocks, bottlenecks, all decoders, both tasks, training heads."""
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 40, 72, dtype=torch.float64)
-    with narrow(), torch.no_grad():
-        nets = [lively(mtp.Segmenter(name, 5)) for name in mtp.NETWORKS if "101" not in name]
-        nets += [lively(mtp.Classifier(f"deeplabv3_resnet{n}", 7)) for n in (18, 50)]
+    x = torch.randn(2, 3, 40, 72).double()
+    nets = [narrow_net(name, 5) for name in mtp.NETWORKS if "101" not in name]
+    nets.append(narrow_net("deeplabv3_resnet50", 7, mtp.Classifier))
     for net in nets:
-        groups = mtp.groups_of(net)
-        kept, before = some_kept(groups), copy.deepcopy(net.state_dict())
-        small, wide = mtp.prune(net, groups, kept), masked(net, groups, kept)
-        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-        with torch.no_grad():
-            assert not torch.allclose(net(x), wide(x), atol=1e-3), "the mask must change something"
-            assert torch.allclose(small(x), wide(x), rtol=0, atol=1e-9)
-            assert torch.allclose(common.fold_bn(small)(x), wide(x), rtol=0, atol=1e-9)
-            if hasattr(net, "decoder"):
-                heads = len(net.decoder.auxiliary)
-                outputs = [y if heads else [y] for y in (small.train()(x), wide.train()(x))]
-                assert len(outputs[0]) == 1 + heads
-                for a, b in zip(*outputs):
-                    assert torch.allclose(a, b, rtol=0, atol=1e-9)
-                assert torch.equal(mtp.deployed(small)(x), small.eval()(x))
+        groups, before, wide = mtp.groups_of(net), net(x), copy.deepcopy(net)
+        kept = some_kept(groups)
+        small = mtp.prune(net, groups, kept)
         for g in groups:
-            for conv, _ in g.makers:
-                assert small.get_submodule(conv).out_channels == len(kept[g.name]) < g.width
+            assert small.get_submodule(g.name).out_channels == len(kept[g.name])
+            gone = torch.ones(g.width).index_fill(0, kept[g.name], 0).bool()
+            # gamma = beta = 0 for removed channels; where there is no BN, their filters are 0
+            for conv, bn in g.makers:
+                for p in wide.get_submodule(bn or conv).parameters():
+                    p[gone] = 0
+        assert torch.equal(net(x), before), "the network itself is left alone"
+        assert not torch.allclose(wide(x), before, atol=1e-3), "the mask must change something"
+        agree(small(x), wide(x))
+        if isinstance(net, mtp.Segmenter):
+            agree(mtp.deployed(small)(x), wide(x))
+            agree(small.train()(x), wide.train()(x))
 
 
 def test_mtp_rebuilt_from_widths_and_state_alone():
-    torch.manual_seed(0)
+    net = narrow_net("bisenet_resnet18", 4)
+    groups = mtp.groups_of(net)
+    small = mtp.prune(net, groups, some_kept(groups)).float()
+    state, layer = small.state_dict(), "backbone.layer1.0.conv1"
+    widths = {g.name: small.get_submodule(g.name).out_channels for g in groups}
+    arch = {"network": "bisenet_resnet18", "widths": widths, "classes": 4, "cls_classes": 3}
     with narrow(), tempfile.TemporaryDirectory() as tmp:
-        net = mtp.Segmenter("bisenet_resnet18", 4)
-        kept = some_kept(mtp.groups_of(net))
-        small = mtp.prune(net, mtp.groups_of(net), kept)
-        widths = {k: len(v) for k, v in kept.items()}
-        arch = {"network": "bisenet_resnet18", "widths": widths, "classes": 4, "cls_classes": 3}
         path = Path(tmp, "arch.json")
         path.write_text(json.dumps(arch))
         assert mtp.read_arch(path, classes=4, cls_classes=3) == arch
-        _refused(lambda: mtp.read_arch(path, classes=4, cls_classes=5), path, "3 classes", "has 5")
-        state, x = small.state_dict(), torch.randn(2, 3, 48, 64)
-        again = mtp.rebuild(mtp.Segmenter, arch, state, path)
-        for a, b in zip(again.train()(x), small.train()(x)):
-            assert torch.equal(a, b)
-        layer = "backbone.layer1.0.conv1"
-        wrong = {**widths, layer: widths[layer] + 1}
-        for bad, word in (({"widths": wrong}, "layer1.0.conv1"), ({"classes": 5}, "classifier")):
-            _refused(lambda: mtp.rebuild(mtp.Segmenter, {**arch, **bad}, state, path), path, word)
-        for bad, *words in (({"network": "resnet"}, "network"), ({"classes": "3"}, "'classes'"),
-                            ({"cls_classes": 1}, "'cls_classes'"), ({"widths": None}, "width None"),
-                            ({"widths": {**widths, layer: 0}}, layer, "0"),
-                            ({"widths": {**widths, layer: 9}}, layer, "1 to 8"),
-                            ({"widths": {**widths, "decoder.fuse.0": True}}, "fuse", "True")):
-            path.write_text(json.dumps({**arch, **bad}))
-            _refused(lambda: mtp.read_arch(path), path, *words)
-        path.write_text("{")
-        _refused(lambda: mtp.read_arch(path), path)
+        x = torch.randn(2, 3, 48, 64)
+        agree(mtp.rebuild(mtp.Segmenter, arch, state, path).eval()(x), small(x))
+        _refused(lambda: mtp.read_arch(path, classes=4, cls_classes=5), "3 classes", "has 5")
+        for key, wrong in (("network", "resnet"), ("classes", "3"), ("widths", None),
+                           ("widths", {**widths, layer: 0}), ("widths", {**widths, layer: 9})):
+            path.write_text(json.dumps({**arch, key: wrong}))
+            _refused(lambda: mtp.read_arch(path), path, key.rstrip("s"))
+        widths[layer] += 1
+        _refused(lambda: mtp.rebuild(mtp.Segmenter, arch, state, path), layer)
 
 
+@torch.no_grad()
 def test_mtp_bisenet_decoder_written_out():
     """BiSeNet's Figure 2, step by step."""
-    torch.manual_seed(0)
-    with narrow(), torch.no_grad():
-        net = lively(mtp.Segmenter("bisenet_resnet18", 5))
-        d, x = net.decoder, torch.randn(1, 3, 64, 96, dtype=torch.float64)
-        maps = mtp.features(net.backbone, x)
+    net = narrow_net("bisenet_resnet18", 5)
+    x = torch.randn(1, 3, 64, 96).double()
+    d, maps = net.decoder, mtp.features(net.backbone, x)
 
-        def up(y, factor):
-            return F.interpolate(y, scale_factor=factor, mode="bilinear")
+    def up(y, factor):
+        return F.interpolate(y, scale_factor=factor, mode="bilinear")
 
-        def refined(arm, y):
-            y = arm.conv(y)
-            mean = y.mean((2, 3), keepdim=True)
-            return y * torch.sigmoid(arm.gate[2](arm.gate[1](mean)))
-        context = d.context[1:](maps[3].mean((2, 3), keepdim=True))
-        low = d.refines[0](up(refined(d.arms[0], maps[3]) + context, 2))
-        high = d.refines[1](up(refined(d.arms[1], maps[2]) + low, 2))
-        both = d.fuse(torch.cat([d.spatial(x), high], 1))
-        gate = torch.sigmoid(d.gate[3](torch.relu(d.gate[1](both.mean((2, 3), keepdim=True)))))
-        expected = up(d.classifier(d.head(both * (1 + gate))), 8)
-        assert torch.allclose(net(x), expected, rtol=0, atol=1e-9)
+    def mean(y):
+        return y.mean((2, 3), keepdim=True)
+
+    def refined(arm, y):
+        y = arm.conv(y)
+        return y * torch.sigmoid(arm.gate[2](arm.gate[1](mean(y))))
+    context = d.context[1:](mean(maps[3]))
+    low = d.refines[0](up(refined(d.arms[0], maps[3]) + context, 2))
+    high = d.refines[1](up(refined(d.arms[1], maps[2]) + low, 2))
+    fused = d.fuse(torch.cat([d.spatial(x), high], 1))
+    gate = torch.sigmoid(d.gate[3](torch.relu(d.gate[1](mean(fused)))))
+    agree(net(x), up(d.classifier(d.head(fused * (1 + gate))), 8))
 
 
-def test_mtp_dilations():
-    """The rates, and that a dilated backbone computes what the plain one does, and more places."""
-    def rates(network, stage):
-        stage = getattr(meta(network, 3).backbone, stage)
-        return [m.dilation[0] for m in stage.modules()
-                if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert rates("deeplabv3_resnet50", "layer4") == [1, 2, 2]
-    assert rates("deeplabv3_resnet18", "layer4") == [1, 2, 2, 2]
-    assert rates("pspnet_resnet50", "layer3") == [2] * 6
-    assert rates("pspnet_resnet50", "layer4") == [4] * 3
-    assert rates("bisenet_resnet18", "layer4") == [1] * 4
-    torch.manual_seed(0)
-    with narrow():
-        plain = lively(mtp.Classifier("deeplabv3_resnet18", 3)).backbone
-        dense = lively(mtp.Segmenter("deeplabv3_resnet18", 3)).backbone
-    dense.load_state_dict(plain.state_dict())
-    x = torch.randn(1, 3, 160, 160, dtype=torch.float64)
-    with torch.no_grad():
-        a, b = (mtp.features(net, x)[-1] for net in (plain, dense))
-    assert a.shape[-1] == 5 and b.shape[-1] == 10
-    assert torch.allclose(a, b[..., ::2, ::2], atol=1e-9)
+@torch.no_grad()
+def test_mtp_dilated_backbones():
+    """PSPNet's rates; DeepLabV3's backbone computes what the plain one does, and more places."""
+    psp = narrow_net("pspnet_resnet50", 3).backbone
+    for stage, rate in ((psp.layer2, 1), (psp.layer3, 2), (psp.layer4, 4)):
+        assert all(block.conv2.dilation == (rate, rate) for block in stage)
+    plain = narrow_net("deeplabv3_resnet18", 3, mtp.Classifier).backbone
+    dilated = narrow_net("deeplabv3_resnet18", 3).backbone
+    dilated.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 160, 160).double()
+    few, many = mtp.features(plain, x)[-1], mtp.features(dilated, x)[-1]
+    assert many.shape[-1] == 10
+    agree(many[..., ::2, ::2], few)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3682,314 +3609,203 @@ class Repeated(list):
     sampler = mock.Mock()
 
 
-class Scalars(nn.Module):
-    """backbone.bn: a shared w; decoder.bn: a w2; both stand for a BN scale."""
-
-    def __init__(self, start):
-        super().__init__()
-        self.backbone, self.decoder = nn.Module(), nn.Module()
-        for part, value in ((self.backbone, start), (self.decoder, 0.5)):
-            part.bn = nn.Module()
-            part.bn.weight = nn.Parameter(torch.tensor([value], dtype=torch.float64))
+def two_parts(backbone, decoder):
+    net = nn.Sequential()
+    net.backbone, net.decoder = backbone, decoder
+    return net
 
 
-SCALAR_GROUPS = [mtp.Group(part, 1, ((f"{part}.conv", f"{part}.bn"),), ())
-                 for part in ("backbone", "decoder")]
+def prunable(part, width):
+    """The scales of the second layer of a part."""
+    return mtp.Group(part, width, ((f"{part}.0", f"{part}.1"),), ())
 
 
-def scalar_problem(tmp, start=2.0, **settings):
-    """min a/2 (w - p)^2 + lam b/2 (w - q)^2 + (a1 + a2) |w| by Algorithm 1 -> w1, w2, w3, last.pt.
-
-    a, b, p, q = 1, 2, 1.3, -0.2. Task 2 also has (w2 - 0.01)^2: its gradient at 0 is below alpha2.
-    """
-    cfg = mtp.Config(lam=0.7, alpha1=0.05, alpha2=0.08, rounds=30, inner_steps=20, gamma_rate=4.0,
-                     search_cls_lr=0.03, search_lr=0.03, weight_decay=0.1, **settings)
-
-    def loss1(net, *_):
-        return (net.backbone.bn.weight - 1.3).square().sum() / 2
-
-    def loss2(net, *_):
-        return ((net.backbone.bn.weight + 0.2).square().sum()
-                + (net.decoder.bn.weight - 0.01).square().sum())
-    nets, batch = (Scalars(start), Scalars(start)), (torch.zeros(1, 3, 2, 2), torch.zeros(1))
-    tasks = [mtp.Task(net, loss, Repeated([batch] * cfg.inner_steps))
-             for net, loss in zip(nets, (loss1, loss2))]
-    del nets[0].decoder
-    with contextlib.redirect_stdout(io.StringIO()):
-        mtp.train_sparse(*tasks, SCALAR_GROUPS, cfg, torch.device("cpu"), Path(tmp))
-    return (nets[0].backbone.bn.weight.item(), nets[1].decoder.bn.weight.item(),
-            nets[1].backbone.bn.weight.item(), torch.load(Path(tmp, "last.pt")))
+def sparse_run(tasks, groups, cfg):
+    """train_sparse, in place -> its log and last.pt. Resumed, it has nothing left to do."""
+    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
+        mtp.train_sparse(*tasks, groups, cfg, CPU, Path(tmp))
+        log = common.read_log(tmp, cfg.method)
+        mtp.train_sparse(*tasks, groups, replace(cfg, resume=True), CPU, Path(tmp))
+        assert common.read_log(tmp, cfg.method) == log
+        return log, torch.load(Path(tmp, "last.pt"))
 
 
 def test_mtp_scalar_problem_converges_to_its_closed_form():
-    """Line 7 stops the run that has a tolerance, and nothing is left to resume."""
-    exact = (1.3 + 0.7 * 2 * -0.2 - (0.05 + 0.08)) / (1 + 0.7 * 2)
-    assert abs(exact - 0.3708333) < 1e-7
-    for settings in (dict(start=-1.0, tolerance=0.0), dict(tolerance=1e-4)):
-        with tempfile.TemporaryDirectory() as tmp:
-            w1, w2, w3, last = scalar_problem(tmp, **settings)
-            log = common.read_log(tmp, "mtp")
-            assert abs(w1 - exact) < 3e-4 and abs(w3 - exact) < 3e-4, (settings, w1, w3)
-            assert abs(last["multipliers"]["0"].item() - 0.8791667) < 1e-3, settings
-            assert w2 == 0 and log[-1]["zeros"] == [0, 1, 0]
-            gaps = [r["gap"] for r in log]
-            assert abs(gaps[-1] - abs(w1 - w3) / abs(w1)) < 1e-12
-            if not settings["tolerance"]:
-                assert len(gaps) == 30
-                continue
-            assert len(gaps) < 30 and gaps[-1] < 1e-4 <= min(gaps[:-1])
-            before = Path(tmp, "last.pt").read_bytes()
-            scalar_problem(tmp, 9.0, **settings, resume=True)
-            assert Path(tmp, "last.pt").read_bytes() == before
+    """min sum (w - p)^2 / 2 + lam (w - q)^2 + (alpha1 + alpha2) |w|; one w ends at 0."""
+    p = torch.tensor([1.3, 0.02]).double()
+    q = torch.tensor([-0.2, 0.01]).double()
+    exact = (p + 0.7 * 2 * q - (0.05 + 0.08)).clamp(min=0) / (1 + 0.7 * 2)
+    cfg = mtp.Config(lam=0.7, alpha1=0.05, alpha2=0.08, rounds=30, inner_steps=20, gamma_rate=4.0,
+                     search_cls_lr=0.03, search_lr=0.03, weight_decay=0.1, tolerance=1e-4)
+    layers = nn.Sequential(nn.Identity(), nn.BatchNorm2d(2)).double()
+    nets = two_parts(layers, None), two_parts(copy.deepcopy(layers), None)
+    w1, w3 = (net.backbone[1].weight for net in nets)
+    batches = Repeated([(torch.zeros(1), torch.zeros(1))] * cfg.inner_steps)
+    tasks = (mtp.Task(nets[0], lambda *_: (w1 - p).square().sum() / 2, batches),
+             mtp.Task(nets[1], lambda *_: (w3 - q).square().sum(), batches))
+    log, last = sparse_run(tasks, [prunable("backbone", 2)], cfg)
+    for w in (w1, w3):
+        assert (w - exact).abs().max() < 3e-4
+    # where w1 has settled, E is -dl_cls/dw1 - alpha1
+    agree(last["multipliers"]["0"][0], 1.3 - exact[0] - 0.05, rtol=0, atol=1e-3)
+    # line 7: the first round below the tolerance is the last
+    gaps = [record["gap"] for record in log]
+    assert len(gaps) < 30 and gaps[-1] < 1e-4 <= min(gaps[:-1])
+    assert abs(gaps[-1] - (w1 - w3).norm() / w1.norm()) < 1e-12
 
 
 def test_mtp_line_7_waits_for_the_zeros():
     """W1 = W3 is not enough to stop: they start like that."""
-    run = mock.Mock(values={"mu": 1.0})
-    gamma, decided = [torch.tensor([0.5, 0.0])], []
-    for gap, zero in ((1e-9, 1), (1e-9, 0), (1e-3, 0), (1e-9, 0)):
-        gamma[0][0] = 0.5 * zero
-        mtp.end_round(run, gap, [gamma, gamma, []], mtp.Config(tolerance=1e-4))
-        decided.append(run.values["converged"])
-    assert decided == [False, False, False, True] and run.values["zeros"] == [2, 2, 0]
-    for _ in range(2):                          # not a zero yet, twice
-        mtp.end_round(run, 1e-9, [[torch.ones(2)]] * 3, mtp.Config(tolerance=1e-4))
-    assert run.values["zeros"] == [0, 0, 0] and not run.values["converged"]
+    run, cfg = mock.Mock(values={"mu": 1.0}), mtp.Config(tolerance=1e-4)
+    # gap of W1 and W3, zeros among the gammas, whether this is the end
+    for gap, zeros, end in ((0, 0, False), (0, 0, False), (0, 1, False), (1, 1, False),
+                            (0, 1, True), (0, 2, False)):
+        gamma = [(torch.arange(3) >= zeros).float()]
+        mtp.end_round(run, gap, [gamma, [], gamma], cfg)
+        assert run.values["converged"] == end
 
 
-class Small(nn.Module):
-    """Backbone and either a head (task 1) or a decoder; groups: the first BN of each part."""
-
-    def __init__(self, part):
-        super().__init__()
-
-        def layers():
-            return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
-                                 nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))
-        self.backbone, other = layers(), layers()
-        setattr(self, part, other)
-        for norm in (self.backbone[1], other[1]):
-            nn.init.uniform_(norm.weight, 0.1, 0.9)
-        self.double()
-
-    def forward(self, x):
-        x = self.backbone(x)
-        return self.head(x).mean((2, 3)) if hasattr(self, "head") else self.decoder(x)
-
-
-SMALL_GROUPS = [mtp.Group(part, 4, ((f"{part}.0", f"{part}.1"),), ((f"{part}.3", 0),))
-                for part in ("backbone", "decoder")]
-
-
-def algorithm_1_in_loops(n1, n2, x1, x2, cfg):
-    """Eqs. (6) to (10) with SGD by hand on the whole Lagrangian, a soft threshold -> E, mu."""
-    names1 = {"backbone.1.weight": cfg.alpha1}
-    names2 = {"backbone.1.weight": cfg.alpha2, "decoder.1.weight": cfg.alpha2}
-    sides = {"slimming_cls": (n1, names1, cfg.search_cls_lr),
-             "slimming": (n2, names2, cfg.search_lr)}
-    shared = [k for k, _ in n1.named_parameters() if k.startswith("backbone")]
-    E, taken, velocity = {k: torch.zeros(1) for k in shared}, dict.fromkeys(sides, 0), {}
+def algorithm_1_in_loops(nets, x, y, cfg):
+    """Eqs. (6) to (10): SGD by hand on the whole Lagrangian, then a soft threshold -> E, mu."""
+    sides = {"mtp": (0, 1), "slimming": (1,), "slimming_cls": (0,)}[cfg.method]
+    first_lr, alpha = (cfg.search_cls_lr, cfg.search_lr), (cfg.alpha1, cfg.alpha2)
+    velocity, steps = {}, cfg.rounds * cfg.inner_steps
+    E = {k: 0.0 for k, _ in nets[0].named_parameters() if k.startswith("backbone")}
     # a tenth of the gap in the first round, at most a tenth of what one step can bear
-    lr = max(cfg.search_cls_lr, cfg.search_lr)
-    mu = 0.1 * (1 - cfg.momentum) / (cfg.inner_steps * lr) * (cfg.method == "mtp")
+    mu = 0.1 * (1 - cfg.momentum) / (cfg.inner_steps * max(first_lr)) if len(sides) == 2 else 0
+
+    def gap(k):
+        return nets[0].get_parameter(k) - nets[1].get_parameter(k)
 
     def pull(k):
-        return mu / cfg.gamma_rate if k in names1 else mu
+        return mu / cfg.gamma_rate if k == "backbone.1.weight" else mu
 
     def lagrangian():
-        total = F.cross_entropy(n1(x1[0]), x1[1]) + cfg.lam * F.cross_entropy(n2(x2[0]), x2[1])
-        for k in shared:
-            d = n1.get_parameter(k) - n2.get_parameter(k)
-            total += pull(k) / 2 * (d * d).sum() + (E[k] * d).sum()
+        l_cls, l_seg = (F.cross_entropy(net(x), y) for net in nets)
+        total = l_cls + cfg.lam * l_seg
+        for k in E:
+            total += pull(k) / 2 * gap(k).square().sum() + (E[k] * gap(k)).sum()
         return total
 
-    for _ in range(cfg.rounds):
-        for side, (net, names, first_lr) in sides.items():
-            for _ in range(cfg.inner_steps if cfg.method in ("mtp", side) else 0):
-                parameters = dict(net.named_parameters())
-                slopes = torch.autograd.grad(lagrangian(), list(parameters.values()))
-                lr = first_lr * (1 - taken[side] / (cfg.rounds * cfg.inner_steps))
-                taken[side] += 1
-                for (k, p), g in zip(parameters.items(), slopes):
-                    rate, decay = (cfg.gamma_rate * lr, 0) if k in names else (lr, cfg.weight_decay)
-                    v = cfg.momentum * velocity.get((side, k), 0) + g + decay * p.data
-                    velocity[side, k] = v
-                    p.data -= rate * v
-                    t = rate * names.get(k, 0) / (1 - cfg.momentum)
-                    p.data -= p.data.clamp(-t, t)
-        for k in shared:
-            E[k] = E[k] + pull(k) * (n1.get_parameter(k) - n2.get_parameter(k)).detach()
-        mu = min(cfg.rho * mu, 0.1 / max(cfg.search_cls_lr, cfg.search_lr))
+    for start in range(0, steps, cfg.inner_steps):
+        for side, i in itertools.product(sides, range(cfg.inner_steps)):
+            names, parameters = zip(*nets[side].named_parameters())
+            slopes = torch.autograd.grad(lagrangian(), parameters)
+            for k, w, slope in zip(names, parameters, slopes):
+                lr, threshold = first_lr[side] * (1 - (start + i) / steps), 0
+                if k in ("backbone.1.weight", "decoder.1.weight"):
+                    lr *= cfg.gamma_rate
+                    threshold = lr * alpha[side] / (1 - cfg.momentum)
+                else:
+                    slope = slope + cfg.weight_decay * w.data
+                velocity[side, k] = cfg.momentum * velocity.get((side, k), 0) + slope
+                w.data -= lr * velocity[side, k]
+                w.data -= w.data.clamp(-threshold, threshold)
+        for k in E:
+            E[k] = E[k] + pull(k) * gap(k).detach()
+        mu = min(cfg.rho * mu, 0.1 / max(first_lr))
     return E, mu
 
 
 def test_mtp_algorithm_1_against_loops():
-    """Weights, gammas, E and mu after three rounds of both tasks, and of each task alone."""
-    to_the_end = {"rounds": 9, "inner_steps": 1}            # mu reaches its largest value
-    for method, settings in (("mtp", {}), ("mtp", to_the_end), ("slimming", {}),
-                             ("slimming_cls", {})):
+    """Weights, gammas, E and mu after four rounds of both tasks, and of each task alone."""
+    def loss(net, x, y):
+        return F.cross_entropy(net(x), y)               # the losses of mtp round to float32
+    def layers():
+        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+                             nn.Conv2d(4, 3, 1))
+    groups = [prunable("backbone", 4), prunable("decoder", 4)]
+    for method in ("mtp", "slimming", "slimming_cls"):
         torch.manual_seed(0)
-        cfg = mtp.Config(**{**dict(
-            method=method, lam=0.7, alpha1=0.3, alpha2=0.2, rounds=3, rho=3.0, inner_steps=2,
-            search_cls_lr=0.03, search_lr=0.02, tolerance=0.0, gamma_rate=5.0, weight_decay=0.1),
-            **settings})
-        nets = Small("head"), Small("decoder")          # W1 is not W3: the constraint has work
-        x1 = torch.randn(5, 3, 6, 6).double(), torch.tensor([0, 1, 2, 1, 0])
-        x2 = torch.randn(2, 3, 6, 6).double(), torch.randint(0, 3, (2, 6, 6))
+        cfg = mtp.Config(method=method, lam=0.7, alpha1=0.3, alpha2=0.2, rounds=4, rho=4.0,
+                         inner_steps=2, search_cls_lr=0.03, search_lr=0.02, tolerance=0.0,
+                         gamma_rate=5.0, weight_decay=0.1)
+        x, y = torch.randn(5, 3, 6, 6).double(), torch.randint(3, (5, 6, 6))
+        # W1 is not W3: the constraint has work
+        nets = [two_parts(layers(), nn.Conv2d(3, 3, 1)), two_parts(layers(), layers())]
+        for scale in mtp.gammas(nets[1], groups):
+            nn.init.uniform_(scale, 0.1, 0.9)
+        tasks = [mtp.Task(net.double(), loss, Repeated([(x, y)] * 2)) for net in nets]
         again = copy.deepcopy(nets)
-        tasks = [mtp.Task(net, loss, Repeated([batch] * cfg.inner_steps))
-                 for net, loss, batch in zip(nets, (mtp.l_cls, mtp.l_seg), (x1, x2))]
-        with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
-            # float64 to the end: the losses are taken in float32 otherwise
-            with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-                mtp.train_sparse(*tasks, SMALL_GROUPS, cfg, torch.device("cpu"), Path(tmp))
-            last = torch.load(Path(tmp, "last.pt"))
-        E, mu = algorithm_1_in_loops(*again, x1, x2, cfg)
+        log, last = sparse_run(tasks, groups, cfg)
+        E, mu = algorithm_1_in_loops(again, x, y, cfg)
         for net, expected in zip(nets, again):
-            for k, p in expected.named_parameters():
-                assert torch.allclose(net.get_parameter(k), p, rtol=1e-9, atol=1e-9), (method, k)
-        assert len(E) == len(last["multipliers"]) == 8 and abs(last["values"]["mu"] - mu) < 1e-9
-        for e, expected in zip(last["multipliers"].values(), E.values()):
-            assert torch.allclose(e, expected.expand_as(e), rtol=1e-9, atol=1e-9), (method, e)
-            assert (method == "mtp") == bool(e.any())
-        zeros = sum(int((g == 0).sum()) for net in nets for g in mtp.gammas(net, SMALL_GROUPS[:1]))
-        assert zeros or "rounds" in settings, "true zeros"
+            agree(list(net.parameters()), list(expected.parameters()))
+        assert abs(last["values"]["mu"] - mu) < 1e-9
+        assert sum(log[-1]["zeros"]) > 0, "true zeros"
+        if method == "mtp":
+            assert mu == 0.1 / 0.03, "its largest value"
+            agree(list(last["multipliers"].values()), list(E.values()))
+
+
+def test_mtp_loss_of_segmentation_counts_training_heads():
+    main, extra = torch.randn(2, 1, 3, 4, 4)
+    labels = torch.randint(3, (1, 4, 4))
+    expected = F.cross_entropy(main, labels) + 0.4 * F.cross_entropy(extra, labels)
+    agree(mtp.l_seg(lambda images: [main, extra], None, labels), expected)
 
 
 def test_mtp_rounds_draw_their_pictures_anew():
-    cfg = mtp.Config(cls_size=(32, 32), cls_batch=4)
-    _, loader = mtp.open_cls_loader(cfg, "train", True)
-    loader.sampler.indices = list(range(10))                # two batches of four a pass
-
-    def of_round(number, order=0):
-        batches = mtp.RoundOf(loader, 5, order)
-        batches.set_epoch(number)
-        return [images for images, _ in batches]
-    rounds = [of_round(0), of_round(1), of_round(0, order=1)]
-    assert [len(r) for r in rounds] == [5, 5, 5] and len(loader) == 2
-    for a, b in itertools.combinations(itertools.chain(*rounds), 2):
-        assert not torch.equal(a, b), "another order and other crops"
-    assert all(torch.equal(a, b) for a, b in zip(rounds[1], of_round(1)))
-
-
-# Factors that serve classification alone, segmentation alone, both, none.
-SERVES = {"cls": slice(0, 8), "seg": slice(8, 16), "both": slice(16, 24), "none": slice(24, 48)}
-FACTOR_GROUP = [mtp.Group("backbone", 48, (("backbone.0", "backbone.1"),), (("backbone.3", 0),))]
+    for task in mtp.tasks_of(None, None, mtp.Config(**TINY_TASKS), CPU):
+        task.batches.sampler.indices = list(range(10))  # two batches of four a pass
+        seen = []
+        for number, order in ((0, 0), (1, 0), (0, 1), (0, 0)):
+            batches = mtp.RoundOf(task.batches, 3, order)
+            batches.set_epoch(number)
+            seen += [images for images, _ in batches]
+        assert len(seen) == 12
+        agree(seen[9:], seen[:3])                       # a killed round is replayed
+        for a, b in itertools.combinations(seen[:9], 2):
+            assert not torch.equal(a, b), "another order and other crops"
 
 
 class Factors:
-    """K batches of 48 factors of +-1; label: argmax of A x, whose columns are 0 where a factor does
-    not matter and of norm 1 where it does. shape: () a class a picture, (4, 4) a class a pixel."""
+    """Ten batches of 48 factors of +-1 a pixel, new ones every time; label: argmax of A x, whose
+    columns are 0 where a factor does not matter and of norm 1 where it does."""
+    sampler = mock.Mock()
 
-    def __init__(self, useful, batch, shape, steps, seed):
-        generator = torch.Generator().manual_seed(seed)
-        a = torch.randn(4, 48, generator=generator)
-        a = F.normalize(a - a.mean(0), dim=0)
-        self.a = torch.zeros(4, 48)
-        for kind in useful:
-            self.a[:, SERVES[kind]] = a[:, SERVES[kind]]
-        self.batch, self.shape, self.steps, self.seed = batch, shape, steps, seed
-        self.sampler = self
-
-    def set_epoch(self, number):
-        self.generator = torch.Generator().manual_seed(1000 * self.seed + number)
+    def __init__(self, useless, shape):
+        a = torch.randn(4, 48)
+        self.a, self.shape = F.normalize(a - a.mean(0), dim=0), shape
+        self.a[:, useless] = 0
+        self.a[:, NONE] = 0
 
     def __iter__(self):
-        for _ in range(self.steps):
-            shape = self.batch, 48, *(self.shape or (1, 1))
-            x = 2.0 * torch.randint(2, shape, generator=self.generator) - 1
-            label = torch.einsum("kf,bfhw->bkhw", self.a, x).argmax(1)
-            yield x, label if self.shape else label.flatten()
+        for _ in range(10):
+            x = 2.0 * torch.randint(2, self.shape) - 1
+            yield x, torch.einsum("kf,bfhw->bkhw", self.a, x).argmax(1)
 
 
-class FactorNet(nn.Module):
-    """A channel a factor (grouped 1x1), its BN the prunable one; then a layer that mixes them."""
-
-    def __init__(self, part):
-        super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Conv2d(48, 48, 1, groups=48), nn.BatchNorm2d(48), nn.ReLU(),
-            nn.Conv2d(48, 32, 1), nn.BatchNorm2d(32), nn.ReLU())
-        setattr(self, part, nn.Conv2d(32, 4, 1))
-
-    def forward(self, x):
-        x = self.backbone(x)
-        return self.head(x)[:, :, 0, 0] if hasattr(self, "head") else self.decoder(x)
+# Factors that serve one task alone, or none; 16 to 23 serve both.
+CLS, SEG, NONE = slice(0, 8), slice(8, 16), slice(24, 48)
 
 
-def planted_problem(seed):
-    """(Classifier, Segmenter, batches of both), trained dense, W1 = W3, gammas scrambled."""
-    torch.manual_seed(seed)
-    nets = FactorNet("head"), FactorNet("decoder")
-    batches = (Factors(("cls", "both"), 64, (), 10, seed + 1),
-               Factors(("seg", "both"), 16, (4, 4), 10, seed + 2))
-    for net, data_of, loss in zip(nets, batches, (mtp.l_cls, mtp.l_seg)):
-        nets[1].backbone.load_state_dict(nets[0].backbone.state_dict())
-        sgd = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=1e-4)
-        linear = common.poly(sgd, 100, 1.0)
-        for number in range(10):
-            data_of.set_epoch(number)
-            for x, y in data_of:
-                sgd.zero_grad()
-                loss(net, x, y).backward()
-                sgd.step()
-                linear.step()
-    with torch.no_grad():           # the function stays; the dense gammas no longer say anything
-        bn, reader = nets[1].backbone[1], nets[1].backbone[3]
-        s = torch.empty(48).uniform_(0.5, 1.5) / bn.weight.abs()
-        for t in (bn.weight, bn.bias):
-            t.mul_(s)
-        reader.weight.div_(s[None, :, None, None])
-        mtp.copy_weights(nets[1].backbone, nets[0].backbone)
-    return (*nets, *batches)
-
-
-def planted_search(dense, **settings):
-    """Sparse training, in place of copies -> {"gamma1": (48,), "gamma3": (48,)} as sizes, and the
-    gaps of W1 and W3 over the rounds."""
-    cls, seg, x1, x2 = copy.deepcopy(dense)
-    x1.seed, x2.seed = x1.seed + 100, x2.seed + 100     # other pictures than in the dense training
-    cfg = mtp.Config(**{**dict(rounds=20, inner_steps=10, alpha1=0.01, alpha2=0.01, tolerance=0.0,
-                               search_cls_lr=0.04, search_lr=0.04, gamma_rate=5.0), **settings})
-    tasks = mtp.Task(cls, mtp.l_cls, x1), mtp.Task(seg, mtp.l_seg, x2)
-    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
-        mtp.train_sparse(*tasks, FACTOR_GROUP, cfg, torch.device("cpu"), Path(tmp))
-        gaps = [r["gap"] for r in common.read_log(tmp, cfg.method)]
-    return {"gamma1": cls.backbone[1].weight.detach().abs(),
-            "gamma3": seg.backbone[1].weight.detach().abs(), "gaps": gaps}
-
-
-def planted_counts(gamma):
-    """Channels kept at p = 50, by what their factor serves: cls, seg, both, none."""
-    kept = mtp.kept_channels({"backbone.0": gamma}, FACTOR_GROUP, mtp.Config(percentile=50))
-    stays = torch.zeros(48, dtype=torch.bool)
-    stays[kept["backbone.0"]] = True
-    return [int(stays[part].sum()) for part in SERVES.values()]
+def planted_gammas(method):
+    """|gamma1| and |gamma3|, one a factor, after the sparse training from random weights."""
+    torch.manual_seed(11)
+    gammas = nn.BatchNorm2d(48)
+    nn.init.uniform_(gammas.weight, 0.5, 1.5)
+    backbone = nn.Sequential(nn.Identity(), gammas, nn.ReLU(), nn.Conv2d(48, 32, 1),
+                             nn.BatchNorm2d(32))
+    nets = [two_parts(copy.deepcopy(backbone), nn.Conv2d(32, 4, 1)) for _ in "13"]
+    tasks = (mtp.Task(nets[0], mtp.l_cls, Factors(SEG, (64, 48, 1, 1))),
+             mtp.Task(nets[1], mtp.l_seg, Factors(CLS, (16, 48, 4, 4))))
+    cfg = mtp.Config(method=method, rounds=12, inner_steps=10, tolerance=0.0, alpha1=0.01,
+                     alpha2=0.01, search_cls_lr=0.1, search_lr=0.1, gamma_rate=3.0)
+    sparse_run(tasks, [prunable("backbone", 48)], cfg)
+    return [net.backbone[1].weight.detach().abs() for net in nets]
 
 
 def test_mtp_planted_truth_and_its_ablations():
-    """MTP keeps what either task needs and drops the rest. Single-task slimming loses what the
-    other task needs; so do the two copies if nothing draws them together (mu = E = 0)."""
-    dense = planted_problem(seed=11)
-    assert planted_counts(dense[1].backbone[1].weight.abs())[3] > 6, "the dense gammas do not tell"
-    found = planted_search(dense)
-    for gamma in (found["gamma1"], found["gamma3"]):
-        assert planted_counts(gamma) == [8, 8, 8, 0]
-        assert (gamma[SERVES["none"]] == 0).sum() >= 23, "true zeros"
-        cls, seg = (float(gamma[SERVES[kind]].mean()) for kind in ("cls", "seg"))
-        assert 0.5 < seg / cls < 2, "both tasks count"
-    # The multipliers close the gap between the copies; without them it only grows.
-    with mock.patch.object(mtp, "pulls", lambda cfg: (0.0, 0.0)):
-        apart = planted_search(dense)
-    assert found["gaps"][-1] < 0.5 * max(found["gaps"])
-    assert apart["gaps"][-1] > 0.8 * max(apart["gaps"]) > 2 * found["gaps"][-1]
-    slimming, slimming_cls = (planted_search(dense, method=method)
-                              for method in ("slimming", "slimming_cls"))
-    for gamma, lost, served, at_most in (
-            (slimming["gamma3"], "cls", "seg", 2), (apart["gamma3"], "cls", "seg", 2),
-            (slimming_cls["gamma1"], "seg", "cls", 5), (apart["gamma1"], "seg", "cls", 5)):
-        assert planted_counts(gamma)[list(SERVES).index(lost)] <= at_most
-        assert gamma[SERVES[lost]].mean() < 0.05 < 0.2 < gamma[SERVES[served]].mean()
+    """MTP keeps what either task needs and drops the rest. Slimming by one task, which is what
+    mu = E = 0 leaves of it, loses what the other one needs."""
+    for gamma in planted_gammas("mtp"):
+        assert sorted(gamma.topk(24).indices.tolist()) == list(range(24))
+        assert (gamma[NONE] == 0).sum() >= 23, "true zeros"
+        assert 0.5 < gamma[SEG].mean() / gamma[CLS].mean() < 2, "both tasks count"
+    gamma1, gamma3 = planted_gammas("slimming_cls")[0], planted_gammas("slimming")[1]
+    assert gamma1[SEG].mean() < 0.05 < 0.2 < gamma1[CLS].mean()
+    assert gamma3[CLS].mean() < 0.05 < 0.2 < gamma3[SEG].mean()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3997,291 +3813,215 @@ def test_mtp_planted_truth_and_its_ablations():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_mtp_fpgm_and_thinet_against_brute_force():
-    torch.manual_seed(0)
-    with narrow():
-        net = mtp.Segmenter("bisenet_resnet18", 3)
-    for g in (mtp.groups_of(net)[0], mtp.groups_of(net)[12]):       # one maker, and three
-        weights = [net.get_submodule(conv).weight.detach().double() for conv, _ in g.makers]
-        wanted = [sum(math.sqrt(sum(float((w[i] - w[j]).square().sum()) for w in weights))
-                      for j in range(g.width)) for i in range(g.width)]
-        assert np.allclose(mtp.fpgm_scores(net, [g])[g.name], wanted)
+@torch.no_grad()
+def test_mtp_scores_of_channels_with_three_makers():
+    """FPGM's by pairs of filters; gammas by their mean."""
+    net = narrow_net("bisenet_resnet18", 3)
+    g = mtp.groups_of(net)[12]
+    filters = torch.cat([net.get_submodule(conv).weight.flatten(1) for conv, _ in g.makers], 1)
+    distances = [sum((a - b).norm() for b in filters) for a in filters]
+    agree(mtp.fpgm_scores(net, [g])[g.name], torch.stack(distances))
+    first, second, third = (net.get_submodule(bn).weight.abs() for _, bn in g.makers)
+    agree(mtp.scores_of(None, net, [g])[g.name], (first + second + third) / 3)
 
-    conv = nn.Conv2d(5, 4, 3, stride=2, padding=2, dilation=2).double().requires_grad_(False)
-    x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
+
+@torch.no_grad()
+def test_mtp_thinet_against_brute_force():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 4, 3, stride=2, padding=2, dilation=2).double()
+    x = torch.randn(2, 5, 9, 11).double()
     terms = mtp.thinet_samples(conv, x, 50, torch.Generator().manual_seed(0))
-    assert terms.shape == (100, 5)
-    split = torch.stack([F.conv2d(x[:, c:c + 1], conv.weight[:, c:c + 1], None, 2, 2, 2)
-                         for c in range(5)], -1)            # (2, 4, h, w, 5): every possible row
-    rows = split.reshape(-1, 5)
-    for row in terms:                                       # each sample is one of them
-        assert ((rows - row).abs().max(1).values < 1e-10).any()
-    places = {int((rows - row).abs().max(1).values.argmin()) for row in terms}
-    assert len(places) > 60, "places and output channels vary"
+    # each sample is one of all outputs, split by input channel
+    every = [F.conv2d(x[:, c:c + 1], conv.weight[:, c:c + 1], None, 2, 2, 2).flatten()
+             for c in range(5)]
+    apart = torch.cdist(terms, torch.stack(every, 1))
+    assert terms.shape == (100, 5) and (apart.amin(1) < 1e-6).all()
+    assert len(apart.argmin(1).unique()) > 60, "places and output channels vary"
 
     kept, factors = mtp.thinet_layer(terms, 2)
-    removed = []                                            # the greedy rule in loops
-    for _ in range(3):
-        costs = {c: float(sum((row[removed].sum() + row[c]) ** 2 for row in terms))
-                 for c in range(5) if c not in removed}
-        removed.append(min(costs, key=costs.get))
+    removed = []
+    for _ in range(3):                                  # greedy: the least change of the output
+        rest = set(range(5)) - set(removed)
+        removed.append(min(rest, key=lambda c: terms[:, [*removed, c]].sum(1).norm()))
     assert kept.tolist() == sorted(set(range(5)) - set(removed))
-    best = np.linalg.lstsq(terms[:, kept].numpy(), terms.sum(1).numpy(), rcond=None)[0]
-    assert np.allclose(factors, best)
+    agree(factors, torch.linalg.pinv(terms[:, kept]) @ terms.sum(1))
 
 
-def test_mtp_thinet_zeroes_what_it_removes():
-    """Front to back through the backbone: the network it leaves behind is the pruned one."""
-    torch.manual_seed(0)
-    cfg = mtp.Config(size=(32, 32), batch_size=4, method="thinet")
-    with narrow():
-        net = lively(mtp.Segmenter("deeplabv3_resnet50", 11)).float()
-    groups, counts, thinet_layer = mtp.groups_of(net), [], mtp.thinet_layer
-    before = net.backbone.layer1[0].conv2.weight.detach().clone()
-    _, loader = common.open_loader(cfg, "train", train=True)
+def small_tasks(**settings):
+    """cfg, and both tasks with narrow networks, as after training."""
+    cfg = mtp.Config(**{**TINY_TASKS, **settings})
+    cls = narrow_net(cfg.network, 8, mtp.Classifier).float()
+    seg = narrow_net(cfg.network, 11, seed=1).float()
+    return cfg, mtp.tasks_of(cls, seg, cfg, CPU)
 
-    def noted(terms, n):
-        counts.append((*terms.shape, n))
-        return thinet_layer(terms, n)
-    with (mock.patch.object(mtp, "thinet_layer", noted),
+
+@torch.no_grad()
+def test_mtp_thinet_leaves_the_pruned_network_behind():
+    """Front to back through the backbone, in place: what goes weighs 0, what stays is scaled."""
+    cfg, tasks = small_tasks(network="deeplabv3_resnet50", method="thinet")
+    net, x = tasks[1].net, torch.randn(1, 3, 64, 64)
+    reader = net.backbone.layer2[0].conv2
+    before = reader.weight.clone()
+    with (mock.patch.object(mtp, "thinet_layer", wraps=mtp.thinet_layer) as layer,
           mock.patch.object(mtp, "THINET_IMAGES", 6)):
-        kept = mtp.thinet_kept(net, groups, loader.dataset, cfg, torch.device("cpu"))
-    inner = mtp.part_of(groups, "backbone")
-    assert set(kept) == {g.name for g in groups}
-    assert all(len(kept[g.name]) == g.width for g in mtp.part_of(groups, "decoder")), "dense"
-    for g, (samples, channels, n) in zip(inner, counts, strict=True):
-        assert channels == g.width and 10 * g.width <= samples < 10 * g.width + 60
-        assert n == len(kept[g.name]) == g.width / 2
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.allclose(mtp.prune(net, groups, kept)(x), net.eval()(x), atol=1e-3)
-    after, stays = net.backbone.layer1[0].conv2.weight, kept["backbone.layer1.0.conv1"]
-    ratio = after[:, stays] / before[:, stays]
-    assert torch.allclose(ratio, ratio[:1, :, :1, :1].expand_as(ratio), rtol=1e-3)
-    assert (ratio[0, :, 0, 0] - 1).abs().max() > 0.01, "those that stay are scaled"
+        _, small, kept = mtp.choose_and_prune(tasks, cfg, CPU)
+    assert torch.allclose(small(x), net(x), atol=1e-3)
+    for g in mtp.groups_of(net):
+        cut = 2 if g.part == "backbone" else 1          # the decoder stays dense
+        assert len(kept[g.name]) == g.width / cut
+    for (terms, left), _ in layer.call_args_list:
+        assert len(terms) >= 10 * terms.shape[1], "ten samples for each unknown"
+    stays = kept["backbone.layer2.0.conv1"]
+    factors = (reader.weight / before)[0, stays, 0, 0]
+    agree(reader.weight[:, stays], before[:, stays] * factors[:, None, None])
+    assert (factors - 1).abs().max() > 0.01
 
 
 def test_mtp_recalibration_is_a_plain_mean():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    batches = [(3 * torch.randn(4, 3, 8, 8) + 1, None) for _ in range(5)]
-    net[1].running_mean.fill_(7)
-    net[1].num_batches_tracked.fill_(9)                 # what it has seen so far no longer counts
-    mtp.recalibrate(net, Repeated(batches), torch.device("cpu"))
-    means = torch.stack([net[0](x).mean((0, 2, 3)) for x, _ in batches]).mean(0)
-    assert torch.allclose(net[1].running_mean, means, atol=1e-5)
-    assert net[1].momentum == 0.1
+    batches = Repeated((3 * torch.randn(4, 3, 8, 8) + 1, None) for _ in range(5))
+    norm = nn.BatchNorm2d(3)
+    norm(100 + batches[0][0])                           # what it has seen so far no longer counts
+    mtp.recalibrate(norm, batches, CPU)
+    agree(norm.running_mean, sum(x.mean((0, 2, 3)) for x, _ in batches) / 5)
+    assert norm.momentum == 0.1
 
 
+@torch.no_grad()
 def test_mtp_choice_and_cut_by_method():
-    """Which gammas decide, which weights the two pruned networks get, and that their BN statistics
-    are taken anew."""
-    torch.manual_seed(0)
-    cfg = mtp.Config(cls_size=(32, 32), cls_batch=2, size=(32, 32), batch_size=2, recalibrate=1)
-    with narrow():
-        cls = lively(mtp.Classifier("deeplabv3_resnet18", 8)).float()
-        seg = lively(mtp.Segmenter("deeplabv3_resnet18", 11), seed=1).float()
-    inner, outer = (mtp.part_of(mtp.groups_of(seg), part) for part in ("backbone", "decoder"))
-    with torch.no_grad():
-        for g in mtp.gammas(cls, inner):            # signs do not count, sizes do
-            g.mul_(torch.where(torch.rand_like(g) < 0.5, -1, 1))
-
-    def largest(net, part):                         # by one threshold over the part
-        every = torch.cat([g.abs() for g in mtp.gammas(net, part)]).sort().values
-        return {g.name: (mtp.gammas(net, [g])[0].abs() > every[len(every) // 2 - 1]).nonzero()[:, 0]
-                for g in part}
-    assert mtp.overlap(largest(cls, inner), largest(seg, inner), inner)[0] < 0.8
-    stem = {"cls": cls.backbone.conv1.weight, "seg": seg.backbone.conv1.weight}
-    for method, judge, weights in (
-            ("mtp", cls, ("cls", "seg")), ("slimming", seg, ("seg", "seg")),
-            ("gammas", seg, ("seg", "seg")), ("slimming_cls", cls, ("cls", "cls")),
-            ("thinet", None, ("seg", "seg")), ("fpgm", None, ("seg", "seg"))):
-        tasks = mtp.tasks_of(*copy.deepcopy((cls, seg)), cfg, torch.device("cpu"))
-        with mock.patch.multiple(mtp, THINET_IMAGES=2, THINET_SAMPLES=1):
-            *small, kept = mtp.choose_and_prune(
-                tasks, replace(cfg, method=method), torch.device("cpu"))
-        for net, source in zip(small, weights):
-            assert torch.equal(net.backbone.conv1.weight, stem[source]), (method, source)
-            assert int(net.backbone.bn1.num_batches_tracked) == 1, "one batch, counted anew"
-            assert net.backbone.layer1[0].conv1.out_channels == len(kept[inner[0].name])
-        if judge is not None:
-            expected = largest(judge, inner) | largest(seg, outer)
-            assert kept.keys() == expected.keys()
-            assert all(torch.equal(kept[k], expected[k]) for k in kept), method
+    """Which gammas decide, and in which pools they compete; which weights the two pruned networks
+    get, and that their BN statistics are taken anew."""
+    cfg, tasks = small_tasks(recalibrate=1, percentile=25)
+    cls, seg = (task.net for task in tasks)
+    groups = mtp.groups_of(seg)
+    parts = [mtp.part_of(groups, part) for part in ("backbone", "decoder")]
+    for gamma in mtp.gammas(cls, parts[0]):
+        gamma.copy_(torch.randn_like(gamma))            # signs do not count
+    for method, pool, judge, rivals, sources in (
+            ("mtp", "auto", cls, parts, (cls, seg)),
+            ("mtp", "network", cls, [groups], (cls, seg)),
+            ("slimming", "auto", seg, parts, (seg, seg)),
+            ("slimming_cls", "auto", cls, parts, (cls, cls)),
+            ("uniform", "auto", seg, [[g] for g in groups], (seg, seg))):
+        copies = [task._replace(net=copy.deepcopy(task.net)) for task in tasks]
+        settings = replace(cfg, method=method, pool=pool)
+        *small, kept = mtp.choose_and_prune(copies, settings, CPU)
+        scores = {}
+        for g in groups:
+            gamma, = mtp.gammas(judge if g in parts[0] else seg, [g])
+            scores[g.name] = gamma.abs()
+        for members in rivals:                          # all but the lowest quarter stay
+            every = torch.cat([scores[g.name] for g in members])
+            stay = torch.cat([scores[g.name][kept[g.name]] for g in members])
+            agree(stay.sort().values, every.sort().values[len(every) // 4:])
+        for net, source in zip(small, sources):
+            agree(net.backbone.conv1.weight, source.backbone.conv1.weight)
+            assert net.backbone.bn1.num_batches_tracked == 1, "one batch, counted anew"
 
 
-def test_mtp_scores_of_shared_channels_are_means():
-    with narrow():
-        seg = lively(mtp.Segmenter("bisenet_resnet18", 3))
-    g = next(g for g in mtp.groups_of(seg) if len(g.makers) == 3 and g.makers[2][1])
-    scales = [seg.get_submodule(bn).weight for _, bn in g.makers]
-    score = mtp.scores_of(None, seg, [g])[g.name]
-    assert torch.allclose(score, (scales[0] + scales[1] + scales[2]).abs() / 3)
-
-
+@torch.no_grad()
 def test_mtp_head_of_the_first_task():
     """Taken from the file where the classes are as many; never left random without training."""
+    torch.manual_seed(0)
+    whole, x = narrow_classifier(2, "resnet18").eval(), torch.randn(2, 3, 64, 64)
+    whole.fc = nn.Linear(64, 7)
     with tempfile.TemporaryDirectory() as tmp, narrow():
-        torch.manual_seed(0)
-        whole, path = narrow_classifier(2, "resnet18"), Path(tmp, "r18.pth")
-        whole.fc = nn.Linear(64, 7)
-        torch.save(whole.state_dict(), path)
-        cfg = mtp.Config(network="deeplabv3_resnet18", backbone=str(path))
-        net = mtp.Classifier(cfg.network, 7)
+        cfg = mtp.Config(network="deeplabv3_resnet18", backbone=f"{tmp}/r18.pth")
+        torch.save(whole.state_dict(), cfg.backbone)
+        net, other = (mtp.Classifier(cfg.network, classes).eval() for classes in (7, 8))
         mtp.start_from(cfg, net, 7)
-        x = torch.randn(2, 3, 64, 64)
-        with torch.no_grad():
-            assert torch.allclose(net.eval()(x), whole.eval()(x), atol=1e-5)
-        other = mtp.Classifier(cfg.network, 8)
+        agree(net(x), whole(x))
         _refused(lambda: mtp.start_from(cfg, other, 8), "8 classes", "--dense-cls-epochs")
         mtp.start_from(replace(cfg, dense_cls_epochs=1), other, 8)
-        assert torch.equal(other.backbone.conv1.weight, whole.conv1.weight)
-        for network, backbone, words in (("pspnet_resnet50", "imagenet", ["deep stem"]),
-                                         ("deeplabv3_resnet18", "none", ["8 classes"])):
-            cfg = mtp.Config(network=network, backbone=backbone)
-            _refused(lambda: mtp.start_from(cfg, other, 8), *words)
-
-
-# ---------------------------------------------------------------------------------------------
-# mtp.py: the command line, beside what the table below has for all scripts
-# ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stages_of_mtp(tmp):
-    """Yields (run folder, said(*flags, words=()) -> what mtp prints) on narrow networks."""
-    def measured(calls, *_):                    # a test of words, not of this machine's speed
-        return {name: {"median": 1.0, "p90": 1.0, "samples": 1} for name in calls}
-    out = Path(tmp, "runs")
-    base = [*"--dataset folder --num-classes 3 --preset quick --cls-batch 8 --size 32 64 "
-            "--batch-size 4 --dense-cls-epochs 1 --rounds 2 --dense-epochs 1 --inner-steps 2 "
-            "--recalibrate 2 --frame 32 64 --percentile 50 --cls-dataset imagefolder".split(),
-            "--data-root", three_classes(Path(tmp, "set"), train=4, val=2),
-            "--cls-root", two_kinds(Path(tmp, "kinds")), "--out", out]
-
-    def said(*flags, words=()):
-        text = call_main(mtp, *base, *flags)
-        for word in words:
-            assert re.search(word, text, re.M), f"'{word}' is missing in:\n{text}"
-        return text
-    with (narrow(blocks=1), mock.patch.object(latency, "measure", measured),
-          mock.patch.object(mtp, "PAPER_SIZES", mtp.PAPER_SIZES[1:2])):
-        yield out, said
-
-
-def test_mtp_stages_hand_on_what_they_have_learnt():
-    """What the sparse training starts from, what one training gives to the next, what is reused,
-    and what a new search makes void."""
-    starts, train_sparse = [], mtp.train_sparse
-
-    def noted(task1, task2, *rest):
-        starts.append([copy.deepcopy(t.net.state_dict()) for t in (task1, task2)])
-        train_sparse(task1, task2, *rest)
-
-    def weights(path):
-        return torch.load(out / path)["model"]
-    with (tempfile.TemporaryDirectory() as tmp, stages_of_mtp(tmp) as (out, said),
-          mock.patch.object(mtp, "train_sparse", noted)):
-        once = "--cls-epochs", "1", "--epochs", "1", "--lr", "1e-9"
-        said("--search", "--train", "--eval", *once, words=(
-            "gamma1: mean 1.0", "dose 0.0625", "warning: the l1 term can move a gamma1 by",
-            "gap .* zeros", "std/mean", "60 of 120", "768 of 1536", "sparse mIoU", "top-1"))
-        # Algorithm 1 starts with W1 = W3, the segmentation network's, and a head that has learnt
-        (cls, seg), dense = starts[0], weights("dense/seg/best.pt")
-        assert torch.equal(cls["head.weight"], weights("dense/cls/best.pt")["head.weight"])
-        keys = [k for k in seg if k.startswith("backbone") and k.endswith((".weight", ".bias"))]
-        assert len(keys) > 30
-        for key in keys:
-            assert torch.equal(cls[key], seg[key]) and torch.equal(cls[key], dense[key])
-        assert not torch.equal(cls["backbone.bn1.running_mean"], seg["backbone.bn1.running_mean"])
-        # Line 11: classification first, and what it has learnt goes on to segmentation
-        fine, pruned = weights("mtp_50/seg/best.pt"), torch.load(out / "mtp_50/pruned.pt")
-        key = "backbone.layer2.0.conv2.weight"
-        assert torch.allclose(fine[key], weights("mtp_50/cls/best.pt")[key], rtol=0, atol=1e-6)
-        assert not torch.allclose(fine[key], pruned["cls"][key], rtol=0, atol=1e-4)
-        assert not torch.allclose(pruned["model"][key], pruned["cls"][key], rtol=0, atol=1e-6)
-        for folder, power in (("dense/cls", 1.0), ("dense/seg", 0.9), ("mtp_50/cls", 0.9)):
-            schedule = torch.load(out / folder / "last.pt")["schedule"]     # it ends with the steps
-            assert schedule["last_epoch"] == schedule["total_iters"] and schedule["power"] == power
-        # One sparse training serves several percentiles, one dense pair all methods
-        before = (out / "sparse_mtp/last.pt").read_bytes()
-        text = said("--search", "--resume", "--percentile", "25", words=["90 of 120"])
-        assert text.count("trained already") == 3
-        assert (out / "sparse_mtp/last.pt").read_bytes() == before
-        text = said("--search", "--train", "--method", "slimming", *once, "--cls-epochs", "0",
-                    words=["gamma3: mean", "of them mtp_50 keeps"])
-        assert text.count("trained already") == 2
-        fine = weights("slimming_50_without_cls/seg/best.pt")
-        pruned = torch.load(out / "slimming_50_without_cls/pruned.pt")
-        assert torch.allclose(fine[key], pruned["model"][key], rtol=0, atol=1e-6)
-        assert torch.equal(pruned["model"][key], pruned["cls"][key]), "one set of weights"
-        # A new search makes void what was fine-tuned from the old one
-        said("--search", "--resume", words=["cut already"])
-        assert (out / "mtp_50/seg/best.pt").exists()
-        said("--search", "--alpha1", "0.2")
-        _refused(lambda: said("--eval"), "no checkpoint", "best.pt")
-
-
-def test_mtp_controls_from_the_command_line():
-    with tempfile.TemporaryDirectory() as tmp, stages_of_mtp(tmp) as (out, said):
-        said("--search", "--method", "slimming_cls", words=["gamma1: mean"])
-        said("--search", "--method", "slimming_cls", "--batch-order", "1", "--pool", "network",
-             words=["of them slimming_cls_50 keeps"])
-        said("--search", "--method", "thinet", words=["1536 of 1536", "dense mIoU"])
-        dense = "--arch", out / "dense/arch.json"
-        said("--eval", *dense, "--eval-scales", "0.5", "1", words=["dense: dense mIoU"])
-        said("--bench", words=("^slimming_cls_50 .*median_ms 1.000", "^thinet_50 ", "^dense .*mIoU",
-                               "^slimming_cls_order1_50_network "))
-        said("--bench", "--arch", "uniform", words=["uniform, 50% cut"])
-        for flags, word in ((("--lam", "2"), "--lam"), (("--dense-lr", "2"), "--dense-lr")):
-            flags = "--method", "slimming_cls", *flags
-            _refused(lambda: said("--train", *flags), word)
-            _refused(lambda: said("--search", "--resume", *flags), word)
-        _refused(lambda: said("--eval", *dense, "--num-classes", "4"), "classes")
+        agree(other.backbone.conv1.weight, whole.conv1.weight)
 
 
 def test_mtp_every_process_gets_two_pictures_a_step():
-    for ranks, cls_batch, batch, word in ((2, 8, 3, "--batch-size 3"), (2, 3, 8, "--cls-batch 3"),
-                                          (2, 2, 8, "--cls-batch 2"), (2, 4, 2, "--batch-size 2"),
-                                          (5000, 10000, 10000, "--cls-batch 10000")):
-        cfg = mtp.Config(cls_size=(32, 32), cls_batch=cls_batch, size=(32, 32), batch_size=batch)
+    for ranks, flag, batch in ((2, "batch_size", 5), (2, "cls_batch", 2),
+                               (5000, "cls_batch", 10000)):
+        cfg = mtp.Config(**{**TINY_TASKS, flag: batch})
         with mock.patch.object(mtp, "world_size", lambda: ranks):
-            _refused(lambda: mtp.tasks_of(None, None, cfg, torch.device("cpu")), word, "2 or more")
-    tasks = mtp.tasks_of(None, None, replace(cfg, cls_batch=2, batch_size=2), torch.device("cpu"))
-    for task in tasks:
-        first = []
-        for epoch in range(2):
-            task.batches.sampler.set_epoch(epoch)
-            first.append(next(iter(task.batches))[0])
-        assert len(first[0]) == 2 and not torch.equal(*first), "shuffled and augmented"
+            _refused(lambda: mtp.tasks_of(None, None, cfg, CPU), f"{batch} of", "2 or more")
 
 
 def test_mtp_accuracy_by_hand():
-    net = nn.Flatten().train()                          # the picture is its own score
-    pictures = torch.eye(4)[[0, 1, 1, 3, 2]].reshape(5, 4, 1, 1)
-    labels = torch.tensor([0, 1, 2, 3, 0])
+    net = nn.Dropout(1.0).train()       # in eval mode the picture is its own score
+    pictures, labels = torch.eye(4)[[0, 1, 1, 3, 2]], torch.tensor([0, 1, 2, 3, 0])
     batches = [(pictures[:3], labels[:3]), (pictures[3:], labels[3:])]
-    assert mtp.accuracy(net, batches, torch.device("cpu")) == 3 / 5 and net.training
+    assert mtp.accuracy(net, batches, CPU) == 3 / 5 and net.training
 
 
-def test_mtp_wrong_input_ends_in_one_sentence():
-    with tempfile.TemporaryDirectory() as tmp:
-        missing = str(Path(tmp, "no.pth"))
-        for flags, *words in (
-                (["--search", "--percentile", "0"], "--percentile", "0"),
-                (["--search", "--inner-steps", "0"], "--inner-steps"),
-                (["--search", "--method", "thinet", "--pool", "network"], "thinet", "--pool"),
-                (["--search", "--batch-size", "1"], "--batch-size"),
-                (["--search", "--cls-dataset", "imagefolder"], "imagefolder", "--cls-root"),
-                (["--search", "--cls-dataset", "imagefolder", "--cls-root", missing], missing),
-                (["--search", "--lr", "0.1"], "--lr", "--train"),
-                (["--search", "--rho", "1"], "--rho"), (["--search", "--rho", "nan"], "--rho"),
-                (["--eval", "--eval-scales", "nan"], "--eval-scales"),
-                (["--search", "--percentile", "97"], "--percentile 97", "5% of each layer"),
-                (["--search", "--backbone", missing], missing),
-                (["--train"], "arch.json", "no"),
-                (["--bench", "--arch", missing], missing)):
-            _refused(lambda: mtp.main([*flags, "--out", str(Path(tmp, "r"))]), *words)
+# ---------------------------------------------------------------------------------------------
+# mtp.py: the stages, beside what the table below has for all scripts
+# ---------------------------------------------------------------------------------------------
+
+
+def test_mtp_what_each_training_starts_from():
+    """Eq. (1), Eq. (2), W1 = W3; line 11: classification, then segmentation from what that has
+    learnt. A training here is a step at random."""
+    names, starts, ends = [], [], []                    # of each training; states of its backbone
+
+    @torch.no_grad()
+    def train(how, task, name, epochs, lr, power, *rest, **about):
+        names.append((name, power))
+        starts.append(copy.deepcopy(task.net.backbone.state_dict()))
+        for t in task.net.state_dict().values():
+            t += torch.randn(t.shape).abs().to(t.dtype)
+        ends.append(copy.deepcopy(task.net.backbone.state_dict()))
+
+    @torch.no_grad()
+    def train_sparse(task1, task2, *rest):
+        w1, w3 = task1.net.backbone, task2.net.backbone
+        agree(list(w1.parameters()), list(w3.parameters()))
+        assert not torch.equal(w1.bn1.running_mean, w3.bn1.running_mean), "each keeps its own"
+        w1.conv1.weight += 1
+    with (tempfile.TemporaryDirectory() as tmp, narrow(blocks=1),
+          mock.patch.multiple(mtp, train=train, train_sparse=train_sparse)):
+        flags, out = METHODS["mtp"].flags(tmp, tmp), Path(tmp, "mtp_50")
+        (out / "seg").mkdir(parents=True)               # fine-tuned from an older cut: void
+        call_main(mtp, "--search", "--train", *flags)
+        assert not (out / "seg").exists()
+        call_main(mtp, "--search", "--train", "--cls-epochs", "0", *flags)      # Table 1
+        narrow_pair = torch.load(out / "pruned.pt")
+        only_seg = torch.load(f"{out}_without_cls/pruned.pt")
+        _refused(lambda: call_main(mtp, "--train", "--lam", "2", *flags), "--lam")
+    dense = [("dense cls", 1.0), ("dense seg", 0.9)]
+    fine = [("fine-tune cls", 0.9), ("fine-tune seg", 0.9)]
+    assert names == [*dense, *fine, *dense, fine[1]]
+    agree(starts[1], ends[0])
+    agree(starts[3], ends[2])
+    agree(starts[2]["conv1.weight"], narrow_pair["cls"]["backbone.conv1.weight"])
+    agree(starts[6]["conv1.weight"], only_seg["model"]["backbone.conv1.weight"])
+
+
+def test_mtp_one_dense_pair_serves_all_methods_and_percentiles():
+    times = {"median": 1.0, "p90": 1.0, "samples": 1}   # measuring takes seconds
+    with (tempfile.TemporaryDirectory() as tmp, narrow(blocks=1),
+          mock.patch.object(latency, "measure", lambda calls, *_: dict.fromkeys(calls, times)),
+          mock.patch.object(mtp, "PAPER_SIZES", ())):
+        flags = METHODS["mtp"].flags(tmp, f"{tmp}/runs")
+
+        def said(*more, words, loaded=0):
+            text = call_main(mtp, *flags, *more)
+            assert text.count("trained already") == loaded
+            for word in words:
+                assert word in text, f"'{word}' is missing in:\n{text}"
+        # dose: 0.01 (1 + 3/4 + 2/4 + 1/4) x 250 alpha / (1 - 0.9), alpha = 1e-3
+        said("--search", words=("gamma1: mean 1.0", "dose 0.0625", "warning: the l1 term can move",
+                                "60 of 120", "768 of 1536"))
+        schedule = torch.load(f"{tmp}/runs/dense/cls/last.pt")["schedule"]
+        assert schedule["last_epoch"] == schedule["total_iters"], "it ends with the steps"
+        said("--search", "--resume", words=["cut already"])
+        # both dense networks and Algorithm 1; the dense networks
+        said("--search", "--resume", "--percentile", "25", loaded=3, words=["90 of 120"])
+        said("--search", "--method", "slimming", "--batch-order", "1", loaded=2,
+             words=["gamma3: mean", "of them mtp_50 keeps"])
+        said("--eval", "--arch", f"{tmp}/runs/dense/arch.json", words=["dense: dense mIoU"])
+        said("--bench", "--arch", "uniform", words=["uniform, 50% cut"])
+        for more, word in ((["--percentile", "97"], "5% of each layer"),
+                           (["--method", "thinet", "--pool", "network"], "within each layer")):
+            with mock.patch.object(mtp, "dense_networks", None):        # before any training
+                _refused(lambda: call_main(mtp, "--search", *flags, *more), word)
 
 
 # ---------------------------------------------------------------------------------------------
