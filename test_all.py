@@ -4102,7 +4102,7 @@ METHODS = {
         "--batch-size 4 --weight-steps 1 --lr 0.02 --target 0.5 --scales 1 1", "",
         "arch.json last.pt log.jsonl pruned.pt widths.png masks.png search.png dense/best.pt "
         "retrained/best.pt segmentations.png bench.json",
-        ("met within 1%", "no fine-tuning", "by themselves the masks", "10,345,958",
+        (": met within 1%", "no fine-tuning", "by themselves the masks", "10,345,958",
          "9,490,180,608", "BN folded"),
         (("--search --resume --beta 0.02", "--beta"), ("--search --tau 1", "--tau"),
          ("--search --target 1.5", "--target"), ("--train --arch none.json", "none.json"),
