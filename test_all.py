@@ -1157,137 +1157,179 @@ def test_latency_conditions_and_what_is_measured():
 
 
 # ---------------------------------------------------------------------------------------------
-# fastersg.py: counts of the paper and of the release
+# fastersg.py: counts of the paper and of the release, networks
 # ---------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
-
-
-def shaken(net):
-    """The network with BN statistics and scales that are not those of a fresh one."""
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, std=0.1)
-            m.running_mean.normal_(0, 0.1)
-            m.running_var.uniform_(0.5, 2)
-    return net
-
-
-def silent():
-    return contextlib.redirect_stdout(io.StringIO())
+TEACHER, STUDENT = fastersg.TEACHER, fastersg.STUDENT
 
 
 def test_fastersg_published_networks_have_their_exact_size():
+    """Cells that the branches share are counted once, in parameters and in MACs."""
     for arch, params, macs in ((fastersg.PAPER_STUDENT, 3421875, 27770486784),
                                (fastersg.PAPER_TEACHER, 22115203, 107778932736)):
-        with torch.device("meta"):                          # sizes only
-            net = fastersg.FasterSeg(arch, 19)
+        net = fastersg.FasterSeg(arch, 19)
         assert common.count_params(net) == params
         assert common.count_macs(net, (1024, 2048)) == macs
-    net = fastersg.FasterSeg(fastersg.PAPER_STUDENT, 19, auxiliary=True)
-    assert common.count_params(net.auxiliary) == 931046
-    assert [i for i, _ in net.paths[16]][:3] == [i for i, _ in net.paths[32]][:3]
-    assert len(net.cells) == 9 + 10 - 3, "the first three cells are shared, no other"
-    # Figure 6 and facts of the release: what the head and the auxiliary heads read
-    inputs, last = fastersg.PAPER_STUDENT.walk(32)
-    assert [c for _, c in inputs] == [64, 32, 32, 32, 128, 64, 64, 64, 128, 128]
-    assert last == {8: 32, 16: 64, 32: 256}
-    calls = []
-    net.cells[0].register_forward_hook(lambda *_: calls.append(1))
-    net.eval()(torch.zeros(1, 3, 32, 64))
-    assert len(calls) == 1, "a shared cell must run once for both branches"
+    training = fastersg.FasterSeg(fastersg.PAPER_STUDENT, 19, auxiliary=True)
+    assert common.count_params(training.auxiliary) == 931046
 
 
-def test_fastersg_search_space_counts_of_section_4_2():
-    walks = {8: 0, 16: 0, 32: 0}                            # by walking, not by the formula
-
-    def walk(s, l):
-        if l == 16:
-            walks[s] += 1
-            return
-        walk(s, l + 1)
-        if s < 32 and l < 15:
-            walk(2 * s, l + 1)
-    walk(8, 0)
-    assert walks == {8: 1, 16: 15, 32: 105}
+def test_fastersg_counts_of_section_4_2_and_weights_of_footnote_1():
     assert fastersg.count_paths(16) == 15 + 105 + 1575 == 1695
     assert fastersg.count_combinations(16, (4, 6, 8, 10, 12)) == 21 ** 42 + 125
-    assert f"{fastersg.count_combinations(16, range(5)):.1e}" == "3.4e+55"
-    arch = fastersg.ArchParameters(fastersg.Config())
-    assert all((p == 1e-3).all() for p in arch.parameters())
-    assert [[sum(s == r for s, _ in arch.keys[kind]) for r in (8, 16, 32)]
-            for kind in ("alpha", "beta", "gamma")] == [[16, 15, 14], [0, 14, 13], [16, 16, 15]]
-
-
-def test_fastersg_table_1():
-    """MACs, parameters and receptive fields of the operators."""
-    for name, macs in (("conv", 1.21), ("zoom", 0.3)):
-        net = fastersg.operator(name, 256, [256], 1)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            net(torch.zeros(1, 256, 32, 64))
-        assert round(counter.get_total_flops() / 2e9, 2) == macs
-        assert round(net.first.conv.weight.numel() / 1e6, 2) == 0.59
-
-    def field(name, stride):
-        net = fastersg.operator(name, 1, [1], stride).double().eval()
-        for p in net.parameters():
-            nn.init.ones_(p)
-        x = torch.ones(1, 1, 64, 64).double().requires_grad_()
-        net(x)[0, 0, 16, 16].backward()
-        return int((x.grad[0, 0].abs().sum(0) > 0).sum())
-    assert field("conv", 1) == 3 and field("conv_x2", 1) == 5
-    assert 6 <= field("zoom", 2) <= 7 and 10 <= field("zoom_x2", 2) <= 11          # twice as far
-
-
-def test_fastersg_footnote_1_and_equations_5_6():
+    keys = fastersg.ArchParameters(fastersg.Config()).keys
+    assert len(keys["alpha"]) == 16 + 15 + 14 and len(keys["beta"]) == 14 + 13
+    assert len(keys["gamma"]) == 16 + 16 + 15
     w = fastersg.solve_footnote_1((10.42, 0.01, 5.54))
     assert [round(v, 3) for v in w] == [0.001, 0.997, 0.002] and abs(sum(w) - 1) < 1e-12
     assert fastersg.solve_footnote_1((4.0, 2.0, 0.0)) == [1 / 3, 2 / 3, 0.0]
-    cfg = fastersg.Config()
-    assert abs(fastersg.target(0.7, 16.6, cfg) - 0.7 / 2 ** 0.07) < 1e-12
-    assert fastersg.target(0.7, 8.3, cfg) == 0.7
 
 
 def test_fastersg_losses_against_loops():
     torch.manual_seed(0)
-    s, t = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
-    kl = 0.0
-    for b, i, j in itertools.product(range(2), repeat=3):
-        p, q = torch.softmax(s[b, :, i, j], 0).tolist(), torch.softmax(t[b, :, i, j], 0).tolist()
-        kl += sum(a * math.log(a / c) for a, c in zip(p, q)) / 8
-    assert abs(float(fastersg.distillation(s, t)) - kl) < 1e-6
+    student, teacher = torch.randn(2, 2, 3, 4, 5)
+    log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
+    kl = F.kl_div(log_t, log_s, reduction="sum", log_target=True)   # KL(q^s || q^t)
+    assert abs(fastersg.distillation(student, teacher) - kl / (2 * 4 * 5)) < 1e-6
     logits, label = 2 * torch.randn(2, 5, 6, 8), torch.randint(0, 5, (2, 6, 8))
     label[0, 0] = 255
-    for threshold, few in ((0.7, False), (0.999999, False), (1e-6, False), (1e-6, True)):
-        if few:
-            label[:] = 255
-            label[1, 2, 3] = 4                              # less than a sixteenth is valid
-        losses = sorted((-math.log(float(torch.softmax(logits[b, :, i, j], 0)[label[b, i, j]]))
-                         for b, i, j in (label != 255).nonzero().tolist()), reverse=True)
-        hard = sum(v > -math.log(threshold) for v in losses)
-        kept = losses[:max(hard, 96 // 16)]
-        assert abs(float(fastersg.ohem(logits, label, threshold)) - sum(kept) / len(kept)) < 1e-5
-    assert float(fastersg.ohem(logits, torch.full_like(label, 255))) == 0       # zero, not NaN
+    few = torch.full_like(label, 255)
+    few[1, 2, 3] = 4                                        # less than a sixteenth is valid
+    for target, threshold in ((label, 0.7), (label, 1e-6), (few, 1e-6)):
+        p, losses = torch.softmax(logits, 1), []
+        for b, y, x in (target != 255).nonzero().tolist():
+            losses.append(-math.log(p[b, target[b, y, x], y, x]))
+        losses.sort(reverse=True)
+        hard = [loss for loss in losses if loss > -math.log(threshold)]
+        kept = max(hard, losses[:96 // 16], key=len)
+        assert abs(fastersg.ohem(logits, target, threshold) - sum(kept) / len(kept)) < 1e-5
+    assert fastersg.ohem(logits, torch.full_like(label, 255)) == 0      # zero, not NaN
+
+
+# The operators of Section 3.1.2 and App. A as formulas, their kernels sliced under autograd.
+
+def conv_bn(layer, x, j=0):
+    kernel = layer.conv.weight[:layer.c_outs[j], :x.shape[1]]
+    return layer.norms[j](F.conv2d(x, kernel, None, layer.conv.stride, layer.conv.padding))
+
+
+def sized(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+def plain_operator(name, op, x, stride, j=0):
+    size, half = x.shape[-2:], [-(-d // 2) for d in x.shape[-2:]]
+    if name == "skip" and stride == 1:
+        return torch.cat([x, 0 * x], 1)[:, :op.c_outs[j]]
+    if name == "skip":
+        odd = F.pad(x[..., 1:, 1:], (0, 1, 0, 1))
+        return F.relu(torch.cat([conv_bn(op.even, x, j), conv_bn(op.odd, odd, j)], 1))
+    y = conv_bn(op.first, sized(x, half) if "zoom" in name else x, j)
+    if "x2" in name:
+        y = conv_bn(op.second, F.relu(y), j)
+    if "zoom" in name and stride == 1:
+        y = sized(y, size)
+    return F.relu(y)
+
+
+def test_fastersg_equation_2_and_its_slices():
+    """Outputs, gradients, which add up, and BN statistics, at every width of the input."""
+    torch.manual_seed(0)
+    for stride, j, c_in in itertools.product((1, 2), (0, 1), (4, 6)):
+        net = fastersg.Mixture(6, [4, 8], stride).double()
+        twin, gradients = copy.deepcopy(net), []
+        x = torch.randn(2, c_in, 5, 6).double().requires_grad_()
+        alpha = torch.rand(5).double().requires_grad_()
+        plain = sum(a * plain_operator(name, op, x, stride, j)
+                    for a, name, op in zip(alpha, fastersg.OPERATORS, twin.ops))
+        for out in (plain, net(x, alpha, j)):
+            x.grad = alpha.grad = None
+            for _ in range(2):
+                out.square().sum().backward(retain_graph=True)
+            gradients.append(torch.cat([out.flatten(), x.grad.flatten(), alpha.grad]))
+        assert torch.allclose(*gradients, atol=1e-9)
+        for p, q in zip(net.parameters(), twin.parameters()):
+            assert (p.grad is None) == (q.grad is None)     # those of another width
+            assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-9)
+        for p, q in zip(net.buffers(), twin.buffers()):
+            assert not p.is_floating_point() or torch.allclose(p, q, atol=1e-9)
+
+
+FORKED = fastersg.Architecture.from_json({"stem_chi": 2, "branches": {
+    16: ["conv_x2 s=8 chi=2", "zoom /2 s=8 chi=2", "zoom_x2 s=16 chi=3"],
+    32: ["conv_x2 s=8 chi=2", "zoom /2 s=8 chi=2", "skip /2 s=16 chi=1"]}})
+
+
+@torch.no_grad()
+def test_fastersg_network_written_out():
+    """The forked network, of any size, its auxiliary heads, and with BN folded."""
+    torch.manual_seed(0)
+    net = shake_norms(fastersg.FasterSeg(FORKED, 5, auxiliary=True)).double().eval()
+    x = torch.randn(2, 3, 70, 95).double()
+
+    def up(layer, coarse, fine):
+        y = sized(F.relu(conv_bn(layer.reduce, coarse)), fine.shape[-2:])
+        return F.relu(conv_bn(layer.fuse, torch.cat([y, fine], 1)))
+
+    def chain(layers, y):
+        for layer in layers:
+            y = conv_bn(layer, y) if isinstance(layer, fastersg.ConvBN) else layer(y)
+        return y
+
+    def classify(head, *maps):
+        return sized(chain(head, torch.cat(maps, 1)), x.shape[-2:])
+    stem = chain(net.stem, x)                               # (2, 16, 9, 12)
+    a = plain_operator("conv_x2", net.cells[0], stem, 1)    # (2, 16, 9, 12)
+    b = plain_operator("zoom", net.cells[1], a, 2)          # (2, 32, 5, 6)
+    c = plain_operator("zoom_x2", net.cells[2], b, 1)       # (2, 48, 5, 6)
+    d = plain_operator("skip", net.cells[3], b, 2)          # (2, 32, 3, 3)
+    (from_16,), (to_16, then_8) = net.head.ups["16"], net.head.ups["32"]
+    fine, coarse = up(from_16, c, a), up(then_8, up(to_16, d, b), a)
+    expected = [classify(net.head.classifiers["(16, 32)"], coarse, fine),
+                classify(net.auxiliary["16"], b, c), classify(net.auxiliary["32"], d)]
+    for forward in (net, common.fold_bn(net)):
+        assert torch.allclose(forward(x), expected[0], atol=1e-9)
+    for m in net.modules():                                 # train mode, but with these statistics
+        m.training = not isinstance(m, nn.BatchNorm2d)
+    for y, wanted in zip(net(x), expected, strict=True):
+        assert torch.allclose(y, wanted, atol=1e-9)
+
+
+def test_fastersg_pieces_make_up_the_network():
+    """What is measured for the table is what the network runs; MACs of Table 1."""
+    def macs_of(piece, frame):
+        make, shapes = fastersg.make_piece(piece, frame)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            make().eval()(*map(torch.zeros, shapes))
+        return counter.get_total_flops() // 2
+    macs = [macs_of(piece, (96, 160)) for piece in fastersg.pieces_of(FORKED, 5)]
+    assert sum(macs) == common.count_macs(fastersg.FasterSeg(FORKED, 5), (96, 160))
+    for name, published in (("conv", 1.21), ("zoom", 0.3)):
+        assert round(macs_of((name, 256, 256, 32, 1), (1024, 2048)) / 1e9, 2) == published
 
 
 # ---------------------------------------------------------------------------------------------
-# fastersg.py: supernet, relaxation, latency
+# fastersg.py: supernet, relaxation, latency, derivation
 # ---------------------------------------------------------------------------------------------
 
-SMALL = dict(layers=5, widths=(2, 4, 6), stem_chi=4, label_stride=4, search_size=(32, 64),
-             frame=(64, 96), search_batch=2)
-TINY = {**SMALL, "layers": 4, "widths": (1, 2), "stem_chi": 2}
+TINY = dict(layers=4, widths=(1, 2), stem_chi=2, label_stride=4, search_size=(32, 64),
+            frame=(64, 96), search_batch=2)
 
 
-def pieces(cfg, classes=7):
-    """The pieces of a student's space, each once."""
-    return dict.fromkeys(itertools.chain(*fastersg.space_pieces(cfg, classes).values()))
+def tiny(**changes):
+    return fastersg.Config(**{**TINY, **changes})
+
+
+def table_of(cfg, cost, classes=7):
+    """{entry: cost(piece)} of a student's space."""
+    pieces = dict.fromkeys(itertools.chain(*fastersg.space_pieces(cfg, classes).values()))
+    return {fastersg.entry(piece): cost(piece) for piece in pieces}
 
 
 def made_up_table(cfg, classes=7):
     g = random.Random(0)
-    return {fastersg.entry(piece): g.uniform(0.1, 1) for piece in pieces(cfg, classes)}
+    return table_of(cfg, lambda piece: g.uniform(0.1, 1), classes)
 
 
 def one_hot_arch(cfg, g, **given):
@@ -1300,289 +1342,149 @@ def one_hot_arch(cfg, g, **given):
     return arch
 
 
-def found_by(cfg, draw, rates, who=fastersg.STUDENT):
-    return fastersg.derive(draw, cfg, who, rates)
-
-
-def walked_back(arch, cfg, final):
-    """(s, l) of the cells of a branch with one-hot beta: Eq. (1) read from the end. The oracle of
-    the derivation's paths."""
-    beta, s, cells = arch.probabilities("beta"), final, []
-    for l in reversed(range(cfg.layers)):                   # which cell has written node (s, l+1)?
-        if s > 8 and l + 1 < cfg.layers:
-            from_finer = (s, l + 1) not in beta or bool(beta[s, l + 1][0] > 0.5)
-            s = s // 2 if from_finer else s
-        cells.append((s, l))
-    return cells[::-1]
+def paths_of(cfg):
+    """One-hot beta of every path."""
+    return list(itertools.product(range(2), repeat=2 * cfg.layers - 5))
 
 
 def every_skip(cfg, g, beta):
-    """Parameters with this path and each place of skips on it, other choices random."""
-    path = one_hot_arch(cfg, g, beta=beta)
-    used = {cell for final in (8, 16, 32) for cell in walked_back(path, cfg, final)}
-    for pattern in itertools.product((True, False), repeat=len(used)):
-        skips = {cell for cell, skip in zip(used, pattern) if skip}
-        yield one_hot_arch(cfg, g, beta=beta, alpha=[
-            0 if cell in skips else g.randrange(1, 5) for cell in path.keys["alpha"]])
+    """This path with each place of skips on it, all other choices random."""
+    path = one_hot_arch(cfg, g, beta=beta, alpha=[1] * (3 * cfg.layers - 3))
+    branches = fastersg.derive(path.draw(path.widest()), cfg, STUDENT, fastersg.RATES).branches
+    used = {(cell.rate, cell.layer) for cells in branches.values() for cell in cells}
+    for count in range(len(used) + 1):
+        for skips in itertools.combinations(sorted(used), count):
+            alpha = {cell: g.randrange(1, 5) for cell in path.keys["alpha"]}
+            alpha |= dict.fromkeys(skips, 0)
+            yield one_hot_arch(cfg, g, beta=beta, alpha=list(alpha.values()))
 
 
+@torch.no_grad()
 def test_fastersg_derived_has_the_relaxed_latency():
     """Every path with every place of skips at L = 4, samples at L = 5 and 6."""
-    g, shrunk = random.Random(0), 0
+    g = random.Random(0)
     for layers, stem_chi in ((4, 2), (5, 2), (6, 1)):
-        cfg = fastersg.Config(**{**TINY, "layers": layers, "stem_chi": stem_chi})
+        cfg = tiny(layers=layers, stem_chi=stem_chi)
         ms = made_up_table(cfg)
         table = fastersg.LatencyTable(cfg, ms, 7)
-        for beta in itertools.product(range(2), repeat=2 * layers - 5):
-            alike = list(every_skip(cfg, g, beta)) if layers == 4 else [
-                one_hot_arch(cfg, g, beta=beta)]
-            draws = [arch.draw(arch.likeliest()) for arch in alike]
-
-            def relaxed(alpha, gamma):
-                return table(fastersg.Draw(alpha, draws[0].beta, gamma))
-            with torch.no_grad():
-                expected = torch.vmap(relaxed)(*({key: torch.stack([
-                    getattr(draw, kind)[key] for draw in draws]) for key in getattr(draws[0], kind)}
-                    for kind in ("alpha", "gamma")))
-            for i, (arch, draw) in enumerate(zip(alike, draws)):
-                for rates in table.final_sets:
-                    found = found_by(cfg, draw, rates)
-                    total = fastersg.table_latency(found, ms, 7)
-                    assert abs(total - float(expected[rates][i])) < 1e-5, (layers, beta, rates)
-                    for rate, cells in found.branches.items():  # only skips of stride 1 are gone
-                        shrunk += len(cells) < layers
-                        path = walked_back(arch, cfg, rate) + [(rate, layers)]
-                        assert [(c.rate, c.layer) for c in cells] == [
-                            (s, l) for (s, l), (after, _) in zip(path, path[1:])
-                            if draw.alpha[s, l][0] < 0.5 or after > s]
-    assert shrunk > 1000
+        for beta in g.sample(paths_of(cfg), 8):
+            archs = every_skip(cfg, g, beta) if layers == 4 else [one_hot_arch(cfg, g, beta=beta)]
+            for draw in (arch.draw(arch.likeliest()) for arch in archs):
+                for rates, relaxed in table(draw).items():
+                    found = fastersg.derive(draw, cfg, STUDENT, rates)
+                    assert abs(fastersg.table_latency(found, ms, 7) - relaxed) < 1e-5, beta
 
 
+@torch.no_grad()
 def test_fastersg_derived_equals_relaxed():
     """The property that makes a search trustworthy: one-hot parameters, copied kernels, same
-    output, for teacher and student; every path of L = 4, samples at L = 5."""
+    output, for teacher and student; every path of L = 4, samples at L = 5 and 6."""
     g, image = random.Random(0), torch.randn(1, 3, 38, 53).double()
-    for layers, count in ((4, 8), (5, 3)):
-        cfg = fastersg.Config(**{**TINY, "layers": layers})
-        torch.manual_seed(0)
-        net = shaken(fastersg.Supernet(cfg, 7)).double().eval()
-        for i, beta in enumerate(itertools.product(range(2), repeat=3)):
-            if i >= count:
-                break
-            who = i % 2
-            arch = one_hot_arch(cfg, g, **({"beta": beta} if layers == 4 else {}))
-            arch = arch.double()
-            draw = arch.draw(arch.likeliest() if who else arch.widest())
-            with torch.no_grad():
-                relaxed = dict(zip(net.sets, net(image, draw, who)))
+    for layers, count in ((4, 8), (5, 2), (6, 1)):
+        cfg = tiny(layers=layers)
+        net = shake_norms(fastersg.Supernet(cfg, 7)).double().eval()
+        for i, beta in enumerate(g.sample(paths_of(cfg), count)):
+            who, arch = i % 2, one_hot_arch(cfg, g, beta=beta).double()
+            draw = arch.draw(arch.widest() if who == TEACHER else arch.likeliest())
+            relaxed = dict(zip(net.sets, net(image, draw, who)))
             for rates in net.final_sets:
-                with torch.device("meta"):
-                    small = fastersg.FasterSeg(found_by(cfg, draw, rates, who), 7)
-                small = small.to_empty(device="cpu").double().eval()
-                fastersg.inherit(small, net, who, cfg.widths)           # every tensor of it
-                with torch.no_grad():
-                    error = small(image) - fastersg.resize(relaxed[rates], image.shape[-2:])
-                assert error.abs().max() < 1e-9, (layers, i, rates)
-
-
-def plain_mixture(net, x, alpha, j):
-    """Eq. (2) by other means: each operator a separate small network, its kernels sliced under
-    autograd."""
-    def conv(layer, y):
-        c, norm = layer.c_outs[j], layer.norms[j]
-        y = F.conv2d(y, layer.conv.weight[:c, :y.shape[1]], stride=layer.conv.stride,
-                     padding=layer.conv.padding)
-        return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                            norm.training, norm.momentum, norm.eps)
-
-    def sized(y, size):
-        return F.interpolate(y, size, mode="bilinear", align_corners=True)
-    skip, one, two, zoom, zoom_two = net.ops
-    stride, half = one.first.conv.stride[0], sized(x, [-(-d // 2) for d in x.shape[-2:]])
-    zoomed = conv(zoom.first, half), conv(zoom_two.second, F.relu(conv(zoom_two.first, half)))
-    if stride == 1:
-        padded = torch.cat([x, torch.zeros(len(x), 99, *x.shape[-2:]).to(x)], 1)
-        results = [padded[:, :one.first.c_outs[j]]]
-        zoomed = [sized(y, x.shape[-2:]) for y in zoomed]
-    else:
-        results = [F.relu(torch.cat([conv(skip.even, x), conv(skip.odd, F.pad(
-            x[..., 1:, 1:], (0, 1, 0, 1)))], 1))]
-    results += map(F.relu, (conv(one.first, x), conv(two.second, F.relu(conv(two.first, x))),
-                            *zoomed))
-    return torch.stack([a * y for a, y in zip(alpha, results)]).sum(0)
-
-
-def test_fastersg_equation_2_and_its_slices():
-    """Outputs, gradients and BN statistics of the superkernels, at every width of the input."""
-    torch.manual_seed(0)
-    for stride, size, j, c_in in itertools.product((1, 2), ((6, 10), (5, 7)), (0, 1), (4, 6)):
-        net = fastersg.Mixture(6, [4, 8], stride).double()
-        twin, nhwc = (copy.deepcopy(net) for _ in range(2))
-        nhwc.to(memory_format=torch.channels_last)          # --channels-last
-        alpha, x, results = torch.rand(5).double(), torch.randn(2, c_in, *size).double(), []
-        for copied, forward, layout in (
-                (twin, functools.partial(plain_mixture, twin), torch.contiguous_format),
-                (net, net, torch.contiguous_format), (nhwc, nhwc, torch.channels_last)):
-            a, y = alpha.clone().requires_grad_(), x.clone().requires_grad_()
-            out = forward(y.contiguous(memory_format=layout), a, j)
-            for times in (1, 2):                            # gradients add up over backward passes
-                (times * out.square().sum()).backward(retain_graph=True)
-            results.append({"out": out, "x": y.grad, "alpha": a.grad, **dict(
-                copied.named_buffers())} | {k: p.grad for k, p in copied.named_parameters()
-                                            if p.grad is not None})
-        expected = results[0]
-        assert len(expected) > 20 and all(r.keys() == expected.keys() for r in results)
-        for key in expected:
-            for result in results[1:] if "num_batches" not in key else ():
-                assert torch.allclose(result[key], expected[key], atol=1e-9), key
+                small = fastersg.FasterSeg(fastersg.derive(draw, cfg, who, rates), 7)
+                fastersg.inherit(small.double().eval(), net, who, cfg.widths)
+                wanted = sized(relaxed[rates], image.shape[-2:])
+                assert torch.allclose(small(image), wanted, atol=1e-9), (layers, beta, rates)
 
 
 @torch.no_grad()
 def test_fastersg_expected_latency_against_enumeration():
-    """Eqs. (1), (2) with latencies: the mean over all discrete networks, weighed by probability."""
-    cfg, g = fastersg.Config(**TINY), random.Random(1)
-    ms = made_up_table(cfg)
-    arch = one_hot_arch(cfg, g, alpha=[g.randrange(1, 5) for _ in range(9)])
+    """Eqs. (1), (2) with latencies: the mean over discrete networks, weighed by probability. All
+    of beta is soft; so are the widths of some nodes, and two cells may be skips."""
+    cfg = tiny()
+    ms, expected = made_up_table(cfg), dict.fromkeys(fastersg.final_sets(2), 0.0)
+    arch = one_hot_arch(cfg, random.Random(1), alpha=[2, 4, 1, 3, 2, 4, 1, 3, 2])
     torch.manual_seed(3)
-    nn.init.normal_(arch.beta)                              # alpha hard, beta and gamma soft
-    nn.init.normal_(arch.gamma)
-    soft = arch.draw(torch.softmax(arch.gamma, 1))
-    for rates, value in fastersg.LatencyTable(cfg, ms, 7)(soft).items():
-        expected = 0.0
-        for beta in itertools.product(range(2), repeat=3):
-            p = math.prod(float(soft.beta[k][i]) for k, i in zip(arch.keys["beta"], beta))
-            hard = one_hot_arch(cfg, g, alpha=arch.alpha.argmax(1).tolist(), beta=beta)
-            found = found_by(cfg, hard.draw(hard.likeliest()), rates)
-            used = sorted({(c.rate_out, c.layer + 1) for cells in found.branches.values()
-                           for c in cells})
-            for widths in itertools.product(range(2), repeat=len(used)):
-                j = dict(zip(used, widths))
-                wide = fastersg.Architecture(2, {r: [replace(
-                    c, chi=cfg.widths[j[c.rate_out, c.layer + 1]]) for c in cells]
-                    for r, cells in found.branches.items()})
-                expected += p * math.prod(float(soft.gamma[node][j[node]]) for node in used
-                                          ) * fastersg.table_latency(wide, ms, 7)
-        assert abs(float(value) - expected) < 1e-5, rates
-    # a skip hands on its width: the branch at 1/8 alone, alpha soft too
-    cfg.branches, expected = 1, 0.0
-    ms = made_up_table(cfg)
-    nn.init.normal_(arch.alpha)
-    soft = arch.draw(torch.softmax(arch.gamma, 1))
-    value = float(fastersg.LatencyTable(cfg, ms, 7)(soft)[8,])
-    for choices in itertools.product(range(5), range(2), range(5), range(2), range(5), range(2),
-                                     range(5), range(2)):
-        cells, p = [], 1.0
-        for l, (k, j) in enumerate(zip(choices[::2], choices[1::2])):
-            p *= float(soft.alpha[8, l][k] * soft.gamma[8, l + 1][j])
-            if k:
-                cells.append(fastersg.Cell(fastersg.OPERATORS[k], False, 8, cfg.widths[j], l))
-        expected += p * fastersg.table_latency(fastersg.Architecture(2, {8: cells}), ms, 7)
-    assert abs(value - expected) < 1e-5
-
-
-def table_of(cfg, cost):
-    """A latency table in which cost(op, c_in, c_out, s, stride) ms are those of cells, and all
-    other pieces cost nothing."""
-    return fastersg.LatencyTable(cfg, {fastersg.entry(piece): float(
-        piece[0] in fastersg.OPERATORS and cost(*piece)) for piece in pieces(cfg)}, 7)
-
-
-def test_fastersg_expected_latency_by_hand():
-    """The example in LatencyTable: conv 2 ms, down 3, skip 0, all else nothing."""
-    cfg = fastersg.Config(**{**SMALL, "layers": 4, "branches": 1})
-    table = table_of(cfg, lambda op, c_in, c_out, s, stride: 3 if stride == 2 else
-                     {"conv": 2, "skip": 0}.get(op, 9))
-    arch = fastersg.ArchParameters(cfg)
-    with torch.no_grad():
-        arch.alpha[:, :2] = 100.0                           # half skip, half conv
-        arch.beta.copy_(torch.tensor([[-100.0, 100.0]] * 3))
-        arch.beta[0] = torch.tensor([math.log(1 / 4), math.log(3 / 4)])
-        values = table(arch.draw(arch.widest()))
-    # node (16, 2) costs 4; two more cells of rate 16 cost 1 each; at 1/8 four cells cost 1 each
-    # (16, 1): 3, (32, 2): 3 + 3; two cells of rate 32 cost 1 each
-    for rate, value in ((8, 4), (16, 6), (32, 8)):
-        assert abs(float(values[rate,]) - value) < 1e-5
+    soft = [("beta", node) for node in arch.keys["beta"]]
+    soft += [("alpha", (8, 0)), ("alpha", (8, 1)), ("gamma", (8, 2)), ("gamma", (16, 2)),
+             ("gamma", (8, 4)), ("gamma", (16, 4)), ("gamma", (32, 4))]
+    for kind, key in soft:                                  # the first two choices
+        logits = getattr(arch, kind)[arch.keys[kind].index(key)]
+        logits[:] = -math.inf
+        logits[:2] = torch.randn(2)
+    mixed = arch.draw(torch.softmax(arch.gamma, 1))
+    for choices in itertools.product(range(2), repeat=len(soft)):
+        p, hard = 1.0, fastersg.Draw(dict(mixed.alpha), dict(mixed.beta), dict(mixed.gamma))
+        for (kind, key), i in zip(soft, choices):
+            rows = getattr(hard, kind)
+            p *= float(rows[key][i])
+            rows[key] = torch.eye(5)[i]
+        for rates in expected:
+            found = fastersg.derive(hard, cfg, STUDENT, rates)
+            expected[rates] += p * fastersg.table_latency(found, ms, 7)
+    for rates, value in fastersg.LatencyTable(cfg, ms, 7)(mixed).items():
+        assert abs(value - expected[rates]) < 1e-5, rates
 
 
 def test_fastersg_equation_3_weighs_the_gradients():
-    cfg = fastersg.Config(**SMALL)
+    cfg = tiny(layers=5, widths=(2, 4, 6))
     table = fastersg.LatencyTable(cfg, made_up_table(cfg), 7)
     torch.manual_seed(0)
     arch = fastersg.ArchParameters(cfg)
     for p in arch.parameters():
         nn.init.normal_(p, std=0.5)
-    gamma, grads = arch.gumbel(), {}
-    full = table.mean(arch.draw(gamma))
-    full.backward(retain_graph=True)
-    for name, p in arch.named_parameters():                 # every choice has an influence
-        assert (p.grad.abs().max(1).values > 0).all(), (name, p.grad)
-        grads[name] = p.grad.clone()
-    for w in ((0.2, 0.5, 0.3), (1.0, 1.0, 1.0)):
-        arch.zero_grad()
-        weighed = fastersg.weighed_latency(table, arch.draw(gamma), w)
-        weighed.backward(retain_graph=True)
-        assert abs(weighed.item() - full.item()) < 1e-5
-        for name, factor in zip(("alpha", "beta", "gamma"), w):
-            assert torch.allclose(getattr(arch, name).grad, factor * grads[name], rtol=1e-4,
-                                  atol=1e-6)
-    assert fastersg.choose_eq3_w(replace(cfg, decouple=False), table) == (1.0, 1.0, 1.0)
-    with silent():
-        w = fastersg.choose_eq3_w(cfg, table)
-    assert w == fastersg.solve_footnote_1(fastersg.sensitivities(table, cfg)) and len(set(w)) == 3
+    draw, w = arch.draw(arch.gumbel()), (0.2, 0.5, 0.3)
+    full, weighed = table.mean(draw), fastersg.weighed_latency(table, draw, w)
+    assert abs(weighed - full) < 1e-5
+    for p, factor in zip(arch.parameters(), w):             # alpha, beta, gamma
+        grad, = torch.autograd.grad(full, p, retain_graph=True)
+        ours, = torch.autograd.grad(weighed, p, retain_graph=True)
+        assert (grad.abs().max(1).values > 0).all()         # every choice has an influence
+        assert torch.allclose(ours, factor * grad, rtol=1e-4, atol=1e-6)
+    w, _ = quiet(fastersg.choose_eq3_w, cfg, table)
+    assert w == fastersg.solve_footnote_1(fastersg.sensitivities(table, cfg))
 
 
 def test_fastersg_sensitivities_of_table_2():
-    """A table that makes each of the three numbers known: cells of one branch at a time."""
-    cfg = fastersg.Config(**{**SMALL, "branches": 1})
+    """Tables that make the numbers known: branches 8, 16, 32 alone, alpha uniform."""
+    cfg = tiny(layers=5, branches=1)
 
     def changes(cost):
-        return fastersg.sensitivities(table_of(cfg, cost), cfg)
-    o, s, chi = changes(lambda op, c_in, c_out, s, stride: 1)   # all cells but a skip cost 1 ms
-    # 8: 5 cells or none. 16: 5 or the one that goes down. 32: 5 or 2. Uniform alpha: a cell that
-    # stays costs 0.8, one that goes down 1, whenever it does: the rate changes nothing.
-    assert abs(o - (5 + 4 + 3) / 3) < 1e-5 and abs(s) < 1e-5 and abs(chi) < 1e-5
-    o, s, chi = changes(lambda op, c_in, c_out, s, stride: s == 16 and stride == 1)
-    # Late: 16 goes down behind cell 3 and has one cell of rate 16 that stays, 32 has none. Early:
-    # 16 has 4, 32 has none either, as it goes down twice at once.
-    assert abs(s - 0.8 * (4 - 1) / 3) < 1e-5 and abs(chi) < 1e-5 and o > 0
-    _, _, chi = changes(lambda op, c_in, c_out, s, stride: (c_out / s / stride == 6) * 2)
-    assert chi > 3, "the widest costs 2 ms a cell, the others nothing"
+        ms = table_of(cfg, lambda piece: float(piece[0] in fastersg.OPERATORS and cost(*piece[1:])))
+        return fastersg.sensitivities(fastersg.LatencyTable(cfg, ms, 7), cfg)
+    # All cells cost 1 ms, but for skips that stay: those alone leave 0, 1 and 2 cells of 5.
+    assert np.allclose(changes(lambda *channels: 1), [(5 + 4 + 3) / 3, 0, 0], atol=1e-5)
+    # Those of rate 16 that stay: branch 16 has one if it goes down late, four if early.
+    operator, rate, width = changes(lambda c_in, c_out, s, stride: s == 16 and stride == 1)
+    assert operator > 0 and abs(rate - 0.8 * (4 - 1) / 3) < 1e-5 and abs(width) < 1e-5
 
 
 def test_fastersg_places_against_brute_force():
-    g = random.Random(0)
-    for _ in range(200):
-        layers = g.randrange(4, 9)
-        keys = [(s, l) for s, start in ((16, 2), (32, 3)) for l in range(start, layers)]
-        beta = {key: (b := 0.5 + g.random() / 2, 1 - b) for key in keys}
-        best16 = max((beta[key][0], key[1]) for key in keys if key[0] == 16)[1]
-        _, l1, l2 = max((beta[16, a][0] * beta[32, b][0], a, b) for a in range(2, layers)
-                        for b in range(a + 1, layers))
-        assert fastersg.downsampling_places(beta, layers) == {8: (), 16: (best16,), 32: (l1, l2)}
-        stay = {key: (b / 2, 1 - b / 2) for key, (b, _) in beta.items()}    # nobody goes down:
-        assert fastersg.downsampling_places(stay, layers) == {8: (), 16: (1,), 32: (1, 2)}
-    start = {key: (0.5, 0.5) for key in fastersg.ArchParameters(fastersg.Config()).keys["beta"]}
-    assert fastersg.downsampling_places(start, 16) == {8: (), 16: (15,), 32: (14, 15)}
+    g, layers = random.Random(0), 6
+    places, nodes = range(1, layers), fastersg.ArchParameters(tiny(layers=layers)).keys["beta"]
+    for _ in range(50):
+        given = {node: (p := g.random(), 1 - p) for node in nodes}
+        beta = {node: p for node, (p, _) in given.items()}
+        beta[16, 1] = beta[32, 2] = 0.5                     # one input: as if undecided
+        alone = max(places, key=lambda l: beta[16, l])
+        pair = max(itertools.combinations(places, 2),
+                   key=lambda pair: beta[16, pair[0]] * beta[32, pair[1]])
+        assert fastersg.downsampling_places(given, layers) == {8: (), 16: (alone,), 32: pair}
+    start = dict.fromkeys(given, (0.5, 0.5))                # of equal places the last
+    assert fastersg.downsampling_places(start, layers) == {8: (), 16: (5,), 32: (4, 5)}
 
 
 def test_fastersg_gumbel_softmax_is_torchs():
     """On the same noise: values, which are hard, and gradients, which are not."""
-    arch = fastersg.ArchParameters(fastersg.Config(**{**SMALL, "tau": 0.7}))
+    arch = fastersg.ArchParameters(tiny(tau=0.7))
     torch.manual_seed(0)
     nn.init.normal_(arch.gamma)
-    probe = torch.randn(arch.gamma.shape)
     torch.manual_seed(5)
     noise = torch.empty(arch.gamma.shape).exponential_()    # F.gumbel_softmax takes -log of it
     with mock.patch.object(torch, "rand", lambda *shape: torch.exp(-noise)):
         ours = arch.gumbel()
     torch.manual_seed(5)
     theirs = F.gumbel_softmax(F.log_softmax(arch.gamma, 1), tau=0.7, hard=True)
-    assert torch.allclose(ours, theirs, atol=1e-6) and len(set(ours.argmax(1).tolist())) == 3
-    grads = [torch.autograd.grad((y * probe).sum(), arch.gamma)[0] for y in (ours, theirs)]
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    grads = [torch.autograd.grad(y.square().sum(), arch.gamma)[0] for y in (ours, theirs)]
     assert grads[0].abs().max() > 1e-3 and torch.allclose(*grads, atol=1e-6)
-    assert arch.widest().argmax(1).unique().tolist() == [2]
-    assert arch.narrowest().argmax(1).unique().tolist() == [0]
-    assert arch.uniform().argmax(1).unique().tolist() == [0, 1, 2]
 
 
 class Batches(list):
@@ -1592,445 +1494,256 @@ class Batches(list):
 
 
 def test_fastersg_each_update_moves_what_appendix_f_says():
-    """Pretraining and the four updates: whose data, whose widths, and what moves in between."""
-    cfg = fastersg.Config(**{**SMALL, "layers": 4, "widths": (1, 2, 3), "stem_chi": 2},
-                          pretrain_epochs=1, search_epochs=1, search_steps=1)
+    """Each pass of pretraining and of the four updates: whose, at which widths, on which data; and
+    what has moved since the one before."""
+    cfg = tiny(widths=(1, 2, 3), pretrain_epochs=1, search_epochs=1, search_steps=1)
     torch.manual_seed(0)
     net = fastersg.Supernet(cfg, 7)
-    archs = {name: fastersg.ArchParameters(cfg) for name in "TS"}
+    teacher, student = fastersg.ArchParameters(cfg), fastersg.ArchParameters(cfg)
+    everything = nn.ModuleDict({"W": net, "T": teacher, "S": student})
     table = fastersg.LatencyTable(cfg, made_up_table(cfg), 7)
     a, b = ((torch.randn(2, 3, 32, 64), torch.randint(0, 7, (2, 32, 64))) for _ in range(2))
-    assert len(net.keep) == 9 and len(net.down) == 5        # the last layer does not go down
-    calls, states, rates, real = [], [], [], fastersg.seg_loss
-
-    def end_epoch(run, *rest):
-        rates.append(run.parts["sgd"].param_groups[0]["lr"])
+    passes, states, real_loss = [], [], fastersg.seg_loss
 
     def note_state():
-        states.append({"W": nn.utils.parameters_to_vector(net.parameters()).detach(), **{
-            f"{name}.{kind}": p.detach().clone() for name, arch in archs.items()
-            for kind, p in arch.named_parameters()}})
+        states.append({name: p.detach().clone() for name, p in everything.named_parameters()})
 
-    def spy(network, draw, who, images, labels, cfg):
-        j = tuple({int(gamma.argmax()) for gamma in draw.gamma.values()})
-        frozen = not any(p.requires_grad for p in network.parameters())
-        calls.append(("TS"[who], {(0,): "min", (2,): "max"}.get(j, "mixed"),
-                      "A" if images is a[0] else "B", frozen))
+    def spy(network, draw, who, images, *rest):
+        widths = {int(gamma.argmax()) for gamma in draw.gamma.values()}
+        width = "mixed" if len(widths) > 1 else "min" if 0 in widths else "max"
+        passes.append(f"{'TS'[who]} {width} {'A' if images is a[0] else 'B'}")
         note_state()
-        return real(network, draw, who, images, labels, cfg)
-    with tempfile.TemporaryDirectory() as tmp, silent(), mock.patch.multiple(
-            fastersg, seg_loss=spy, end_search_epoch=end_epoch):
-        fastersg.run_search(replace(cfg, out=tmp), CPU, net, *archs.values(), table,
-                            (Batches([a]), Batches([b]), None))
+        return real_loss(network, draw, who, images, *rest)
+    with scratch() as out, mock.patch.multiple(fastersg, seg_loss=spy,
+                                               end_search_epoch=mock.DEFAULT) as mocks:
+        quiet(fastersg.run_search, replace(cfg, out=str(out)), CPU, net, teacher, student, table,
+              (Batches([a]), Batches([b]), None))
     note_state()
-    moved = [{name for name in before if not torch.equal(before[name], after[name])}
-             for before, after in itertools.pairwise(states)]
-    assert list(zip(calls, moved, strict=True)) == [
-        (("T", "max", "A", False), set()), (("S", "min", "A", False), set()),
-        (("S", "mixed", "A", False), set()), (("S", "mixed", "A", False), {"W"}),   # pretraining
-        (("T", "max", "A", False), {"W"}),                                          # 1
-        (("S", "min", "A", False), set()), (("S", "max", "A", False), set()),
-        (("S", "mixed", "A", False), {"W"}),                                        # 2
-        (("T", "max", "B", True), {"T.alpha", "T.beta"}),                           # 3
-        (("S", "mixed", "B", True), {"S.alpha", "S.beta", "S.gamma"})]              # 4
-    assert abs(rates[0] - 0.0099) < 1e-9 and abs(rates[1] - 0.009801) < 1e-9       # App. H
+    for i, (before, after) in enumerate(itertools.pairwise(states)):
+        moved = [name for name in before if not torch.equal(before[name], after[name])]
+        passes[i] += "".join(sorted({" W" if "W" in name else " " + name for name in moved}))
+    assert passes == ["T max A", "S min A", "S mixed A", "S mixed A W",     # pretraining
+                      "T max A W",                                          # 1
+                      "S min A", "S max A", "S mixed A W",                  # 2
+                      "T max B T.alpha T.beta",                             # 3
+                      "S mixed B S.alpha S.beta S.gamma"]                   # 4
     left = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     assert abs(left.norm() - 5) < 1e-3                      # of update 2, clipped; 3 and 4 add none
-    draw = archs["S"].draw(archs["S"].widest())
-    full, half = (real(net, draw, 1, *a, c).detach() for c in (cfg, replace(cfg, amp=True)))
-    assert abs(half / full - 1) < 0.05 and half != full     # --amp reaches the search
+    sgd = mocks["end_search_epoch"].call_args.args[0].parts["sgd"]
+    assert abs(sgd.param_groups[0]["lr"] - 0.01 * 0.99 ** 2) < 1e-9         # App. H
 
 
 def test_fastersg_search_data_are_disjoint_and_validation_is_unseen():
-    cfg = fastersg.Config(**{**SMALL, "held_out": 0.1, "image_scale": 0.5, "search_scale": 0.5})
+    cfg = tiny(held_out=0.1, image_scale=0.5, search_scale=0.5)
     with mock.patch.object(data, "open_set", wraps=data.open_set) as opened:
         classes, loaders = fastersg.search_loaders(cfg)
-    a, b, held = (set(loader.sampler.indices) for loader in loaders)
-    assert not (a & b or a & held or b & held) and classes == 11
-    assert (len(a), len(b), len(held)) == (180, 180, 40)
-    assert [call.args[3] for call in opened.call_args_list] == ["train"]
+    assert classes == 11 and opened.call_args.args[3] == "train" and opened.call_count == 1
+    parts = [set(loader.sampler.indices) for loader in loaders]
+    assert [len(part) for part in parts] == [180, 180, 40] and len(set.union(*parts)) == 400
     assert [loader.sampler.shuffle for loader in loaders] == [True, True, False]
     assert next(iter(loaders[0]))[0].shape == (2, 3, 32, 64)
     assert next(iter(loaders[2]))[0].shape == (1, 3, 8, 16)             # both scales count
 
 
-def test_fastersg_networks_of_any_size_fold_export_and_round_trip():
+@torch.no_grad()
+def test_fastersg_selection_by_appendix_b():
+    """The teacher by the supernet's accuracy, the student by Eq. (5)."""
     torch.manual_seed(0)
-    g, cfg = random.Random(1), fastersg.Config(**SMALL)
-    for branches in (1, 2):
-        cfg.branches = branches
-        arch = fastersg.random_architecture(cfg, g)
-        assert len(arch.branches) == branches
-        assert fastersg.Architecture.from_json(json.loads(json.dumps(arch.to_json()))) == arch
-        net, x = shaken(fastersg.FasterSeg(arch, 5, auxiliary=True)), torch.randn(2, 3, 37, 75)
-        outputs = net(x)                                    # auxiliary ones behind it
-        assert len(outputs) == 1 + len(net.auxiliary)
-        assert all(y.shape == (2, 5, 37, 75) for y in outputs)
-        folded = common.fold_bn(net.eval())
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-        assert torch.allclose(folded(x), net(x), atol=1e-4)
-    with tempfile.TemporaryDirectory() as tmp, silent():
-        common.export(net, (33, 47), Path(tmp, "net.pt2"))
-        again = torch.export.load(Path(tmp, "net.pt2")).module()
-    x = torch.randn(1, 3, 33, 47)
-    assert torch.allclose(again(x), net(x), atol=1e-4)
-
-
-def parsed(stem_chi, **branches):
-    return fastersg.Architecture(stem_chi, {int(s[1:]): list(map(fastersg.Cell.parse, rows.split(
-        ", "))) for s, rows in branches.items()})
-
-
-FORKED = parsed(2, b16="conv_x2 s=8 chi=2, zoom /2 s=8 chi=2, zoom_x2 s=16 chi=3",
-                b32="conv_x2 s=8 chi=2, zoom /2 s=8 chi=2, skip /2 s=16 chi=1")
-
-
-def test_fastersg_network_written_out():
-    """The forked network as a list of formulas: 3.1.2, App. A, the release's auxiliary heads."""
-    torch.manual_seed(0)
-    net = shaken(fastersg.FasterSeg(FORKED, 5, auxiliary=True)).double().eval()
-    x = torch.randn(2, 3, 96, 64).double()
-
-    def bn(unit, y):
-        m, conv = unit.norms[0], unit.conv
-        y = F.conv2d(y, conv.weight, None, conv.stride, (conv.weight.shape[-1] - 1) // 2)
-        scale = m.weight / (m.running_var + m.eps).sqrt()
-        return y * scale.view(1, -1, 1, 1) + (m.bias - m.running_mean * scale).view(1, -1, 1, 1)
-
-    def relu(unit, y):
-        return bn(unit, y).clamp(min=0)
-
-    def sized(y, like):
-        return F.interpolate(y, like.shape[-2:], mode="bilinear", align_corners=True)
-
-    def up(unit, coarse, fine):
-        return relu(unit.fuse, torch.cat([sized(relu(unit.reduce, coarse), fine), fine], 1))
-
-    def classify(head, y):
-        *units, last = [m for m in head if not isinstance(m, nn.ReLU)]
-        for unit in units:
-            y = relu(unit, y)
-        return sized(F.conv2d(y, last.weight, last.bias), x)
-    stem = x
-    for unit in list(net.stem)[::2]:
-        stem = relu(unit, stem)
-    one, two, three, four = net.cells
-    a = relu(one.second, relu(one.first, stem))             # (2, 16, 12, 8)
-    b = relu(two.first, sized(a, a[..., ::2, ::2]))         # (2, 32, 6, 4)
-    c = bn(three.second, relu(three.first, sized(b, b[..., ::2, ::2])))
-    c = sized(c, b).clamp(min=0)                            # (2, 48, 6, 4)
-    d = torch.cat([relu(four.even, b), relu(four.odd, F.pad(b, (0, 1, 0, 1))[..., 1:, 1:])], 1)
-    (to_8,), (to_16, then_8) = net.head.ups["16"], net.head.ups["32"]
-    joint = torch.cat([up(then_8, up(to_16, d, b), a), up(to_8, c, a)], 1)
-    expected = [classify(net.head.classifiers["(16, 32)"], joint),
-                classify(net.auxiliary["16"], torch.cat([b, c], 1)),
-                classify(net.auxiliary["32"], d)]
-    with torch.no_grad():
-        assert torch.allclose(net(x), expected[0], atol=1e-9)
-        for m in net.modules():                             # train mode, but with these statistics
-            m.training = not isinstance(m, nn.BatchNorm2d)
-        for y, wanted in zip(net(x), expected, strict=True):
-            assert torch.allclose(y, wanted, atol=1e-9)
-
-
-def test_fastersg_pieces_make_up_the_network():
-    """What is measured for the table is what the network runs: the MACs of its pieces add up."""
-    total, found = 0, fastersg.pieces_of(FORKED, 5)
-    for piece in found:
-        make, shapes = fastersg.make_piece(piece, (96, 160))
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            make().eval()(*map(torch.zeros, shapes))
-        total += counter.get_total_flops() // 2
-    assert total == common.count_macs(fastersg.FasterSeg(FORKED, 5), (96, 160))
-    assert len(found) == 1 + 4 + 3 + 1                      # stem, cells, ups, classifier
-
-
-def test_fastersg_supernet_miou_is_evaluates():
-    cfg = fastersg.Config(**TINY)
-    torch.manual_seed(0)
-    net, arch = shaken(fastersg.Supernet(cfg, 3)).train(), fastersg.ArchParameters(cfg)
-    draw = arch.draw(arch.likeliest())
+    cfg = tiny(target_power=-1.0)
+    net, ms = shake_norms(fastersg.Supernet(cfg, 3)).train(), made_up_table(cfg, 3)
+    arch = one_hot_arch(cfg, random.Random(3))
     loader = [(torch.randn(1, 3, 32, 64), torch.randint(0, 3, (1, 32, 64))) for _ in range(2)]
-    found = fastersg.supernet_miou(net, draw, fastersg.STUDENT, loader, CPU)
-    assert net.training and list(found) == net.sets
+    found, rows = fastersg.select(cfg, CPU, net, arch, arch, ms, loader)
+    assert net.training
     net.eval()
-    for i, rates in enumerate(net.sets[:2]):
-        matrix = common.ConfusionMatrix(3)
-        for x, label in loader:
-            matrix.update(label, fastersg.resize(net(x, draw, 1)[i], (32, 64)).argmax(1))
-        assert abs(matrix.miou() - found[rates]) < 1e-9
-
-
-def test_fastersg_trains_teacher_then_student():
-    """--train: the teacher once, Eq. (4) for the student, folders, seeds."""
-    torch.manual_seed(0)
-    batches = Batches([(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))] * 3)
-    images, small = Batches(), parsed(4, b8="conv s=8 chi=2", b16="zoom /2 s=8 chi=2")
-    images.num_classes = 3
-    with tempfile.TemporaryDirectory() as tmp, silent() as out, mock.patch.object(
-            fastersg, "open_loader", lambda *a, **k: (images, batches)), mock.patch.object(
-            fastersg, "distillation", wraps=fastersg.distillation) as distilled:
-        cfg = fastersg.Config(out=tmp, epochs=1, size=(64, 64), batch_size=2, lr=0.05, lr_decay=0.5)
-        Path(tmp, "arch.json").write_text(json.dumps({
-            "teacher": FORKED.to_json(), "student": small.to_json(), "classes": 3}))
-
-        def weights(folder, **changes):
-            torch.manual_seed(random.randrange(99))         # what was drawn before must not matter
-            fastersg.train(replace(cfg, **changes), CPU)
-            return common.load_checkpoint(Path(tmp, folder, "last.pt"), ("model", "optimizer"))
-        first = weights("student")
-        assert [call.args[1].requires_grad for call in distilled.call_args_list] == [False] * 3
-        assert first["optimizer"]["param_groups"][0]["lr"] == 0.025
-        assert first["settings"]["arch"] == json.dumps(small.to_json())
-        again, alone = weights("student"), weights("student_alone", distill=False)
-        assert out.getvalue().count("teacher: trained already") == 1
-        assert distilled.call_count == 6
-        key = "stem.0.conv.weight"
-        assert torch.equal(first["model"][key], again["model"][key])
-        assert not torch.equal(first["model"][key], alone["model"][key])
-        path = Path(tmp, "student", "best.pt")
-        net = fastersg.restore(cfg, path, 3, CPU)
-        assert not net.training and net.auxiliary is None
-        _refused(lambda: fastersg.restore(replace(cfg, arch="paper"), path, 3, CPU),
-                 "made with --arch")
-
-
-def test_fastersg_figure_3_correlates_table_and_clock():
-    cfg = fastersg.Config(**{**SMALL, "layers": 4}, correlation=5)
-    ms, g = made_up_table(cfg, 19), random.Random(cfg.seed)
-    estimates = [fastersg.table_latency(fastersg.random_architecture(cfg, g), ms, 19)
-                 for _ in range(5)]
-
-    def clock(calls, device):
-        return {name: {"median": 2.0 * value + 1} for name, value in zip(calls, estimates)}
-    with silent(), mock.patch.multiple(latency, measure=clock, prepare=mock.DEFAULT) as mocks, \
-            mock.patch.object(common, "draw_lines") as plot:
-        found = fastersg.correlate(cfg, CPU, ms)
-    assert abs(found["pearson_r"] - 1) < 1e-9 and found["table_ms"] == estimates
-    assert plot.call_args.args[4] == {"random network": [(e, 2 * e + 1) for e in estimates]}
-    assert plot.call_args.kwargs == {"dots": True}
-    assert [call.args[1] for call in mocks["prepare"].call_args_list] == 5 * [[(1, 3, 64, 96)]]
+    for who, name, widths in ((TEACHER, "teacher", arch.widest()),
+                              (STUDENT, "student", arch.likeliest())):
+        draw, targets = arch.draw(widths), {}
+        for rates in net.final_sets:
+            matrix = common.ConfusionMatrix(3)
+            for x, label in loader:
+                logits = net(x, draw, who)[net.sets.index(rates)]
+                matrix.update(label, sized(logits, (32, 64)).argmax(1))
+            targets[rates] = matrix.miou()
+            if who == STUDENT:
+                small = fastersg.derive(draw, cfg, STUDENT, rates)
+                targets[rates] *= 8.3 / fastersg.table_latency(small, ms, 3)
+            assert abs(rows[f"{name} {rates}"]["target"] - targets[rates]) < 1e-9
+        assert tuple(found[name].branches) == max(targets, key=targets.get)
 
 
 def test_fastersg_random_control():
-    """They have the student's latency, and what they are drawn from is what a search can find."""
-    cfg, g = fastersg.Config(**TINY), random.Random(4)
+    """They have the student's latency, and their paths are those that a search can find."""
+    cfg, g = tiny(), random.Random(4)
     ms = made_up_table(cfg)
     student = fastersg.random_architecture(cfg, g)
     wanted = fastersg.table_latency(student, ms, 7)
     twins = fastersg.controls(cfg, student, ms, 7)
-    assert list(twins) == ["random", "random1", "random2"]
-    assert len(set(map(str, twins.values()))) == 3
+    assert len({str(arch) for arch in (student, *twins.values())}) == 4
     for twin in twins.values():
-        assert twin != student and abs(fastersg.table_latency(twin, ms, 7) / wanted - 1) <= 0.03
+        assert abs(fastersg.table_latency(twin, ms, 7) / wanted - 1) <= 0.03
 
     def path_of(arch):
-        return str({s: [c.layer for c in cells if c.down] for s, cells in arch.branches.items()})
-    draws = [one_hot_arch(cfg, g, beta=beta) for beta in itertools.product(range(2), repeat=3)]
-    assert {path_of(fastersg.random_architecture(cfg, g)) for _ in range(300)} == {
-        path_of(found_by(cfg, arch.draw(arch.widest()), rates)) for arch in draws
-        for rates in itertools.combinations((8, 16, 32), 2)}
+        return [(s, c.layer) for s, cells in arch.branches.items() for c in cells if c.down]
+    paths = {str(path_of(fastersg.random_architecture(cfg, g))) for _ in range(300)}
+    assert len(paths) == 3 + 3 + 7                          # of (8, 16), (8, 32), (16, 32)
     pruned = fastersg.pruned(FORKED, 1, 4)                  # the slimmest width, the student's stem
-    assert pruned == parsed(4, b16="conv_x2 s=8 chi=1, zoom /2 s=8 chi=1, zoom_x2 s=16 chi=1",
-                            b32="conv_x2 s=8 chi=1, zoom /2 s=8 chi=1, skip /2 s=16 chi=1")
-
-
-def test_fastersg_selection_by_appendix_b():
-    """The student by Eq. (5), the teacher by accuracy alone; what arch.json holds."""
-    cfg = fastersg.Config(**{**SMALL, "layers": 4, "target_power": -1.0})
-    net, ms = fastersg.Supernet(cfg, 7), made_up_table(cfg)
-    arch = one_hot_arch(cfg, random.Random(3))
-    scores = {(8,): 0.99, (16,): 0.99, (32,): 0.99, (8, 16): 0.5, (8, 32): 0.51, (16, 32): 0.4}
-    with mock.patch.multiple(fastersg, supernet_miou=lambda *rest: scores,
-                             evaluate=lambda *rest: common.ConfusionMatrix(7)):
-        found, rows = fastersg.select(cfg, CPU, net, arch, arch, ms, None)
-    draw = arch.draw(arch.likeliest())
-    targets = {rates: 8.3 * scores[rates] / fastersg.table_latency(
-        found_by(cfg, draw, rates), ms, 7) for rates in itertools.combinations((8, 16, 32), 2)}
-    best = max(targets, key=targets.get)
-    assert tuple(found["student"].branches) == best and tuple(found["teacher"].branches) == (8, 32)
-    assert best != (8, 32) and abs(rows[f"student {best}"]["target"] - targets[best]) < 1e-9
-    assert found["teacher"].stem_chi == 6 and found["student"].stem_chi == 4
-    assert {c.chi for cells in found["teacher"].branches.values() for c in cells} == {6}
+    text = json.dumps(FORKED.to_json()).replace('"stem_chi": 2', '"stem_chi": 4')
+    assert pruned.to_json() == json.loads(re.sub(r"chi=\d", "chi=1", text))
 
 
 def test_fastersg_says_how_decided_it_is():
-    arch = fastersg.ArchParameters(fastersg.Config(**{**SMALL, "widths": (4,)}))
+    arch = fastersg.ArchParameters(tiny(widths=(2,)))
     with torch.no_grad():
-        arch.alpha[:, 0] = math.log(4)                      # (1/2, 1/8, 1/8, 1/8, 1/8)
-    decided = fastersg.decidedness(arch)
-    assert set(decided) == {"operator", "rate"}             # one width is no choice
-    assert abs(decided["operator"][0] - 0.5) < 1e-3 and abs(decided["operator"][1] - 0.375) < 1e-3
-    with silent() as out:
-        fastersg.print_decidedness(arch)
-    operator, rate, warning = out.getvalue().splitlines()
-    assert operator.split()[4] == "0.50," and "UNDECIDED" in warning and "rate" in rate
+        arch.alpha[:, 0] = 1e-3 + math.log(4)               # (1/2, 1/8, 1/8, 1/8, 1/8)
+    _, text = quiet(fastersg.print_decidedness, arch)
+    assert np.allclose(fastersg.decidedness(arch)["operator"], (0.5, 0.375))
+    assert "width" not in text and text.count("UNDECIDED") == 1         # that of the rate
+
+
+def test_fastersg_trains_teacher_then_student():
+    """Eq. (4) for the student, unless --no-distill; the teacher once, and it stays as it is."""
+    batches = Batches([(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))] * 3)
+    images, small = mock.Mock(num_classes=3), fastersg.pruned(FORKED, 1, 4)
+    with (scratch() as out,
+          mock.patch.object(fastersg, "open_loader", lambda *a, **k: (images, batches)),
+          mock.patch.object(fastersg, "distillation", wraps=fastersg.distillation) as distilled):
+        cfg = fastersg.Config(out=str(out), epochs=1, batch_size=2, lr_decay=0.5)
+        archs = {"teacher": FORKED.to_json(), "student": small.to_json()}
+        (out / "arch.json").write_text(json.dumps(archs))
+        for folder, distill in (("student", True), ("student_alone", False), ("student", True)):
+            _, text = quiet(fastersg.train, replace(cfg, distill=distill), CPU)
+            state = common.load_checkpoint(out / folder / "last.pt", ("optimizer",))
+            assert state["optimizer"]["param_groups"][0]["lr"] == 0.005
+        assert "teacher: trained already" in text
+        assert [call.args[1].requires_grad for call in distilled.call_args_list] == [False] * 6
+        path = out / "student" / "best.pt"
+        net = fastersg.restore(cfg, path, 3, CPU)
+        assert not net.training and net.auxiliary is None
+        _refused(lambda: fastersg.restore(replace(cfg, arch="paper"), path, 3, CPU), "--arch")
+
+
+def test_fastersg_figure_3_correlates_table_and_clock():
+    cfg = tiny(correlation=5)
+    ms, g = made_up_table(cfg, 19), random.Random(cfg.seed)
+    archs = [fastersg.random_architecture(cfg, g) for _ in range(5)]
+    estimates = [fastersg.table_latency(arch, ms, 19) for arch in archs]
+    clock = {i: {"median": 2 * estimate + 1} for i, estimate in enumerate(estimates)}
+    with (mock.patch.object(latency, "measure", return_value=clock),
+          mock.patch.object(common, "draw_lines")):
+        found, _ = quiet(fastersg.correlate, cfg, CPU, ms)
+    assert abs(found["pearson_r"] - 1) < 1e-9 and found["table_ms"] == estimates
 
 
 def test_fastersg_wrong_input_is_refused():
-    def parse(*flags):
-        stages, cfg = common.parse_args(fastersg.Config, "fastersg", fastersg.STAGES,
-                                        fastersg.QUICK, "", list(flags))
-        fastersg.check(cfg, stages)
-    for flags, word in (("--target-ms 0", "--target-ms"), ("--tau 0", "--tau"),
-                        ("--target-ms nan", "--target-ms"), ("--search-steps -1", "--search-steps"),
-                        ("--layers 3", "--layers"),
-                        ("--widths 4 4", "--widths"), ("--epochs 3", "--train"),
-                        ("--stem-chi 3", "--stem-chi"), ("--compile", "compile"),
-                        ("--correlation 5", "--correlation"),
-                        ("--bench --correlation 2", "--correlation"),
+    for flags, word in (("--stem-chi 3", "--stem-chi"), ("--compile", "compile"),
+                        ("--correlation 5", "--bench"), ("--bench --correlation 2", "3 networks"),
                         ("--search-batch 1 --search-size 32 64", "--search-batch"),
                         ("--train --batch-size 1 --size 32 64", "--batch-size")):
-        _refused(lambda: parse("--search", *flags.split()), word)
-    parse("--search", "--search-batch", "1", "--search-size", "64", "65")   # two values: enough
-    with tempfile.TemporaryDirectory() as tmp:
-        path = Path(tmp, "arch.json")
-        good = json.dumps({"student": fastersg.PAPER_STUDENT.to_json()})
-        for text, word in (("{", "readable"), ("{}", "student"), ('{"student": {}}', "malformed"),
-                           (good.replace("conv_x2 s=8", "conv_9 s=8", 1), "conv_9"),
-                           (good.replace("zoom_x2 s=16", "zoom_x2 s=8", 1), "rates"),
-                           (good.replace('"stem_chi": 8', '"stem_chi": 0'), "stem_chi"),
-                           (good.replace("chi=4", "chi=0", 1), "chi=0")):
-            path.write_text(text)
+        _refused(lambda: fastersg.main(["--search", *flags.split()]), word)
+    fastersg.check(tiny(search_batch=1, search_size=(64, 65)), {"search"})  # two values: enough
+    with scratch() as out:
+        path = out / "arch.json"
+        good = json.dumps({"classes": 1, "student": FORKED.to_json()})
+        for old, new, word in (("student", "teacher", "student"), ("zoom", "zomo", "zomo"),
+                               ("zoom_x2 s=16", "zoom s=8", "rates"), ("chi=2", "chi=0", "chi=0"),
+                               ('"stem_chi": 2', '"stem_chi": 0', "stem_chi")):
+            path.write_text(good.replace(old, new, 1))
             _refused(lambda: fastersg.load_architecture(str(path), "student"), word)
-        _refused(lambda: fastersg.load_architecture("paper", "random"), "random")
-        path.write_text(good.replace("{", '{"classes": 1, ', 1))
+        path.write_text(good)
         _refused(lambda: fastersg.networks_to_bench(fastersg.Config(arch=str(path))), "classes")
-
-
-def test_fastersg_one_batch_can_be_overfitted():
-    torch.manual_seed(0)
-    arch = parsed(2, b8="conv s=8 chi=4", b16="conv s=8 chi=4, zoom_x2 /2 s=8 chi=4")
-    samples = data.Samples(data.open_set("segmentation", "synthetic", size=(64, 128)),
-                           data.eval_transform())
-    x, y = (torch.stack(t) for t in zip(samples[0, 0], samples[0, 1]))
-    net = fastersg.FasterSeg(arch, 11)
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    for _ in range(60):
-        optimizer.zero_grad()
-        common.cross_entropy(net(x), y).backward()
-        optimizer.step()
-    assert (net(x).argmax(1) == y)[y != 255].float().mean() > 0.85
 
 
 # ---------------------------------------------------------------------------------------------
 # fastersg.py: searches whose right answer is known
 # ---------------------------------------------------------------------------------------------
 
+PLANT = dict(layers=4, widths=(2, 4), frame=(128, 256), pretrain_epochs=0, search_epochs=1,
+             search_steps=60, arch_lr=0.1, lam=1.0)
 
-def modelled_ms(piece, frame=(128, 256)):
-    """0.02 ms a convolution, 20 G MACs/s, 1 G elements/s written; a zoom also reads its input."""
+
+def modelled_ms(piece):
+    """0.02 ms and about its MACs, at 20 G a second."""
     kind, *n = piece
-
-    def conv(c_in, c_out, k, rate):
-        pixels = math.ceil(frame[0] / rate) * math.ceil(frame[1] / rate)
-        return 0.02 + c_in * c_out * k * k * pixels / 20e6 + c_out * pixels / 1e6
-    if kind == "stem":
-        c = 8 * n[0]
-        first = conv(3, c // 2, 3, 2) + conv(c // 2, c, 3, 4) + conv(c, c, 3, 4)
-        return first + 2 * conv(c, c, 3, 8)
-    if kind == "up":
-        s, c_coarse, c_fine, c_out = n
-        return conv(c_coarse, c_out, 1, s) + conv(c_out + c_fine, c_out, 3, s // 2)
-    if kind == "classifier":
-        c_in, c_mix, classes = n
-        return conv(c_in, c_mix, 1, 8) + conv(c_mix, c_mix, 3, 8) + conv(c_mix, classes, 1, 8)
-    c_in, c_out, s, stride = n
-    if kind == "skip":
-        return 2 * conv(c_in, c_out // 2, 1, 2 * s)
-    rate = 2 * s if "zoom" in kind else s * stride
-    ms = conv(c_in, c_out, 3, rate) + ("x2" in kind) * conv(c_out, c_out, 3, rate)
-    area = frame[0] * frame[1] / s ** 2 / 1e6
-    return ms + ("zoom" in kind) * area * (c_in + c_out * (stride == 1))
+    kernels = {"skip": 1, "conv": 9, "conv_x2": 18, "zoom": 2, "zoom_x2": 4}
+    work = sum(n) / 4                                       # stem, up, classifier
+    if kind in kernels:
+        c_in, c_out, s, stride = n
+        work = kernels[kind] * c_in * c_out / (s * stride) ** 2
+    return 0.02 + work * 128 * 256 / 20e6
 
 
-def fastest(cfg, ms, sets, classes=7):
-    """The least mean latency over the sets that any architecture of the space has, by recursion
-    over layers, operators and widths, for every path."""
-    ends, chi = tuple(sorted(set(itertools.chain(*sets)))), cfg.stem_chi
-
-    def share(branches):
-        return sum(bool(set(branches) & set(rates)) for rates in sets) / len(sets)
+def fastest(cfg, ms, branches):
+    """The least latency that a network with these two branches can have, by brute force over paths,
+    operators and widths. (A bound: where they part they may even differ in operator.)"""
+    chi = cfg.stem_chi
 
     def cost(*piece):
         return ms[fastersg.entry(piece)]
 
-    def classifiers(with_8, c_8=None):
-        return sum(cost("classifier", *fastersg.joint_channels(rates, c_8, chi), classes)
-                   for rates in sets if (8 in rates) == with_8) / len(sets)
+    def head(s, c):
+        if s == 8:
+            return cost("classifier", c[8] + 8 * chi, 16 * chi, 7)
+        if s == 16:
+            return cost("up", 16, c[16], c[8], 8 * chi)
+        return cost("up", 32, c[32], c[16], 16 * chi) + head(16, {8: c[8], 16: 16 * chi})
 
-    def of_path(down):
-        @functools.cache
-        def rest(l, s, last, branches):
-            width = dict(last)
-            if l == cfg.layers:
-                if s == 8:
-                    return classifiers(True, 8 * width[8])
-                ups = cost("up", s, s * width[s], s // 2 * width[s // 2], s // 2 * chi)
-                if s == 32:
-                    ups += cost("up", 16, 16 * chi, 8 * width[8], 8 * chi)
-                return share(branches) * ups
-            best = math.inf
-            for op in fastersg.OPERATORS:           # of a cell, whether branches stay or go down
-                total = 0.0
-                for stride in (1, 2):
-                    part = tuple(r for r in branches if (l + 1 in down[r]) == (stride == 2))
-                    if part and op == "skip" and stride == 1:
-                        total += rest(l + 1, s, last, part)
-                    elif part:
-                        total += min(share(part) * cost(op, s * width[s], s * stride * w, s, stride)
-                                     + rest(l + 1, s * stride, tuple(sorted({
-                                         **width, s * stride: w}.items())), part)
-                                     for w in cfg.widths)
-                best = min(best, total)
-            return best
-        return rest(0, 8, ((8, chi),), ends)
-    paths = [{8: (), 16: (c,), 32: (a, b)} for a, b in itertools.combinations(
-        range(1, cfg.layers), 2) for c in {a, *range(b, cfg.layers)}]
-    return cost("stem", chi) + classifiers(False) + min(map(of_path, paths))
+    def behind(l, s, c, stride, ends):
+        """The best cell (s, l) of this stride and what follows."""
+        choices = [rest(l + 1, s, c, ends)] if stride == 1 else []      # a skip
+        for op, width in itertools.product(fastersg.OPERATORS[stride % 2:], cfg.widths):
+            c_out, s_out = s * stride * width, s * stride
+            follows = rest(l + 1, s_out, tuple({**dict(c), s_out: c_out}.items()), ends)
+            choices.append(cost(op, dict(c)[s], c_out, s, stride) + follows)
+        return min(choices)
+
+    @functools.cache
+    def rest(l, s, c, ends):
+        """Of the branches that end at these rates; c: channels of their last maps by rate."""
+        if l == cfg.layers:
+            return head(s, dict(c)) if ends == (s,) else math.inf
+        choices = [behind(l, s, c, 1, ends)]
+        if s < 32 and l < cfg.layers - 1:
+            choices.append(behind(l, s, c, 2, ends))
+            if len(ends) == 2:                              # the second goes down alone
+                choices.append(behind(l, s, c, 1, ends[:1]) + behind(l, s, c, 2, ends[1:]))
+        return min(choices)
+    fixed = cost("stem", chi) + (0.0 if 8 in branches else head(8, {8: 8 * chi}))
+    return fixed + rest(0, 8, ((8, 8 * chi),), branches)
+
+
+def indifferent(*rest):
+    """A segmentation loss without gradient."""
+    return torch.zeros((), requires_grad=True)
 
 
 def search_alone(cfg, table, loss, net=None, batches=None):
     """Teacher and student after run_search under another segmentation loss."""
     net, archs = net or nn.Linear(1, 1), [fastersg.ArchParameters(cfg) for _ in range(2)]
-    batches = batches or Batches([(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2).long())] * 999)
-    with tempfile.TemporaryDirectory() as tmp, silent(), mock.patch.multiple(
-            fastersg, seg_loss=loss, end_search_epoch=lambda *rest: None):
-        fastersg.run_search(replace(cfg, out=tmp), CPU, net, *archs, table,
-                            (batches, batches, None))
+    batches = batches or Batches([(torch.zeros(1), torch.zeros(1))] * cfg.search_steps)
+    with scratch() as out, mock.patch.multiple(fastersg, seg_loss=loss,
+                                               end_search_epoch=mock.DEFAULT):
+        quiet(fastersg.run_search, replace(cfg, out=str(out)), CPU, net, *archs, table,
+              (batches, batches, None))
     return archs
 
 
-def nothing(net, draw, *rest):
-    """A segmentation loss that is indifferent."""
-    return 0 * sum(p.sum() for p in (*net.parameters(), *draw.alpha.values()))
-
-
-PLANT = dict(layers=4, widths=(2, 4), frame=(128, 256), pretrain_epochs=0, search_epochs=1,
-             search_steps=60, arch_lr=0.1, lam=1.0)
-
-
 def test_fastersg_planted_fastest_network():
-    """With the segmentation loss switched off the search finds the fastest network of the space:
-    each pair within 2% of it by brute force, and for tables perturbed by 30% the mean over the
-    pairs, which is what is minimised. (It is a gradient: other tables end 2.5% off.)"""
-    for stem_chi, sigma, seed in ((2, 0.0, 0), (4, 0.0, 0), (4, 0.3, 3)):
-        cfg, g = fastersg.Config(**PLANT, stem_chi=stem_chi, seed=seed), random.Random(seed)
-        ms = {fastersg.entry(piece): modelled_ms(piece) * math.exp(sigma * g.gauss(0, 1))
-              for piece in pieces(cfg)}
+    """With the segmentation loss switched off the search finds the fastest network of the space,
+    each pair within 2% of it by brute force; for tables perturbed by 30%, too. (It is a gradient:
+    for others it ends further off.)"""
+    for stem_chi, sigma, seed in ((4, 0.0, 0), (2, 0.3, 2), (4, 0.3, 2)):
+        cfg, g = fastersg.Config(**PLANT, stem_chi=stem_chi), random.Random(seed)
+        ms = table_of(cfg, lambda piece: modelled_ms(piece) * math.exp(sigma * g.gauss(0, 1)))
         table = fastersg.LatencyTable(cfg, ms, 7)
-
-        def latencies(arch):
+        _, student = search_alone(cfg, table, indifferent)
+        excess = []
+        for arch in (student, fastersg.ArchParameters(cfg)):            # searched, and not
             draw = arch.draw(arch.likeliest())
-            return {rates: fastersg.table_latency(found_by(cfg, draw, rates), ms, 7)
-                    for rates in table.final_sets}
-        _, student = search_alone(cfg, table, nothing)
-        found = latencies(student)
-        for rates, value in found.items() if not sigma else ():
-            assert 1 - 1e-9 < value / fastest(cfg, ms, [rates]) < 1.02, (stem_chi, rates)
-        least = 3 * fastest(cfg, ms, table.final_sets)
-        assert 1 - 1e-9 < sum(found.values()) / least < 1.02, (stem_chi, sigma, seed)
-    assert sum(latencies(fastersg.ArchParameters(cfg)).values()) > 1.02 * least     # not searched
+            for rates in table.final_sets:
+                found = fastersg.derive(draw, cfg, STUDENT, rates)
+                excess.append(fastersg.table_latency(found, ms, 7) / fastest(cfg, ms, rates) - 1)
+        assert min(excess) > -1e-9 and max(excess[:3]) < 0.02 < 0.05 < max(excess[3:]), excess
 
 
 def test_fastersg_planted_sensitivities():
@@ -2038,51 +1751,45 @@ def test_fastersg_planted_sensitivities():
     the latency pulls harder at operators, which it is the most sensitive to. With the weights of
     footnote 1 all three kinds give way; without, operators collapse alone (Figure 4a)."""
     cfg = fastersg.Config(**PLANT, stem_chi=2)
-    table = fastersg.LatencyTable(
-        cfg, {fastersg.entry(piece): modelled_ms(piece) for piece in pieces(cfg)}, 7)
+    table = fastersg.LatencyTable(cfg, table_of(cfg, modelled_ms), 7)
     start = fastersg.ArchParameters(cfg)
     table.mean(start.draw(torch.softmax(start.gamma, 1))).backward()
-    slow = {kind: dict(zip(start.keys[kind], p.grad.argmax(1).tolist()))
-            for kind, p in start.named_parameters()}
+    slow = [p.grad.argmax(1) for p in start.parameters()]
 
-    def shares(draw):
+    def shares(alpha, beta, gamma):
         """Mean probability of the slow choices of each kind."""
-        return [sum(p[slow[kind][key]] for key, p in getattr(draw, kind).items()) / len(slow[kind])
-                for kind in slow]
+        return [rows.gather(1, choice[:, None]).mean()
+                for rows, choice in zip((alpha, beta, gamma), slow)]
 
     def accuracy(net, draw, *rest):
-        return nothing(net, draw) - sum(shares(draw))
+        kinds = [torch.stack([*kind.values()]) for kind in (draw.alpha, draw.beta, draw.gamma)]
+        return indifferent() - sum(shares(*kinds))
     changes, kept = fastersg.sensitivities(table, cfg), {}
     for decouple, scale in ((True, fastersg.solve_footnote_1(changes)[0]), (False, 1.0)):
         _, student = search_alone(replace(cfg, decouple=decouple, lam=12 / changes[0] / scale),
                                   table, accuracy)
-        soft = student.draw(torch.softmax(student.gamma, 1))
-        kept[decouple] = [share.item() for share in shares(soft)]
-    assert max(kept[True]) < 0.4, kept
+        kept[decouple] = shares(*(torch.softmax(p, 1) for p in student.parameters()))
     operators, rates, widths = kept[False]
     assert operators < 0.05 and rates > 0.9 and widths > 0.5, kept
+    assert max(kept[True]) < 0.4, kept
 
 
-def planted_pictures(distant, count=12, seed=0):
+def planted_pictures(distant):
     """Batches of 64x96 pictures in three colours. Local: 16-pixel blocks, the label is the block's
     colour. Distant: grey, in each of two bands a marker; the label is the colour of its band's."""
-    g, batches = torch.Generator().manual_seed(seed), Batches()
-
-    def draw(*shape):
-        return torch.randint(0, 3, shape, generator=g)
-    palette = 3 * torch.eye(3) - 1.5                        # (colour, channel)
-    for _ in range(count):
+    g, batches = torch.Generator().manual_seed(0), Batches()
+    rows, columns = (2, 1) if distant else (4, 6)
+    for _ in range(12):
+        label = torch.randint(0, 3, (6, rows, columns), generator=g)
+        label = label.repeat_interleave(64 // rows, 1).repeat_interleave(96 // columns, 2)
+        image = 3 * F.one_hot(label, 3).permute(0, 3, 1, 2) - 1.5
         if distant:
-            colours, image = draw(4, 2), torch.zeros(4, 3, 64, 96)
-            label = colours.repeat_interleave(32, 1)[..., None].expand(4, 64, 96)
-            for b, band in itertools.product(range(4), range(2)):
-                y = 32 * band + int(torch.randint(0, 17, (), generator=g))
-                x = int(torch.randint(0, 81, (), generator=g))
-                image[b, :, y:y + 16, x:x + 16] = palette[colours[b, band]][:, None, None]
-        else:
-            label = draw(4, 4, 6).repeat_interleave(16, 1).repeat_interleave(16, 2)
-            image = palette[label].permute(0, 3, 1, 2)
-        batches.append((image + 0.2 * torch.randn(image.shape, generator=g), label.contiguous()))
+            marker = torch.zeros(6, 1, 64, 96)
+            for b, band in itertools.product(range(6), (0, 32)):
+                y, x = (int(torch.randint(0, n, (), generator=g)) for n in (17, 81))
+                marker[b, :, band + y:band + y + 16, x:x + 16] = 1
+            image = image * marker
+        batches.append((image + 0.2 * torch.randn(image.shape, generator=g), label))
     return batches
 
 
@@ -2090,28 +1797,27 @@ def test_fastersg_planted_skips_and_reach():
     """Accuracy alone: where the label is the colour below it the search finds skips, where it is
     far away operators with a wide field. Teacher and student each on a supernet of their own that
     nothing has pretrained, so that each of the four updates is needed."""
-    cfg = fastersg.Config(layers=4, widths=(2,), stem_chi=2, branches=1, frame=(64, 96), lam=0.0,
-                          search_size=(64, 96), search_batch=4, label_stride=8, search_lr=0.1,
-                          arch_lr=0.1, pretrain_epochs=0, search_epochs=3, search_steps=9)
-    table, found = fastersg.LatencyTable(cfg, made_up_table(cfg, 3), 3), {}
+    cfg = fastersg.Config(layers=4, widths=(2,), stem_chi=2, branches=1, lam=0.0, search_lr=0.1,
+                          arch_lr=0.15, pretrain_epochs=0, search_epochs=2, search_steps=9)
+    table, found = fastersg.LatencyTable(cfg, made_up_table(cfg, 3), 3), []
     real_loss, real_update = fastersg.seg_loss, fastersg.update_weights
 
     def one_pass(*rest):                                    # of one width all passes are the same
         real_update(*rest[:-1], rest[-1][-1:])
-    for chosen, distant in ((fastersg.TEACHER, False), (fastersg.STUDENT, False),
-                            (fastersg.STUDENT, True)):
+    for chosen, distant in ((TEACHER, False), (STUDENT, False),
+                            (STUDENT, True)):
         def loss(net, draw, who, *rest):
-            return real_loss(net, draw, who, *rest) if who == chosen else nothing(net, draw)
+            return (real_loss if who == chosen else indifferent)(net, draw, who, *rest)
         torch.manual_seed(0)
         net = fastersg.Supernet(cfg, 3).train()
         with mock.patch.object(fastersg, "update_weights", one_pass):
             arch = search_alone(cfg, table, loss, net, planted_pictures(distant))[chosen]
-        alpha = torch.softmax(arch.alpha.detach(), 1)[:4]   # (4, 5): of the cells at 1/8
+        alpha = torch.softmax(arch.alpha.detach(), 1)[:4].mean(0)       # of the cells at 1/8
         reach = alpha @ torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0])
-        found[chosen, distant] = float(alpha[:, 0].mean()), float(reach.mean())
+        found.append((float(alpha[0]), float(reach)))
     # At the start, and where a network's W is not trained: skips 0.2 and reach 1.5 to 1.8. Seeds
     # and processors move the reach by 0.15: found are 0.6, 0.6 and 2.1.
-    teacher, (near_skips, near_reach), (far_skips, far_reach) = found.values()
+    teacher, (near_skips, near_reach), (far_skips, far_reach) = found
     assert teacher[0] > 0.35 and teacher[1] < 1.2, found
     assert near_skips > 0.1 + far_skips and near_reach < 1.2 < 1.5 < far_reach, found
 
@@ -2122,15 +1828,14 @@ def test_fastersg_planted_skips_and_reach():
 
 def test_fastersg_ablations_from_the_command_line():
     """Rows of Table 3 (one branch, one width), Figure 4(a), and the published network elsewhere."""
-    with tempfile.TemporaryDirectory() as tmp:
-        out, method = Path(tmp, "runs", "one"), METHODS["fastersg"]
-        said = call_main(fastersg, "--search", *method.flags(tmp, out), "--widths", 2,
-                         "--branches", 1, "--no-decouple", "--channels-last")
-        assert "Table 2" not in said
+    with scratch() as tmp:
+        out, method = tmp / "runs" / "one", METHODS["fastersg"]
+        flags = "--widths", 2, "--branches", 1, "--no-decouple", "--channels-last"
+        assert "Table 2" not in call_main(fastersg, "--search", *method.flags(tmp, out), *flags)
         for which in fastersg.NETWORKS:
             arch = fastersg.load_architecture(str(out / "arch.json"), which)
-            assert len(arch.branches) == 1
-            assert {cell.chi for cells in arch.branches.values() for cell in cells} <= {2}
+            (cells,) = arch.branches.values()
+            assert {cell.chi for cell in cells} <= {2}
         said = call_main(fastersg, "--train", "--eval", *method.flags(tmp, out, train=True),
                          "--arch", "paper", "--no-distill", "--amp")
         assert "student: retrained mIoU on val" in said
