@@ -7,6 +7,7 @@ counts from the papers.
 A GPU is left alone: its sums have no fixed order, and many tests compare two runs bit for bit. On
 one, `CUDA_VISIBLE_DEVICES=0 python test_all.py cuda` runs what is for it.
 """
+import collections
 import contextlib
 import copy
 import functools
@@ -52,8 +53,8 @@ import sparsemask
 from data import torchvision
 
 HERE = Path(__file__).resolve().parent
-CPU = torch.device("cpu")
 torch.set_num_threads(1)
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------------------------------------
 # Helpers
@@ -1160,7 +1161,6 @@ def test_latency_conditions_and_what_is_measured():
 # fastersg.py: counts of the paper and of the release, networks
 # ---------------------------------------------------------------------------------------------
 
-CPU = torch.device("cpu")
 TEACHER, STUDENT = fastersg.TEACHER, fastersg.STUDENT
 
 
@@ -1321,6 +1321,13 @@ def tiny(**changes):
     return fastersg.Config(**{**TINY, **changes})
 
 
+def heard(call, *args):
+    """What the call returns, and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        returned = call(*args)
+    return returned, out.getvalue()
+
+
 def table_of(cfg, cost, classes=7):
     """{entry: cost(piece)} of a student's space."""
     pieces = dict.fromkeys(itertools.chain(*fastersg.space_pieces(cfg, classes).values()))
@@ -1423,6 +1430,29 @@ def test_fastersg_expected_latency_against_enumeration():
         assert abs(value - expected[rates]) < 1e-5, rates
 
 
+def test_fastersg_expected_latency_by_hand():
+    """The example in LatencyTable: half skip (0 ms), half conv (2 ms, at 1/16 4), down always 3."""
+    cfg = tiny(branches=1)
+
+    def cost(piece):
+        kind, rate, stride = piece[0], piece[-2], piece[-1]
+        if kind not in fastersg.OPERATORS or kind == "skip" and stride == 1:
+            return 0.0                                      # stem and head too
+        if stride == 2:
+            return 3.0
+        return 4.0 if rate == 16 else 2.0
+    table = fastersg.LatencyTable(cfg, table_of(cfg, cost), 7)
+    arch = fastersg.ArchParameters(cfg)
+    with torch.no_grad():
+        arch.alpha[:, :2] = 100.0                           # half skip, half conv
+        arch.beta.copy_(torch.tensor([[-100.0, 100.0]] * 3))            # stay
+        arch.beta[0] = torch.tensor([math.log(1 / 4), math.log(3 / 4)])
+        values = table(arch.draw(arch.widest()))
+    # At 1/8 four cells of 1; 4.75 of node (16, 2) and two cells of 2; down, down, two cells of 1.
+    for rate, ms in ((8, 4), (16, 4.75 + 4), (32, 3 + 3 + 2)):
+        assert abs(float(values[rate,]) - ms) < 1e-5
+
+
 def test_fastersg_equation_3_weighs_the_gradients():
     cfg = tiny(layers=5, widths=(2, 4, 6))
     table = fastersg.LatencyTable(cfg, made_up_table(cfg), 7)
@@ -1438,7 +1468,7 @@ def test_fastersg_equation_3_weighs_the_gradients():
         ours, = torch.autograd.grad(weighed, p, retain_graph=True)
         assert (grad.abs().max(1).values > 0).all()         # every choice has an influence
         assert torch.allclose(ours, factor * grad, rtol=1e-4, atol=1e-6)
-    w, _ = quiet(fastersg.choose_eq3_w, cfg, table)
+    w, _ = heard(fastersg.choose_eq3_w, cfg, table)
     assert w == fastersg.solve_footnote_1(fastersg.sensitivities(table, cfg))
 
 
@@ -1469,6 +1499,23 @@ def test_fastersg_places_against_brute_force():
         assert fastersg.downsampling_places(given, layers) == {8: (), 16: (alone,), 32: pair}
     start = dict.fromkeys(given, (0.5, 0.5))                # of equal places the last
     assert fastersg.downsampling_places(start, layers) == {8: (), 16: (5,), 32: (4, 5)}
+
+
+def test_fastersg_a_cell_that_goes_down_has_its_own_width():
+    """Where the product of footnote 2 takes a node that prefers to stay, and the cell that would
+    have stayed is a skip, the node is as wide as gamma says, not as wide as the skip's input."""
+    cfg = tiny(layers=8)
+    arch = fastersg.ArchParameters(cfg)
+    with torch.no_grad():
+        arch.beta.copy_(torch.tensor([[-3.0, 3.0]] * len(arch.beta)))
+        for node, p in (((16, 5), 0.9), ((32, 6), 0.4)):    # 0.36 against 1/4 of (16, 1), (32, 2)
+            row = arch.keys["beta"].index(node)
+            arch.beta[row] = torch.tensor([p, 1 - p]).log()
+        arch.alpha[:, 1] = 1.0
+        arch.alpha[arch.keys["alpha"].index((32, 5))] = torch.tensor([9.0, 0, 0, 0, 0])
+        arch.gamma[arch.keys["gamma"].index((32, 6)), 1] = 1.0          # the wider of two
+    cells = fastersg.derive(arch.draw(arch.likeliest()), cfg, fastersg.STUDENT, (32,)).branches[32]
+    assert [(c.rate, c.layer, c.chi) for c in cells if c.down] == [(8, 4, 1), (16, 5, 2)]
 
 
 def test_fastersg_gumbel_softmax_is_torchs():
@@ -1585,8 +1632,13 @@ def test_fastersg_random_control():
 
     def path_of(arch):
         return [(s, c.layer) for s, cells in arch.branches.items() for c in cells if c.down]
-    paths = {str(path_of(fastersg.random_architecture(cfg, g))) for _ in range(300)}
-    assert len(paths) == 3 + 3 + 7                          # of (8, 16), (8, 32), (16, 32)
+    paths = collections.Counter()
+    for _ in range(1200):
+        arch = fastersg.random_architecture(cfg, g)
+        paths[tuple(arch.branches), str(path_of(arch))] += 1
+    expected = {(8, 16): 400 / 3, (8, 32): 400 / 3, (16, 32): 400 / 7}      # all alike in a set
+    assert len(paths) == 3 + 3 + 7
+    assert all(abs(n / expected[rates] - 1) < 0.35 for (rates, _), n in paths.items()), paths
     pruned = fastersg.pruned(FORKED, 1, 4)                  # the slimmest width, the student's stem
     text = json.dumps(FORKED.to_json()).replace('"stem_chi": 2', '"stem_chi": 4')
     assert pruned.to_json() == json.loads(re.sub(r"chi=\d", "chi=1", text))
@@ -1596,7 +1648,7 @@ def test_fastersg_says_how_decided_it_is():
     arch = fastersg.ArchParameters(tiny(widths=(2,)))
     with torch.no_grad():
         arch.alpha[:, 0] = 1e-3 + math.log(4)               # (1/2, 1/8, 1/8, 1/8, 1/8)
-    _, text = quiet(fastersg.print_decidedness, arch)
+    _, text = heard(fastersg.print_decidedness, arch)
     assert np.allclose(fastersg.decidedness(arch)["operator"], (0.5, 0.375))
     assert "width" not in text and text.count("UNDECIDED") == 1         # that of the rate
 
@@ -1612,7 +1664,7 @@ def test_fastersg_trains_teacher_then_student():
         archs = {"teacher": FORKED.to_json(), "student": small.to_json()}
         (out / "arch.json").write_text(json.dumps(archs))
         for folder, distill in (("student", True), ("student_alone", False), ("student", True)):
-            _, text = quiet(fastersg.train, replace(cfg, distill=distill), CPU)
+            _, text = heard(fastersg.train, replace(cfg, distill=distill), CPU)
             state = common.load_checkpoint(out / folder / "last.pt", ("optimizer",))
             assert state["optimizer"]["param_groups"][0]["lr"] == 0.005
         assert "teacher: trained already" in text
@@ -1631,12 +1683,13 @@ def test_fastersg_figure_3_correlates_table_and_clock():
     clock = {i: {"median": 2 * estimate + 1} for i, estimate in enumerate(estimates)}
     with (mock.patch.object(latency, "measure", return_value=clock),
           mock.patch.object(common, "draw_lines")):
-        found, _ = quiet(fastersg.correlate, cfg, CPU, ms)
+        found, _ = heard(fastersg.correlate, cfg, CPU, ms)
     assert abs(found["pearson_r"] - 1) < 1e-9 and found["table_ms"] == estimates
 
 
 def test_fastersg_wrong_input_is_refused():
-    for flags, word in (("--stem-chi 3", "--stem-chi"), ("--compile", "compile"),
+    for flags, word in (("--pretrain-epochs 0 --search-epochs 0", "no epoch"),
+                        ("--stem-chi 3", "--stem-chi"), ("--compile", "compile"),
                         ("--correlation 5", "--bench"), ("--bench --correlation 2", "3 networks"),
                         ("--search-batch 1 --search-size 32 64", "--search-batch"),
                         ("--train --batch-size 1 --size 32 64", "--batch-size")):
@@ -1647,6 +1700,7 @@ def test_fastersg_wrong_input_is_refused():
         good = json.dumps({"classes": 1, "student": FORKED.to_json()})
         for old, new, word in (("student", "teacher", "student"), ("zoom", "zomo", "zomo"),
                                ("zoom_x2 s=16", "zoom s=8", "rates"), ("chi=2", "chi=0", "chi=0"),
+                               ('"32"', '"64"', "64"),
                                ('"stem_chi": 2', '"stem_chi": 0', "stem_chi")):
             path.write_text(good.replace(old, new, 1))
             _refused(lambda: fastersg.load_architecture(str(path), "student"), word)
@@ -3146,7 +3200,6 @@ def test_bilevel_controls_and_sweep_from_the_command_line():
 # ---------------------------------------------------------------------------------------------
 
 agree = torch.testing.assert_close          # float64: to 1e-7; also for lists and dicts of tensors
-CPU = torch.device("cpu")
 TINY_TASKS = dict(network="deeplabv3_resnet18", cls_size=(32, 32), cls_batch=4, size=(32, 32),
                   batch_size=4, recalibrate=0)
 
