@@ -2434,6 +2434,31 @@ def test_sparsemask_opens_the_data_of_each_task():
         assert images.num_classes == classes and of_edges.called == (task == "edges")
 
 
+def test_sparsemask_eval_scores_every_map_against_its_own_annotation():
+    """A network that knows masks and edges, up to noise; scored picture by picture."""
+    for task in ("saliency", "edges"):
+        cfg = sparsemask.Config(task=task, thresholds=3)
+        images = common.open_split(cfg, "val", task)
+        loader = data.make_loader(images, range(2), data.eval_transform(), 1, False)
+        maps = [torch.rand(1, 1, *labels.shape[-2:]) + (labels == 1) for _, labels in loader]
+        answers = iter(maps)
+
+        def knowing(pixels):
+            foreground = next(answers)
+            return torch.cat([torch.zeros_like(foreground), foreground], 1)
+        scores = sparsemask.map_scores(cfg, knowing, images, loader, CPU)
+        one_by_one = sparsemask.SaliencyScores() if task == "saliency" else data.EdgeScores(3)
+        for i, drawn in enumerate(maps):
+            likely = torch.sigmoid(drawn[0, 0]).double().numpy()
+            if task == "edges":
+                one_by_one.update(data.edge_nms(likely), images.annotations(i))
+            else:
+                one_by_one.update(likely, images[i][1])
+        want = one_by_one.result()
+        assert all(abs(scores[name] - want[name]) < 1e-6 for name in want), (scores, want)
+        assert min(want.values()) > 0.05
+
+
 # ---------------------------------------------------------------------------------------------
 # bilevel_prune.py
 # ---------------------------------------------------------------------------------------------
@@ -3970,7 +3995,7 @@ for check in (killed_at_every_rename, stopped_by_a_scheduler, finished_run, two_
 
 # Started first, so that none of them comes late: in part of the name.
 LONGEST = ("killed_at_every_rename", "finished_run", "scheduler", "planted", "killed_for_real",
-           "two_ranks", "ablations", "stages", "controls", "derived")
+           "two_ranks", "ablations", "controls", "derived", "sizes")
 
 
 # ---------------------------------------------------------------------------------------------
