@@ -2774,7 +2774,7 @@ class Planted(bilevel_prune.Network):
 
     def useless_kept(self):
         """Share of the useless channels that are still there."""
-        return float(torch.cat([mask.binary()[8:] for mask in self.masks.values()]).mean())
+        return float(torch.cat([mask.binary()[8:] for mask in self.masks.values()]).mean().detach())
 
 
 @functools.cache
