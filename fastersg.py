@@ -122,8 +122,8 @@ class Config(BaseConfig):
 
 # A small search (OURS): a small space, so that each choice gets many steps, and a learning rate of
 # W that falls fast, so that weights that stand still judge the architecture. How far two searches
-# from one pretrained supernet agree, with other batches (seeds 0, 1, 2; docs/results.md): on 4, 4,
-# 6 of 9 operators, where 2.9, 2.6, 3.0 are chance, 3, 3, 2 of 3 rates and 9, 10, 10 of 11 widths.
+# from one pretrained supernet agree, with other batches (seeds 0, 1, 2; docs/results.md): on 5, 3,
+# 5 of 9 operators, where 2.3, 2.7, 2.9 are chance, on all 3 rates and 8, 10, 9 of 11 widths.
 # Twice the epochs raise the margins but not this: on these scenes operators matter little.
 QUICK = dict(layers=4, widths=(2, 4), stem_chi=2, size=(128, 256), search_size=(48, 96),
              search_scale=1.0, search_batch=12, pretrain_epochs=3, search_epochs=4, search_lr=0.05,
