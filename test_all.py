@@ -2370,6 +2370,9 @@ def test_sparsemask_saliency_scores_threshold_by_threshold():
         recall = np.mean((hits / masks.sum((1, 2)).clip(1))[:2])        # the third mask is empty
         f = 1.3 / (1 / (precision + 1e-9) + 0.3 / (recall + 1e-9))      # beta^2 = 0.3
         want["F_beta"] = max(want["F_beta"], f)
+    exact = sparsemask.SaliencyScores()
+    exact.update(np.array([[1, 0]]), np.array([[1, 0]]))            # a single pixel, and right
+    assert np.allclose(list(exact.result().values()), (1, 0))
     sums = iter((second.curves, second.counts))
     for scores in (one, first.reduce(lambda array: array + next(sums))):
         for name, value in scores.result().items():
