@@ -460,7 +460,7 @@ class Run:
         self.epoch, self.step = state.get("epoch", 0) - 1, 0            # the last one done
         for self.epoch in range(self.epoch + 1, self.total):
             torch.manual_seed(1_000_003 * self.cfg.seed + self.epoch)
-            self.step = 0
+            self.step, self.terms = 0, {}
             yield self.epoch
 
     def batches(self, loader):

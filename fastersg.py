@@ -30,7 +30,7 @@ The idea in five lines:
     lambda, T         cfg.lam, cfg.target_ms           Eq. (8), Eq. (5)
     q^s, q^t          logits of student and teacher    Eq. (4)
 
-    python fastersg.py --search                  74 seconds on two CPU cores, 0.8 GiB
+    python fastersg.py --search                  77 seconds on two CPU cores, 0.8 GiB
     python fastersg.py --train --eval            teacher, then the distilled student
     python fastersg.py --bench --arch paper      10 seconds: the published network, exact counts
 """
@@ -1096,7 +1096,7 @@ def update_weights(run, name, sgd, net, batch, passes):
         mean = mean + loss.detach() / len(passes)
     average_gradients(list(net.parameters()))           # a NaN of one rank now stops all of them
     norm = nn.utils.clip_grad_norm_(net.parameters(), 5.0)                  # OFFICIAL-CODE
-    run.check(**{name: mean}, gradient=norm)
+    run.check(**{name: mean}, gradient_W=norm)
     sgd.step()
 
 

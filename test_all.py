@@ -1,8 +1,8 @@
 """All tests: `python test_all.py`, or `python test_all.py WORD` for those with WORD in the name.
 
-No network, no data set, no GPU; two to four minutes on two CPU cores. Each test compares with
-something that does not share code with what it tests: loops, brute force, torchvision, an identity,
-counts from the papers.
+No network, no data set, no GPU; a minute and a half to three on two CPU cores. Each test compares
+with something that does not share code with what it tests: loops, brute force, torchvision, an
+identity, counts from the papers.
 
 A GPU is left alone: its sums have no fixed order, and many tests compare two runs bit for bit. On
 one, `CUDA_VISIBLE_DEVICES=0 python test_all.py cuda` runs what is for it.
@@ -858,6 +858,17 @@ def test_new_run_replaces_an_older_one_after_its_first_epoch():
         assert not (tmp / "arch.json").exists() and len(common.read_log(tmp, "toy")) == 1
         lr, = common.load_checkpoint(tmp / "last.pt")["schedule"]["_last_lr"]
         assert abs(lr - 0.1 * (1 - 3 / 9) ** 0.9) < 1e-9        # 3 of 9 batches, poly
+
+
+def test_an_epoch_logs_its_own_terms():
+    """Not those of an earlier one, which may have trained by another loss."""
+    with scratch() as tmp:
+        run = common.Run("x", "train", Settings(), CPU, tmp, 2, 1, model=nn.Linear(1, 1))
+        for epoch in run.epochs():
+            run.check(**{f"loss{epoch}": torch.tensor(1.0)})
+            quiet(run.end_epoch)
+        assert [("loss0" in r, "loss1" in r) for r in common.read_log(tmp, "x")] == [
+            (True, False), (False, True)]
 
 
 def test_trained_once_then_shared():
