@@ -919,6 +919,7 @@ def overlap(a, b, groups):
     return share, (share - chance) / max(1 - chance, 1e-9)
 
 
+@torch.no_grad()
 def fpgm_scores(seg, groups):
     """FPGM (He et al., CVPR 2019): sum of the Euclidean distances of a filter to the others of its
     layer; the smallest lies nearest to the geometric median and is replaceable.
@@ -928,7 +929,7 @@ def fpgm_scores(seg, groups):
     """
     scores = {}
     for g in groups:
-        filters = torch.cat([seg.get_submodule(conv).weight.detach().flatten(1)
+        filters = torch.cat([seg.get_submodule(conv).weight.flatten(1)
                              for conv, _ in g.makers], 1).double().cpu()        # (C, inputs k k)
         scores[g.name] = torch.cdist(filters, filters,
                                      compute_mode="donot_use_mm_for_euclid_dist").sum(1)
