@@ -2870,6 +2870,19 @@ def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
         assert abs(row["cosine"] - F.cosine_similarity(first - second, before, dim=0)) < 1e-3
         before = first - second
     assert torch.allclose(torch.cat([mask.s for mask in net.masks.values()]), s, atol=1e-3)
+    assert abs(record["mask_gradient"] / (first.norm() + second.norm()) - 1) < 1e-3
+
+
+def test_bilevel_says_when_the_target_is_missed():
+    net = with_masks(bilevel_prune.build("tiny", 3))
+    area = bilevel_prune.areas(net, (64, 64))
+    for share, word in ((0.98, "): NOT met"), (0.995, "): met"), (1.02, "): NOT met")):
+        with (scratch() as tmp, mock.patch.object(bilevel_prune, "draw_search"),
+              mock.patch.object(common, "read_log", lambda *_: [{"mask_steps": []}])):
+            run = mock.Mock(cfg=bilevel_prune.Config(), folder=tmp, values={"by_masks": 1.0})
+            target = bilevel_prune.macs_of(area, {}) / share
+            _, said = heard(bilevel_prune.finish, run, net, area, target, lambda net: 0.0)
+        assert word in said, said
 
 
 def test_bilevel_methods_choose_after_the_same_epoch():
