@@ -281,6 +281,8 @@ def sources_of(l, layers):
     """{s: rates r of the cells (r, l - 1) that write node (s, l), the input of cell (s, l)}.
 
     They are s / 2, which goes down, and s. The last layer does not go down: nothing would read it.
+    Of L = 4 layers: sources_of(1) = {8: [8], 16: [8]}, sources_of(2) = {8: [8], 16: [8, 16], 32:
+    [16]}, and sources_of(4), what the head reads, = {8: [8], 16: [16], 32: [32]}.
     """
     sources = {s: [] for s in RATES if FIRST[s] <= l}
     for s in sources:
@@ -483,7 +485,11 @@ class Classifier(nn.Sequential):
 
 def ups_of(s, last, chi):
     """The ups of a branch that ends at rate s: [(rate of the coarse map, its channels, channels of
-    the finer map, channels of the result), ...]. last: {r: channels of its last map at rate r}."""
+    the finer map, channels of the result), ...]. last: {r: channels of its last map at rate r}.
+
+    With chi = 8 and last = {8: 32, 16: 96, 32: 128}, a branch that ends at 1/32 has two, from 1/32
+    to 1/16 and on to 1/8: [(32, 128, 96, 128), (16, 128, 32, 64)].
+    """
     ups, c = [], last[s]
     for coarse in COARSE[s]:
         fine = coarse // 2
@@ -1002,8 +1008,21 @@ def choose_eq3_w(cfg, table):
 # 6. Search: Appendix F on one page
 #
 # Three data sets, all from the training split: trainA moves the supernet's weights W, trainB the
-# architectures, and the held-out pictures choose the branches in the end. The order of the updates
-# is the appendix's. (The release sums teacher and student into one loss, architecture first.)
+# architectures, and the held-out pictures choose the branches in the end.
+#
+#   given      W at random, all probabilities equal, w of Eq. (3) from the table (footnote 1)
+#   repeat     --pretrain-epochs times, a batch of trainA a step
+#       W <- W - lr grad_W of L_seg at the widest (T), narrowest and two random widths (S)
+#   repeat     --search-epochs times, a batch of trainA and one of trainB a step
+#       1. W                            by L_seg of the teacher, widest                   trainA
+#       2. W                            by L_seg of the student, three widths             trainA
+#       3. alpha_T, beta_T              by L_seg of the teacher                           trainB
+#       4. alpha_S, beta_S, gamma_S     by Eq. (8): L_seg of the student + lambda Lat     trainB
+#   derive     section 7
+#
+# The order of the updates is the appendix's. (The release sums teacher and student into one loss,
+# architecture first.) W is never where L_seg is least: as in DARTS, one step stands for all, and
+# the architecture is judged by weights on their way.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1022,10 +1041,8 @@ def run_search(cfg, device, net, teacher, student, table, loaders):
                       for arch in (teacher, student))       # OFFICIAL-CODE: betas
     steps = min(len(train_a), len(train_b), cfg.search_steps or len(train_a))
     # A new search makes void what an older one has found, and what was trained of it.
-    stale = ["arch.json"]
-    for network in NETWORKS:
-        for folder in (network, f"{network}_alone"):
-            stale += [f"{folder}/last.pt", f"{folder}/best.pt"]
+    trained = product(NETWORKS, ("", "_alone"), ("/last.pt", "/best.pt"))
+    stale = ["arch.json", *("".join(parts) for parts in trained)]
     run = Run("search", "search", cfg, device, cfg.out, cfg.pretrain_epochs + cfg.search_epochs,
               steps, stale=stale, model=net, teacher=teacher, student=student, sgd=sgd, decay=decay,
               adam_t=adam_t, adam_s=adam_s)
@@ -1282,7 +1299,10 @@ def copy_slices(small, wide, j=0):
 @torch.no_grad()
 def random_architecture(cfg, generator):
     """A network of the search's own space: what derive makes of random one-hot parameters. The set
-    of branches, operators and widths are uniform, and so is the path within a set. generator: random.Random."""
+    of branches, operators and widths are uniform, and so is the path within a set.
+
+    generator: random.Random.
+    """
     arch, layers = ArchParameters(cfg), cfg.layers
     for row in (*arch.alpha, *arch.gamma):
         row[generator.randrange(len(row))] = 100.0          # softmax: 1
