@@ -1718,6 +1718,7 @@ def test_fastersg_figure_3_correlates_table_and_clock():
         found, _ = heard(fastersg.correlate, cfg, CPU, ms)
     for call, arch in zip(prepared.call_args_list, archs, strict=True):
         assert str(call.args[0]) == str(fastersg.FasterSeg(arch, 19))
+        assert call.args[1] == [(1, 3, *cfg.frame)]
     assert abs(found["pearson_r"] - 1) < 1e-9 and found["table_ms"] == estimates
 
 
@@ -1944,6 +1945,13 @@ def test_sparsemask_theorems_1_and_2():
     assert torch.allclose(stage({"E1": fine, "E2": coarse}), want, atol=1e-5)
 
 
+def test_sparsemask_encoder_runs_as_far_as_it_is_read():
+    for inputs, stages in ((("E1", "E3"), 3), (("E1", "G"), 9)):
+        net = sparsemask.SparseMaskNet({"D1": inputs}, sparsemask.Encoder("mobilenet_v2"), 3, 8)
+        assert net(torch.randn(2, 3, 33, 65)).shape == (2, 3, 33, 65)
+        assert net.encoder.last == stages
+
+
 def test_sparsemask_f_up_is_interpolate():
     """Also where it is a product of matrices: enlarged four times or more, with a gradient."""
     for cells in ((1, 1), (3, 5), (9, 12), (33, 49)):
@@ -2098,6 +2106,8 @@ def test_sparsemask_decoder_counts():
         assert common.count_macs(net, (512, 512)) - encoder == macs, name
     assert sparsemask.decoder_params(on_meta("fcn")) == 26901
     assert sparsemask.decoder_params(on_meta("deeplabv3")) == 653525
+    assert {m.dilation[0] for m in on_meta("deeplabv3").aspp.modules()
+            if isinstance(m, nn.Conv2d)} == {1, 6, 12, 18}
     moved = on_meta("released", encoder="resnet101", width=512)
     assert 6.8e6 < sparsemask.decoder_params(moved) < 6.9e6
 
@@ -3651,7 +3661,7 @@ def test_mtp_what_each_training_starts_from():
         call_main(mtp, "--search", "--train", "--cls-epochs", "0", *flags)      # Table 1
         narrow_pair = torch.load(out / "pruned.pt")
         only_seg = torch.load(f"{out}_without_cls/pruned.pt")
-        _refused(lambda: call_main(mtp, "--train", "--lam", "2", *flags), "--lam")
+        _refused(lambda: call_main(mtp, "--train", "--lam", "2", *flags), "--lam", "now it is 2")
     dense = [("dense cls", 1.0), ("dense seg", 0.9)]
     fine = [("fine-tune cls", 0.9), ("fine-tune seg", 0.9)]
     assert names == [*dense, *fine, *dense, fine[1]]
@@ -3659,6 +3669,17 @@ def test_mtp_what_each_training_starts_from():
     agree(starts[3], ends[2])
     agree(starts[2]["conv1.weight"], narrow_pair["cls"]["backbone.conv1.weight"])
     agree(starts[6]["conv1.weight"], only_seg["model"]["backbone.conv1.weight"])
+
+
+def test_mtp_training_hands_on_the_best_epoch():
+    net, scores = nn.Linear(1, 1), iter((0.9, 0.1))         # the first of two
+    batches = Repeated([(torch.randn(3, 1), torch.randn(3, 1))])
+    task = mtp.Task(net, lambda forward, x, y: (forward(x) - y).square().mean(), batches,
+                    lambda *_: next(scores))
+    with scratch() as tmp:
+        quiet(mtp.train, common.fit, task, "x", 2, 0.1, 0.9, mtp.Config(), CPU, tmp)
+        best, last = (torch.load(tmp / name)["model"]["weight"] for name in ("best.pt", "last.pt"))
+    assert torch.equal(net.weight, best) and not torch.equal(best, last)
 
 
 def test_mtp_one_dense_pair_serves_all_methods_and_percentiles():
