@@ -1488,6 +1488,7 @@ def test_fastersg_equation_3_weighs_the_gradients():
         ours, = torch.autograd.grad(weighed, p, retain_graph=True)
         assert (grad.abs().max(1).values > 0).all()         # every choice has an influence
         assert torch.allclose(ours, factor * grad, rtol=1e-4, atol=1e-6)
+    assert fastersg.choose_eq3_w(replace(cfg, decouple=False), table) == (1.0, 1.0, 1.0)
     w, _ = heard(fastersg.choose_eq3_w, cfg, table)
     exact, arch = copy.deepcopy(table), arch.double()       # and the gradient is the latency's
     exact.ms = {group: ms.double() for group, ms in table.ms.items()}
