@@ -1040,7 +1040,8 @@ def run_search(cfg, device, net, teacher, student, table, loaders):
     adam_t, adam_s = (torch.optim.Adam(arch.parameters(), cfg.arch_lr, betas=(0.5, 0.999))
                       for arch in (teacher, student))       # OFFICIAL-CODE: betas
     steps = min(len(train_a), len(train_b), cfg.search_steps or len(train_a))
-    # A new search makes void what an older one has found, and what was trained of it.
+    # A new search makes void what an older one has found, and what was trained of it; networks of
+    # another --arch in these folders go too.
     trained = product(NETWORKS, ("", "_alone"), ("/last.pt", "/best.pt"))
     stale = ["arch.json", *("".join(parts) for parts in trained)]
     run = Run("search", "search", cfg, device, cfg.out, cfg.pretrain_epochs + cfg.search_epochs,
@@ -1205,9 +1206,8 @@ def downsampling_places(beta, layers):
     (l1*, l2*) = argmax beta0[16, l1] beta0[32, l2] with l1 < l2. The first node of a rate has one
     input and so no beta: of the 15 places that 4.2 counts the argmax cannot compare one. OURS: it
     counts as an undecided node, 0.5: for 1/16 it wins where all others prefer to stay, for 1/32 the
-    product decides. Of equal places
-    the last wins, which the walk back from the branch's end meets first: with one-hot beta this is
-    the path that Eq. (1) takes.
+    product decides. Of equal places the last wins, which the walk back from the branch's end meets
+    first: with one-hot beta this is the path that Eq. (1) takes.
     """
     beta0 = {(16, 1): 0.5, (32, 2): 0.5} | {node: float(b[0]) for node, b in beta.items()}
     _, once = max((beta0[16, l], l) for l in range(1, layers))

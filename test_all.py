@@ -690,10 +690,15 @@ def test_data_average_precision_and_r50_on_a_curve_by_hand():
 # ---------------------------------------------------------------------------------------------
 
 
+def heard(call, *args, **options):
+    """What the call returns, and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        returned = call(*args, **options)
+    return returned, out.getvalue()
+
+
 def quiet(call, *args, **options):
-    """What the call returns, without what it prints."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return call(*args, **options)
+    return heard(call, *args, **options)[0]
 
 
 @dataclass
@@ -1337,13 +1342,6 @@ TINY = dict(layers=4, widths=(1, 2), stem_chi=2, label_stride=4, search_size=(32
 
 def tiny(**changes):
     return fastersg.Config(**{**TINY, **changes})
-
-
-def heard(call, *args):
-    """What the call returns, and what it prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        returned = call(*args)
-    return returned, out.getvalue()
 
 
 def table_of(cfg, cost, classes=7):
