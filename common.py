@@ -743,16 +743,14 @@ def probabilities(model, images, size, scales, flip):
 @torch.no_grad()
 def evaluate(model, loader, num_classes, device, amp=False, scales=(1.0,), flip=False):
     """ConfusionMatrix of a segmentation model over a loader, at the label's own resolution, added
-    up over all ranks. One scale and no flip unless asked for; else mean probabilities decide."""
+    up over all ranks. One scale and no flip unless asked for."""
     training, matrix = model.training, ConfusionMatrix(num_classes, device)
     model.eval()
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         with autocast(device, amp):
-            single = tuple(scales) == (1.0,) and not flip   # needs no softmax, and its memory
-            scores = enlarged(model(images).float(), labels.shape[-2:]) if single else (
-                probabilities(model, images, labels.shape[-2:], scales, flip))
-        matrix.update(labels, scores.argmax(1))
+            mean = probabilities(model, images, labels.shape[-2:], scales, flip)
+        matrix.update(labels, mean.argmax(1))
     model.train(training)
     sum_over_ranks(matrix.matrix)
     return matrix

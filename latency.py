@@ -35,8 +35,7 @@ def milliseconds(call, repeats, device):
     """Milliseconds of one call, averaged over `repeats` calls in a row."""
     if device.type == "cuda":
         # The GPU's own clock: a call returns before its kernels have run.
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(repeats):
             call()
@@ -52,8 +51,7 @@ def milliseconds(call, repeats, device):
 @torch.no_grad()
 def measure(calls, device, rounds=15):
     """Time candidates in turn. calls: dict name -> function without arguments; device: where they
-    run. Returns dict name -> {"median", "p90", "samples"}, the first two in ms. Leaves
-    torch.backends.cudnn.benchmark on.
+    run. Returns dict name -> {"median", "p90"} in ms. Leaves torch.backends.cudnn.benchmark on.
     """
     device = torch.device(device)
     repeats, samples = {}, {name: [] for name in calls}
@@ -69,12 +67,8 @@ def measure(calls, device, rounds=15):
         for _ in range(rounds):
             for name, call in calls.items():
                 samples[name].append(milliseconds(call, repeats[name], device))
-    times = {}
-    for name, ms in samples.items():
-        ms.sort()
-        times[name] = {"median": statistics.median(ms), "p90": ms[int(0.9 * len(ms))],
-                       "samples": len(ms)}
-    return times
+    return {name: {"median": statistics.median(ms), "p90": sorted(ms)[int(0.9 * rounds)]}
+            for name, ms in samples.items()}
 
 
 @torch.no_grad()
@@ -152,24 +146,6 @@ def compare(nets, frame, device, cfg):
     return about, rows
 
 
-def table_path(folder, about):
-    """Where the table measured under these conditions lives: one file for each of them."""
-    code = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(folder) / f"latency_{about['frame'][0]}x{about['frame'][1]}_{code}.json"
-
-
-def read_table(path, about):
-    """dict entry -> ms from a table file; InputError if damaged or of other conditions."""
-    stored = read_json(path, "latency table")
-    if stored.get("about") != about:
-        raise InputError(f"{path} was measured under other conditions; delete it to measure again")
-    ms = stored.get("ms")
-    if not isinstance(ms, dict) or not all(isinstance(v, float) and v > 0 for v in ms.values()):
-        raise InputError(f"{path} holds a latency that is no positive number; delete it to measure "
-                         "again")
-    return ms
-
-
 def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
     """Measure each entry that the stored table lacks; returns dict entry -> median ms.
 
@@ -177,10 +153,17 @@ def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
     after every chunk, so an interrupted run continues. Under torchrun rank 0 measures for all.
     Raises InputError: a stored table that is damaged or of other conditions.
     """
-    about = conditions(device, torch.float32, frame)
-    path, ms = table_path(folder, about), {}
+    about, ms = conditions(device, torch.float32, frame), {}
+    # One file for each kind of conditions.
+    code = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    path = Path(folder) / f"latency_{frame[0]}x{frame[1]}_{code}.json"
     if rank() == 0:
-        ms = read_table(path, about) if path.exists() else {}
+        if path.exists():
+            stored = read_json(path, "latency table")
+            ms = stored.get("ms", {})
+            if stored.get("about") != about or not all(v > 0 for v in ms.values()):
+                raise InputError(f"{path} is damaged, or of other conditions than its name says; "
+                                 "delete it to measure again")
         missing = [key for key in entries if key not in ms]
         random.Random(0).shuffle(missing)       # neighbours in time are not neighbours in size
         for i in range(0, len(missing), chunk):
