@@ -1029,19 +1029,18 @@ def finish(run, net, area, target, score):
     masked_miou, pruned_miou = score(net), score(small)         # equal, but for rounding
     run.save("pruned.pt", model=small.state_dict())
     write_arch(small, folder, method=cfg.method, frame=list(cfg.frame), macs=macs)
-    if rank() == 0:
-        steps = sum((record["mask_steps"] for record in common.read_log(folder, "search")), [])
-        draw_search(net, small, steps, target / dense, folder)
-        report_masks(net, steps)
-        off = macs / target - 1
-        met = "met" if abs(off) <= 0.01 else "NOT met"
-        print(f"MACs of the dense network: by themselves the masks left {by_masks:.1%}, the "
-              f"ranking {macs / dense:.1%}\n"
-              f"target {target / 1e9:.4f} GMACs, {macs / 1e9:.4f} are left "
-              f"({off:+.2%}): {met} within 1%\n"
-              f"masked mIoU {masked_miou:.2%}, pruned mIoU, no fine-tuning, {pruned_miou:.2%}\n"
-              f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, *.png\n"
-              + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
+    steps = sum((record["mask_steps"] for record in common.read_log(folder, "search")), [])
+    draw_search(net, small, steps, target / dense, folder)
+    report_masks(net, steps)
+    off = macs / target - 1
+    met = "met" if abs(off) <= 0.01 else "NOT met"
+    print(f"MACs of the dense network: by themselves the masks left {by_masks:.1%}, the "
+          f"ranking {macs / dense:.1%}\n"
+          f"target {target / 1e9:.4f} GMACs, {macs / 1e9:.4f} are left "
+          f"({off:+.2%}): {met} within 1%\n"
+          f"masked mIoU {masked_miou:.2%}, pruned mIoU, no fine-tuning, {pruned_miou:.2%}\n"
+          f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, *.png\n"
+          + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
     common.barrier()
     return {"pruned_miou": pruned_miou, "parameters": count_params(small), "macs": macs,
             "target": target, "by_masks": by_masks * dense}
@@ -1155,10 +1154,9 @@ def load_published(net, path):
             raise InputError(f"{path} is not of TopFormer-{net.name}: '{key}' is missing or has "
                              "another shape; choose another --network")
     net.load_state_dict(own | fit)
-    if rank() == 0:
-        unused = sorted(theirs.keys() - own.keys())
-        print(f"{path}: {len(fit)} of {len(own)} tensors loaded; random: "
-              f"{', '.join(random[:3]) or 'none'}; not used: {', '.join(unused[:3]) or 'none'}")
+    unused = sorted(theirs.keys() - own.keys())
+    print(f"{path}: {len(fit)} of {len(own)} tensors loaded; random: "
+          f"{', '.join(random[:3]) or 'none'}; not used: {', '.join(unused[:3]) or 'none'}")
 
 
 def load_mobilenet(net, init):
@@ -1252,9 +1250,8 @@ def train(cfg, device):
         load_file(net, arch.parent / "pruned.pt")
     best = common.fit(*training_of(cfg, net, "retrained", "train", device, folder,
                                    widths=json.dumps(net.widths())))
-    if rank() == 0:
-        print(f"retrained: best mIoU on val {100 * best:.2f} -> {folder}/best.pt\n"
-              + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
+    print(f"retrained: best mIoU on val {100 * best:.2f} -> {folder}/best.pt\n"
+          + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
 
 
 def trained_network(cfg, classes, device):
@@ -1280,9 +1277,8 @@ def evaluate_network(cfg, device):
     kind, net = trained_network(cfg, images.num_classes, device)
     forward = torch.compile(net) if cfg.compile else net
     matrix = common.evaluate(forward, loader, images.num_classes, device, cfg.amp)
-    if rank() == 0:
-        common.report_segmentation(cfg.method, kind, matrix, images, cfg, folder_of(cfg))
-        common.draw_segmentations(net, images, cfg, device, folder_of(cfg))
+    common.report_segmentation(cfg.method, kind, matrix, images, cfg, folder_of(cfg))
+    common.draw_segmentations(net, images, cfg, device, folder_of(cfg))
 
 
 PRINTED = {"tiny": "1.4 M / 0.6 G", "small": "3.1 M / 1.2 G", "base": "5.1 M / 1.8 G",
@@ -1355,8 +1351,7 @@ def sweep(cfg, device):
             lines.append(f"| {name} | {value:g} | {100 * row['pruned_miou']:.2f} | "
                          f"{row['parameters']:,} | {' | '.join(macs)} |")
             common.write_text(Path(cfg.out) / "sweep.md", "\n".join(lines) + "\n")
-    if rank() == 0:
-        print("\n".join(lines) + f"\nin {cfg.out}: sweep.md")
+    print("\n".join(lines) + f"\nin {cfg.out}: sweep.md")
 
 
 def draw_search(net, small, rows, target, folder):
@@ -1434,11 +1429,11 @@ def main(argv=None):
                        ("eval", evaluate_network), ("bench", bench)):
         if stage in stages:
             run(cfg, device)
-    if rank() == 0 and cfg.against:
+    if cfg.against:
         kappa = agreement(kept_in(folder_of(cfg)), kept_in(cfg.against))
         print(f"kept channels of {folder_of(cfg)} and {cfg.against}: kappa {kappa:.2f} (0: no "
               "better than chance, 1: the same)")
-    if rank() == 0 and cfg.export:
+    if cfg.export:
         classes = open_split(cfg, cfg.split).num_classes
         _, net = trained_network(cfg, classes, torch.device("cpu"))
         common.export(net, cfg.frame, cfg.export)

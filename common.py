@@ -229,6 +229,8 @@ def setup(cfg):
                          "auto, cpu, cuda or, without torchrun, cuda:N")
     if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")              # every rank reports; rank 0 is heard
     torch.manual_seed(cfg.seed)
     return device
 
@@ -317,8 +319,12 @@ def replacing(path):
     """Yield the path of a temporary file that takes the name `path` when the block has succeeded.
 
     Synced before it is renamed: after a kill or a power cut either the old file is there or the
-    new one, whole. InputError if it cannot be written.
+    new one, whole. InputError if it cannot be written. All files are written here, and of several
+    ranks only rank 0's: the others write to nowhere.
     """
+    if rank() > 0:
+        yield Path(os.devnull)
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -336,9 +342,8 @@ def replacing(path):
 
 
 def write_text(path, text):
-    if rank() == 0:
-        with replacing(path) as temporary:
-            temporary.write_text(text)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def read_json(path, what):
@@ -453,7 +458,7 @@ class Run:
             require_same(state["settings"], self.settings, path)
             for key, part in self.parts.items():
                 load_weights(part, state[key], path)
-        if state.get("epoch") == self.total and rank() == 0:
+        if state.get("epoch") == self.total:
             print(f"{self.name}: trained already with these settings, taken from {self.folder}")
         self.values, self.fresh = dict(state.get("values", {})), not state
         self.began, self.images, self.done, self.shown = time.perf_counter(), 0, 0, 0.0
@@ -472,7 +477,7 @@ class Run:
             self.done += 1
             self.images += len(images) * world_size()
             yield to_device(images, labels, self.cfg, self.device)
-            if sys.stdout.isatty() and rank() == 0 and time.perf_counter() - self.shown > 0.5:
+            if sys.stdout.isatty() and time.perf_counter() - self.shown > 0.5:
                 self.shown = time.perf_counter()
                 print("\r" + self.progress()[:150], end="\x1b[K", flush=True)
 
@@ -522,9 +527,8 @@ class Run:
         self.fresh = False
         terms = {name: float(value) for name, value in self.terms.items()}
         log_record(self.folder, stage=self.name, epoch=self.epoch, **terms, **record)
-        if rank() == 0:
-            live = sys.stdout.isatty()
-            print("\r" * live + self.progress() + note + "\x1b[K" * live, flush=True)
+        live = sys.stdout.isatty()
+        print("\r" * live + self.progress() + note + "\x1b[K" * live, flush=True)
         if score is not None and score > self.values.get("best", -math.inf):
             self.values["best"] = score
             self.save("best.pt", model=self.parts["model"].state_dict(), score=score)
@@ -534,10 +538,9 @@ class Run:
 
     def save(self, name, **items):
         """Write a checkpoint to the folder; it says how many epochs and which settings made it."""
-        if rank() == 0:
-            about = {"epoch": self.epoch + 1, "settings": self.settings}
-            with replacing(self.folder / name) as temporary:
-                torch.save({**about, **items}, temporary)
+        about = {"epoch": self.epoch + 1, "settings": self.settings}
+        with replacing(self.folder / name) as temporary:
+            torch.save({**about, **items}, temporary)
 
 
 def fit(run, loss_terms, loader, score, clip=0.0):

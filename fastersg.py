@@ -997,10 +997,9 @@ def choose_eq3_w(cfg, table):
         return 1.0, 1.0, 1.0                    # Lat itself, of which Figure 4(a) tells
     changes = sensitivities(table, cfg)
     w = solve_footnote_1(changes)
-    if rank() == 0:
-        print("sensitivity of the latency on this device (paper, Table 2: 10.42, 0.01, 5.54 ms)")
-        for name, change, weight in zip(KINDS, changes, w):
-            print(f"  {name:9s} {change:9.3f} ms   w = {weight:.4f}")
+    print("sensitivity of the latency on this device (paper, Table 2: 10.42, 0.01, 5.54 ms)")
+    for name, change, weight in zip(KINDS, changes, w):
+        print(f"  {name:9s} {change:9.3f} ms   w = {weight:.4f}")
     return w
 
 
@@ -1345,9 +1344,8 @@ def search(cfg, device):
     takes any of them.
     """
     num_classes, loaders = search_loaders(cfg)
-    if rank() == 0:
-        print(f"search space (4.2): {count_paths(cfg.layers)} paths of pairs of branches, "
-              f"times {count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
+    print(f"search space (4.2): {count_paths(cfg.layers)} paths of pairs of branches, "
+          f"times {count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
     ms = measured_table(cfg, num_classes, device)
     table = LatencyTable(cfg, ms, num_classes, device)
     net = place(Supernet(cfg, num_classes), cfg, device).train()
@@ -1356,23 +1354,22 @@ def search(cfg, device):
     archs, rows = select(cfg, device, net, teacher, student, ms, loaders[2])
     archs["pruned_teacher"] = pruned(archs["teacher"], min(cfg.widths), cfg.stem_chi)
     archs |= controls(cfg, archs["student"], ms, num_classes)
-    if rank() == 0:
-        out = Path(cfg.out)
-        common.write_text(out / "arch.json", json.dumps(
-            {"classes": num_classes, **{name: arch.to_json() for name, arch in archs.items()}},
-            indent=1))
-        rows["random"] = {"table_ms": table_latency(archs["random"], ms, num_classes)}
-        log_record(out, stage="selection", **rows)
-        for name, row in rows.items():
-            print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
-        for rate, cells in archs["student"].branches.items():       # Table 7
-            print(f"student, branch 1/{rate}", *cells, sep="\n  ")
-        print_decidedness(student)
-        for name in ("student", "teacher"):
-            draw_architecture(out / f"arch_{name}.png", archs[name], f"FasterSeg {name}")
-        draw_search(cfg)
-        print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\n"
-              + common.next_command(cfg, "fastersg", "--train --eval"))
+    out = Path(cfg.out)
+    common.write_text(out / "arch.json", json.dumps(
+        {"classes": num_classes, **{name: arch.to_json() for name, arch in archs.items()}},
+        indent=1))
+    rows["random"] = {"table_ms": table_latency(archs["random"], ms, num_classes)}
+    log_record(out, stage="selection", **rows)
+    for name, row in rows.items():
+        print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+    for rate, cells in archs["student"].branches.items():       # Table 7
+        print(f"student, branch 1/{rate}", *cells, sep="\n  ")
+    print_decidedness(student)
+    for name in ("student", "teacher"):
+        draw_architecture(out / f"arch_{name}.png", archs[name], f"FasterSeg {name}")
+    draw_search(cfg)
+    print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\n"
+          + common.next_command(cfg, "fastersg", "--train --eval"))
     common.barrier()                            # the other ranks may read arch.json now
 
 
@@ -1491,8 +1488,7 @@ def train_network(cfg, device, teacher=None):
     # A teacher serves several students: it is trained once. The others anew with each command.
     train = common.train_or_load if cfg.network == "teacher" else common.fit
     best = train(run, loss_terms, loader, score)
-    if rank() == 0:
-        print(f"{cfg.network}: best retrained mIoU on val {100 * best:.2f} -> {run.folder}/best.pt")
+    print(f"{cfg.network}: best retrained mIoU on val {100 * best:.2f} -> {run.folder}/best.pt")
     return restore(cfg, run.folder / "best.pt", classes, device)
 
 
@@ -1515,8 +1511,7 @@ def train(cfg, device):
         teacher = train_network(replace(cfg, network="teacher", distill=True), device)
     if cfg.network != "teacher":
         train_network(cfg, device, teacher)
-    if rank() == 0:
-        print(common.next_command(cfg, "fastersg", "--eval --bench"))
+    print(common.next_command(cfg, "fastersg", "--eval --bench"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1534,9 +1529,8 @@ def evaluate_network(cfg, device):
     net = restore(cfg, cfg.weights or folder / "best.pt", classes, device)
     forward = torch.compile(net) if cfg.compile else net
     matrix = evaluate(forward, loader, classes, device, cfg.amp)
-    if rank() == 0:
-        common.report_segmentation(cfg.network, "retrained", matrix, images, cfg, folder)
-        common.draw_segmentations(net, images, cfg, device, folder)
+    common.report_segmentation(cfg.network, "retrained", matrix, images, cfg, folder)
+    common.draw_segmentations(net, images, cfg, device, folder)
 
 
 def networks_to_bench(cfg):
@@ -1600,8 +1594,7 @@ def export_network(cfg):
     """--export FILE: the folded network as a torch.export program for pictures of --frame."""
     classes = open_split(cfg, cfg.split).num_classes
     net = restore(cfg, cfg.weights or folder_of(cfg) / "best.pt", classes, torch.device("cpu"))
-    if rank() == 0:
-        common.export(net, cfg.frame, cfg.export)
+    common.export(net, cfg.frame, cfg.export)
 
 
 # ---------------------------------------------------------------------------------------------

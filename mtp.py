@@ -1150,9 +1150,8 @@ def fine_tune(cfg, device):
         seg.backbone.load_state_dict(cls.backbone.state_dict())
     train(how, task2, "fine-tune seg", cfg.epochs, cfg.lr, 0.9, cfg, device, folder / "seg",
           arch=about)
-    if rank() == 0:
-        print(f"in {folder}: cls/, seg/ with best.pt and log.jsonl")
-        print(common.next_command(cfg, "mtp", "--eval --bench"))
+    print(f"in {folder}: cls/, seg/ with best.pt and log.jsonl")
+    print(common.next_command(cfg, "mtp", "--eval --bench"))
 
 # ---------------------------------------------------------------------------------------------
 # 9. The stages --search, --eval, --bench
@@ -1210,11 +1209,10 @@ def search(cfg, device):
     wide = [task.score(task.net) for task in tasks]
     *small, kept = choose_and_prune(tasks, cfg, device)
     pruned = [task.score(net) for task, net in zip(tasks, small)]
-    if rank() == 0:
-        arch |= {"widths": {name: len(indices) for name, indices in kept.items()},
-                 "method": cfg.method, "percentile": cfg.percentile, "pool": pool_of(cfg)}
-        store_cut(folder, arch, small, kept, cfg)
-        report_cut(cfg, folder, groups, kept, wide, pruned)
+    arch |= {"widths": {name: len(indices) for name, indices in kept.items()},
+             "method": cfg.method, "percentile": cfg.percentile, "pool": pool_of(cfg)}
+    store_cut(folder, arch, small, kept, cfg)
+    report_cut(cfg, folder, groups, kept, wide, pruned)
     barrier()
 
 
@@ -1240,9 +1238,8 @@ def sparse_stage(tasks, groups, cfg, device):
         report_dose("gamma3", task2, inner, cfg.alpha2, cfg.search_lr, cfg, device)
         report_dose("gamma2", task2, outer, cfg.alpha2, cfg.search_lr, cfg, device)
     train_sparse(task1, task2, groups, cfg, device, Path(cfg.out) / f"sparse_{variant(cfg)}")
-    if rank() == 0:
-        first = task2.net if cfg.method == "slimming" else task1.net
-        report_gammas(dense, scores_of(first, task2.net, groups), groups)
+    first = task2.net if cfg.method == "slimming" else task1.net
+    report_gammas(dense, scores_of(first, task2.net, groups), groups)
 
 
 def report_dose(name, task, groups, alpha, lr, cfg, device):
@@ -1261,8 +1258,6 @@ def report_dose(name, task, groups, alpha, lr, cfg, device):
     steps, size = cfg.rounds * cfg.inner_steps, float(torch.cat(scales).detach().abs().mean())
     # the sum of lr alpha / (1 - m) over all steps, of a rate that falls linearly to 0
     dose = cfg.gamma_rate * lr * (steps + 1) / 2 * alpha / (1 - cfg.momentum)
-    if rank() > 0:
-        return
     print(f"{name}: mean {size:.3f}, dose {dose:.3g}; |dl/dgamma| over {count} batches at 10, 50, "
           f"90, 99%: {', '.join(f'{q:.1e}' for q in quantiles)}; alpha {alpha:.1e}")
     if dose < size:
@@ -1323,8 +1318,6 @@ def evaluate_network(cfg, device):
     folder, net = folder_of(cfg), restore(cfg, images, device)
     forward = torch.compile(net) if cfg.compile else net
     matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp, cfg.eval_scales)
-    if rank() > 0:
-        return
     kind = "dense" if folder.name == "dense" else "retrained"
     # Into the training's own folder: when it is trained anew, what was measured goes with it.
     common.report_segmentation(folder.name, kind, matrix, images, cfg,
@@ -1423,7 +1416,7 @@ def main(argv=None):
         evaluate_network(cfg, device)
     if rank() == 0 and "bench" in stages:
         bench(cfg, device)
-    if rank() == 0 and cfg.export:
+    if cfg.export:
         net = restore(cfg, open_split(cfg, cfg.split), torch.device("cpu"))
         common.export(net, cfg.frame, cfg.export)
 

@@ -889,12 +889,11 @@ def search(cfg, device):
     common.write_text(Path(cfg.out) / "arch.json", json.dumps(arch, indent=1))
     run.save("derived.pt", model=derived.state_dict(),
              settings={**run.settings, "arch": connectivity})
-    if rank() == 0:
-        report_search(cfg, w, connectivity, derived, miou)
-        draw_search(cfg, w, connectivity)
-        print(f"in {cfg.out}: arch.json, derived.pt, connectivity.png, weights.png, "
-              "weights_over_time.png\n"
-              + common.next_command(cfg, "sparsemask", "--train --eval --bench"))
+    report_search(cfg, w, connectivity, derived, miou)
+    draw_search(cfg, w, connectivity)
+    print(f"in {cfg.out}: arch.json, derived.pt, connectivity.png, weights.png, "
+          "weights_over_time.png\n"
+          + common.next_command(cfg, "sparsemask", "--train --eval --bench"))
     common.barrier()
 
 
@@ -1043,8 +1042,7 @@ def start_from(net, path):
     state, own = dict(common.load_checkpoint(path)["model"]), net.state_dict()
     old, new = state.get("classifier.bias"), own["classifier.bias"]
     if old is not None and len(old) != len(new):
-        if rank() == 0:
-            print(f"{path} was trained for {len(old)} classes: the classifier starts anew")
+        print(f"{path} was trained for {len(old)} classes: the classifier starts anew")
         state |= {"classifier.weight": own["classifier.weight"], "classifier.bias": new}
     common.load_weights(net, state, path)
 
@@ -1081,10 +1079,9 @@ def train(cfg, device):
         return evaluate(Padded(model), val_loader, images.num_classes, device, cfg.amp).miou()
 
     best = common.fit(run, loss_terms, loader, score)
-    if rank() == 0:
-        print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
-              f"val {100 * best:.2f}, in {folder_of(cfg)}\n"
-              + common.next_command(cfg, "sparsemask", "--eval --bench"))
+    print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
+          f"val {100 * best:.2f}, in {folder_of(cfg)}\n"
+          + common.next_command(cfg, "sparsemask", "--eval --bench"))
 
 # ---------------------------------------------------------------------------------------------
 # 9. Evaluate and bench
@@ -1147,14 +1144,10 @@ def evaluate_network(cfg, device):
     if cfg.task == "segmentation":
         matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp, cfg.eval_scales,
                           cfg.flip)
-    else:
-        scores = map_scores(cfg, forward, images, loader, device)
-    if rank() != 0:
-        return
-    if cfg.task == "segmentation":
         kind = "derived" if Path(cfg.weights).name == "derived.pt" else "retrained"
         common.report_segmentation(cfg.network, kind, matrix, images, cfg, folder)
     else:
+        scores = map_scores(cfg, forward, images, loader, device)
         common.log_record(folder, stage="eval", split=cfg.split, **scores)
         told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         print(f"{cfg.network} on {cfg.split}, {len(images)} pictures: {told}")
@@ -1241,7 +1234,7 @@ def check(cfg, stages):
         raise InputError("--init is where --train starts; add --train, or leave it out")
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
-    if stages & {"search", "train"} and rank() == 0 and any(side % 32 != 1 for side in cfg.size):
+    if stages & {"search", "train"} and any(side % 32 != 1 for side in cfg.size):
         print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up "
               "to a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
 
@@ -1276,7 +1269,7 @@ def main(argv=None):
         evaluate_network(cfg, device)
     if rank() == 0 and "bench" in stages:
         bench(cfg, device)
-    if rank() == 0 and cfg.export:
+    if cfg.export:
         classes = common.open_split(cfg, cfg.split, cfg.task).num_classes
         common.export(restore(cfg, classes, torch.device("cpu")), cfg.frame, cfg.export)
 

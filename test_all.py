@@ -907,6 +907,9 @@ def test_two_ranks_stay_equal():
         loss = w.sum() * (math.nan if rank else 1)
         _refused(lambda: run.descend(torch.optim.SGD([w], 0.1), loss=loss), "not finite")
         assert w.count_nonzero() == 0
+        if rank == 1:
+            common.write_text(tmp / "theirs", "")           # rank 0 writes, the others nothing
+            assert not (tmp / "theirs").exists()
     with scratch() as tmp:
         on_two_ranks(job)
 
@@ -3965,7 +3968,10 @@ def two_ranks_are_one(name):
         # Without random scales no crop is padded: all ranks have as many pixels that count.
         flags = [*method.flags(tmp, two), "--scales", "1", "1", *method.ranks.split()]
         call_main(method.module, "--search", *flags, "--out", one)
-        on_two_ranks(lambda rank: call_main(method.module, "--search", *flags))
+
+        def job(rank):
+            assert bool(call_main(method.module, "--search", *flags)) == (rank == 0)
+        on_two_ranks(job)
         apart = differences(contents(one), contents(two))
         assert scores_in(one) and np.allclose(scores_in(one), scores_in(two), atol=3e-3)
         assert all(far <= method.apart for far in apart.values()), apart        # a NaN is not
