@@ -83,13 +83,13 @@ class Config(BaseConfig):
     optimizer: str = opt("sgd", "for the weights", "dense", ("sgd", "adamw"))
     lr: float = opt(3e-4, "learning rate; for random weights larger", "dense", low=1e-12)
     # PAPER 5.2.
-    momentum: float = opt(0.9, "of sgd, for weights and masks", "dense", low=0, high=0.9999)
+    momentum: float = opt(0.9, "of sgd, for weights and masks", "dense", high=0.9999)
     # OURS, not 1 / lambda: approximation 6 below. OFFICIAL-CODE of TopFormer: 0.01 with adamw.
-    weight_decay: float = opt(1e-4, "of the weights", "dense", low=0)
+    weight_decay: float = opt(1e-4, "of the weights", "dense")
     # PAPER Eq. (7) decays all of w; OFFICIAL-CODE of TopFormer spares these.
     decay_norms: bool = opt(True, "BN's scales and shifts and biases decay too", "dense")
     # OFFICIAL-CODE of TopFormer.
-    drop_path: float = opt(0.1, "largest stochastic depth of a block", "dense", low=0, high=0.9)
+    drop_path: float = opt(0.1, "largest stochastic depth of a block", "dense", high=0.9)
     method: str = opt("bilevel", "how --search chooses channels, and whose network the other "
                       "stages take: the paper's, a baseline, or the dense one", "search", METHODS)
     widths: str = opt("", "arch.json whose widths --search takes over instead of --target, a "
@@ -108,19 +108,19 @@ class Config(BaseConfig):
     frame: tuple[int, int] = opt((512, 1024), "H W for MACs and latency", "search", low=32)
     # PAPER 3.2, and 5.2 for beta and lambda; about lambda see QUICK.
     tau: float = opt(0.5, "threshold of Eq. (2)", "search", low=1e-3, high=0.999)
-    beta: float = opt(0.01, "weight of the MACs term, Eq. (4)", "search", low=0)
-    lam: float = opt(0.1, "lambda of Eq. (15)", "search", low=0)
+    beta: float = opt(0.01, "weight of the MACs term, Eq. (4)", "search")
+    lam: float = opt(0.1, "lambda of Eq. (15)", "search")
     # PAPER 4.2: a few; the number is OURS.
     weight_steps: int = opt(3, "weight steps between two mask steps", "search", low=1)
     # OURS, both; the paper has one step size, which it does not give.
-    mask_lr: float = opt(0.0, "step size of a mask of mean cost; 0: by the steps", "search", low=0)
-    cost_power: float = opt(0.5, "step sizes go with 1 / cost^this", "search", low=0, high=1)
+    mask_lr: float = opt(0.0, "step size of a mask of mean cost; 0: by the steps", "search")
+    cost_power: float = opt(0.5, "step sizes go with 1 / cost^this", "search", high=1)
     # OURS: as long as the dense training; at its end, weights train under the channels that have
     # been chosen, by any method.
     search_epochs: int = opt(430, "epochs of the search, its end included", "search", low=1)
-    settle: float = opt(0.34, "share of it after the choice", "search", low=0, high=0.99)
+    settle: float = opt(0.34, "share of it after the choice", "search", high=0.99)
     # Of the baseline's paper.
-    slim_l1: float = opt(1e-4, "L1 weight on BN's scales, for slimming", "search", low=0)
+    slim_l1: float = opt(1e-4, "L1 weight on BN's scales, for slimming", "search")
     # PAPER 4.2: no fine-tuning is needed. --no-finetune, from random weights, is a control.
     finetune: bool = opt(True, "--train starts from the pruned weights", "train")
     against: str = opt("", "run folder of another search from the same dense network: say how far "

@@ -56,11 +56,11 @@ STAGES = ("dense", "search", "train", "eval")
 SEGMENTATION_SETS = data.set_names("segmentation")
 
 
-def opt(default, help, stage="", choices=None, low=-math.inf, high=math.inf):
+def opt(default, help, stage="", choices=None, low=0, high=math.inf):
     """A dataclass field that is also a flag --name-of-field.
 
     stage: the first of STAGES that depends on it, "" if none does. low, high: the range, ends
-    included; of a tuple, for each of its numbers.
+    included, of a number or of each in a tuple; none is negative unless `low` says so.
     """
     return field(default=default, metadata={"help": help, "stage": stage, "choices": choices,
                                             "low": low, "high": high})
@@ -73,15 +73,15 @@ class BaseConfig:
     out: str = opt("", "run folder [runs/<method>]")
     preset: str = opt("", "[quick on synthetic data, else paper]", choices=("quick", "paper"))
     resume: bool = opt(False, "continue each stage from its last.pt")
-    seed: int = opt(0, "of weights, samples and data order", "dense", low=0)
+    seed: int = opt(0, "of weights, samples and data order", "dense")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     amp: bool = opt(False, "bf16 autocast; slower on a CPU without bf16 instructions", "dense")
     compile: bool = opt(False, "torch.compile the networks that are trained, evaluated and timed")
     channels_last: bool = opt(False, "NHWC memory: for depth-wise convolutions and tensor cores")
-    workers: int = opt(0, "loader processes a rank, 4 to 8 on a GPU; samples do not change", low=0)
+    workers: int = opt(0, "loader processes a rank, 4 to 8 on a GPU; samples do not change")
     dataset: str = opt("synthetic", "where images come from", "dense", SEGMENTATION_SETS)
     data_root: str = opt("", "folder of the data set (data.py shows the expected tree)", "dense")
-    num_classes: int = opt(0, "classes of --dataset folder; other sets know theirs", "dense", low=0)
+    num_classes: int = opt(0, "classes of --dataset folder; other sets know theirs", "dense")
     image_scale: float = opt(1.0, "factor for all pictures", "dense", low=0.01, high=16)
     arch: str = opt("", "arch.json to train, evaluate or bench [the one in --out]", "train")
     weights: str = opt("", "checkpoint for --eval and --export [best.pt of the training]", "eval")

@@ -79,13 +79,13 @@ class Config(BaseConfig):
     search_scale: float = opt(0.5, "pictures resized by this first, on top of --image-scale (PAPER "
                               "App. H)", "search", low=0.01, high=16)
     search_batch: int = opt(2, "images a search step (OFFICIAL-CODE)", "search", low=1)
-    pretrain_epochs: int = opt(20, "epochs for W alone (PAPER App. F)", "search", low=0)
-    search_epochs: int = opt(30, "epochs for W and architecture (PAPER App. F)", "search", low=0)
-    search_steps: int = opt(0, "steps an epoch, 0 = one pass over trainA", "search", low=0)
+    pretrain_epochs: int = opt(20, "epochs for W alone (PAPER App. F)", "search")
+    search_epochs: int = opt(30, "epochs for W and architecture (PAPER App. F)", "search")
+    search_steps: int = opt(0, "steps an epoch, 0 = one pass over trainA", "search")
     # OURS: one rate throughout; OFFICIAL-CODE has 0.02 while pretraining, then this.
-    search_lr: float = opt(0.01, "SGD for W while searching", "search", low=0)
-    search_decay: float = opt(0.99, "its factor an epoch (PAPER App. H)", "search", low=0, high=1)
-    arch_lr: float = opt(3e-4, "Adam for alpha, beta, gamma (PAPER App. H)", "search", low=0)
+    search_lr: float = opt(0.01, "SGD for W while searching", "search")
+    search_decay: float = opt(0.99, "its factor an epoch (PAPER App. H)", "search", high=1)
+    arch_lr: float = opt(3e-4, "Adam for alpha, beta, gamma (PAPER App. H)", "search")
     tau: float = opt(1.0, "temperature of Gumbel-softmax (PAPER App. C)", "search", low=1e-3)
     label_stride: int = opt(8, "losses at 1/8 of the size (OFFICIAL-CODE)", "search", low=1)
     # For ACC of Eq. (5). PAPER App. H: never on val or test; on which training images it does not
@@ -94,7 +94,7 @@ class Config(BaseConfig):
 
     # Latency, Section 3.2. A processor's milliseconds are not a 1080Ti's: lambda and target_ms mean
     # something else on each device, and so do w1 w2 w3 (`choose_eq3_w`).
-    lam: float = opt(0.01, "lambda of Eq. (8), per millisecond (PAPER App. F)", "search", low=0)
+    lam: float = opt(0.01, "lambda of Eq. (8), per millisecond (PAPER App. F)", "search")
     decouple: bool = opt(True, "Eq. (3); --no-decouple gives Figure 4(a)", "search")
     frame: tuple[int, int] = opt((1024, 2048), "its picture, H W (PAPER Table 2)", "search", low=32)
     # As alpha = beta in Eq. (6), T scales all candidates alike and decides nothing.
@@ -113,11 +113,11 @@ class Config(BaseConfig):
     scales: tuple[float, float] = opt((0.75, 1.25), "random scale", "search", low=0.1, high=10)
     batch_size: int = opt(12, "images a training step (OFFICIAL-CODE)", "train", low=1)
     epochs: int = opt(600, "training epochs of one network (OFFICIAL-CODE)", "train", low=1)
-    lr: float = opt(0.01, "SGD when training a derived network (OFFICIAL-CODE)", "train", low=0)
-    lr_decay: float = opt(0.992, "its factor an epoch (OFFICIAL-CODE)", "train", low=0, high=1)
+    lr: float = opt(0.01, "SGD when training a derived network (OFFICIAL-CODE)", "train")
+    lr_decay: float = opt(0.992, "its factor an epoch (OFFICIAL-CODE)", "train", high=1)
     distill: bool = opt(True, "Eq. (4), from the teacher, trained first if need be", "train")
     weights: str = opt("", "checkpoint to evaluate or export [<out>/<network>/best.pt]", "eval")
-    correlation: int = opt(0, "--bench: N random networks against the table (Figure 3)", low=0)
+    correlation: int = opt(0, "--bench: N random networks against the table (Figure 3)")
 
 
 # A small search (OURS): a small space, so that each choice gets many steps, and a learning rate of

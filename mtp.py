@@ -84,10 +84,10 @@ class Config(BaseConfig):
 
     # The dense networks, Eqs. (1) and (2). PAPER 7.1: 50 epochs of segmentation at 0.007, poly.
     # OURS: SGD's momentum and decay and Eq. (1)'s rate, all usual for ResNets.
-    momentum: float = opt(0.9, "of SGD", "dense", low=0, high=0.999)
-    weight_decay: float = opt(1e-4, "of SGD", "dense", low=0)
+    momentum: float = opt(0.9, "of SGD", "dense", high=0.999)
+    weight_decay: float = opt(1e-4, "of SGD", "dense")
     dense_cls_epochs: int = opt(0, "classification epochs before segmentation; 0: --backbone has "
-                                "a trained head for these classes", "dense", low=0)
+                                "a trained head for these classes", "dense")
     dense_cls_lr: float = opt(0.1, "their learning rate, linear to 0", "dense", low=1e-9)
     dense_epochs: int = opt(50, "segmentation epochs of the dense network", "dense", low=1)
     dense_lr: float = opt(0.007, "their learning rate, poly 0.9", "dense", low=1e-9)
@@ -98,18 +98,17 @@ class Config(BaseConfig):
     method: str = opt("mtp", "how channels are chosen (section 7)", "search", (
         "mtp", "slimming", "slimming_cls", "gammas", "uniform", "thinet", "fpgm"))
     lam: float = opt(1.0, "lambda of Eq. (4)", "search", low=1e-9)
-    alpha1: float = opt(1e-3, "l1 weight of gamma1", "search", low=0)
-    alpha2: float = opt(1e-3, "l1 weight of gamma2 and gamma3", "search", low=0)
+    alpha1: float = opt(1e-3, "l1 weight of gamma1", "search")
+    alpha2: float = opt(1e-3, "l1 weight of gamma2 and gamma3", "search")
     rho: float = opt(1.5, "growth of mu a round", "search", low=1.0001)
     rounds: int = opt(20, "most rounds of lines 2 to 7", "search", low=1)
     inner_steps: int = opt(500, "K, batches of each task a round", "search", low=1)
-    tolerance: float = opt(1e-3, "line 7: largest ||W1 - W3|| / ||W1||; 0: all rounds", "search",
-                           low=0)
+    tolerance: float = opt(1e-3, "line 7: largest ||W1 - W3|| / ||W1||; 0: all rounds", "search")
     search_cls_lr: float = opt(0.001, "learning rate of W1, linear to 0", "search", low=1e-9)
     search_lr: float = opt(0.007, "learning rate of W2, W3, linear to 0", "search", low=1e-9)
     gamma_rate: float = opt(30.0, "its factor for prunable gammas", "search", low=1)
     batch_order: int = opt(0, "another number: other batches in the sparse training, from the same "
-                           "dense networks; what two orders disagree on is chance", "search", low=0)
+                           "dense networks; what two orders disagree on is chance", "search")
 
     # The cut, lines 9 and 10. PAPER 3: p, and thresholds by part; PAPER Table 4: one for all.
     # OURS: recalibration.
@@ -118,10 +117,10 @@ class Config(BaseConfig):
     pool: str = opt("auto", "whose scores compete: those of a layer, of a part (backbone, "
                     "decoder), of the network; auto: part where gammas are compared, else layer",
                     choices=("auto", "layer", "part", "network"))
-    recalibrate: int = opt(50, "batches that re-estimate BN statistics", "search", low=0)
+    recalibrate: int = opt(50, "batches that re-estimate BN statistics", "search")
 
     # Fine-tuning, line 11, and what comes after. PAPER 7.1: epochs and rates.
-    cls_epochs: int = opt(20, "fine-tuning on classification; 0: none, Table 1", "train", low=0)
+    cls_epochs: int = opt(20, "fine-tuning on classification; 0: none, Table 1", "train")
     cls_lr: float = opt(7e-4, "its learning rate, poly 0.9", "train", low=1e-9)
     epochs: int = opt(50, "fine-tuning on segmentation", "train", low=1)
     lr: float = opt(7e-4, "its learning rate, poly 0.9", "train", low=1e-9)

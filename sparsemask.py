@@ -87,23 +87,23 @@ class Config(BaseConfig):
     loss: str = opt("ours", "what drives w besides the task loss: ours = Eq. (2), its binary or "
                     "sparse half alone, task = nothing (Table 1); l1, maskconnect (Figure 4)",
                     "search", tuple(TERMS))
-    lam: float = opt(0.01, "lambda of Eq. (3) (PAPER 4.1)", "search", low=0)
+    lam: float = opt(0.01, "lambda of Eq. (3) (PAPER 4.1)", "search")
     warmup: int = opt(0, "first epochs of the search in which w rests at 1/2 (OURS; PAPER: none)",
-                      "search", low=0)
-    l1: float = opt(5e-3, "strength of --loss l1 (PAPER 4.2: 1e-3, 5e-3, 1e-2)", "search", low=0)
+                      "search")
+    l1: float = opt(5e-3, "strength of --loss l1 (PAPER 4.2: 1e-3, 5e-3, 1e-2)", "search")
     k: int = opt(2, "inputs a stage of --loss maskconnect (PAPER 4.2: 2 to 5)", "search", low=1)
     bn: bool = opt(True, "BN on every connection, Eq. (4); --no-bn: 4.2's ablation", "search")
     sigma: float = opt(0.001, "connections with w below it are dropped (PAPER 4.1)", "search",
                        low=1e-9, high=0.999)
     simplify: bool = opt(False, "drop duplicate and subset stages too (OFFICIAL-CODE)", "search")
-    lr_encoder: float = opt(0.005, "SGD, encoder (PAPER 4.1)", "search", low=0)
-    lr_decoder: float = opt(0.05, "SGD, decoder (PAPER 4.1)", "search", low=0)
-    lr_w: float = opt(0.0, "SGD, w; 0 = the decoder's (OFFICIAL-CODE)", "search", low=0)
-    momentum: float = opt(0.9, "of SGD (PAPER 4.1)", "search", low=0, high=0.999)
-    weight_decay: float = opt(4e-5, "of SGD (PAPER 4.1), on w too (OFFICIAL-CODE)", "search", low=0)
+    lr_encoder: float = opt(0.005, "SGD, encoder (PAPER 4.1)", "search")
+    lr_decoder: float = opt(0.05, "SGD, decoder (PAPER 4.1)", "search")
+    lr_w: float = opt(0.0, "SGD, w; 0 = the decoder's (OFFICIAL-CODE)", "search")
+    momentum: float = opt(0.9, "of SGD (PAPER 4.1)", "search", high=0.999)
+    weight_decay: float = opt(4e-5, "of SGD (PAPER 4.1), on w too (OFFICIAL-CODE)", "search")
     # OURS: with 3e-4 a short run would never get away from the initial statistics.
     bn_momentum: float = opt(0.0, "of running BN statistics; 0 = 3e-4 (OFFICIAL-CODE), or "
-                             "10 / steps where that is more", "search", low=0, high=1)
+                             "10 / steps where that is more", "search", high=1)
     network: str = opt("found", "what --train, --eval and --export work on: found is --arch; "
                        "random_like is random, of about the size of --arch", "train", NETWORKS)
     arch: str = opt("", "arch.json [<out>/arch.json]", "train")

@@ -705,9 +705,9 @@ class Settings(common.BaseConfig):
     size: tuple[int, int] = common.opt((32, 32), "crop", "dense", low=32)
     scales: tuple[float, float] = common.opt((0.5, 1.0), "scales", "dense", low=0.1, high=9)
     batch_size: int = common.opt(4, "batch", "dense", low=1)
-    lam: float = common.opt(0.5, "lambda", "search", low=0, high=1)
+    lam: float = common.opt(0.5, "lambda", "search", high=1)
     epochs: int = common.opt(3, "epochs", "train", low=1)
-    shares: tuple[float, ...] = common.opt((1.0,), "shares", "search", low=0, high=9)
+    shares: tuple[float, ...] = common.opt((1.0,), "shares", "search", high=9)
 
 
 def parse(flags):
