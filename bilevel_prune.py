@@ -35,7 +35,6 @@ The idea in five lines:
 """
 import contextlib
 import copy
-import json
 import math
 import re
 from collections import OrderedDict
@@ -623,7 +622,7 @@ def regularizer(net, area, target):
 
 def task_loss(forward, images, labels, cfg):
     """L of Eq. (4): cross-entropy at the label's resolution."""
-    with common.autocast(images.device, cfg.amp):
+    with common.autocast(cfg):
         logits = forward(images)                                    # (B, K, h, w)
     return common.cross_entropy(enlarged(logits.float(), labels.shape[-2:]), labels)
 
@@ -775,7 +774,7 @@ def learn(run, net, loader, area, target, score):
     """
     cfg, schedule, masks = run.cfg, run.parts["schedule"], list(masks_of(net).values())
     weight_sgd, mask_sgd = run.parts["optimizer"], run.parts["mask_optimizer"]
-    forward = common.training_form(net.train(), cfg, run.device)
+    forward = common.training_form(net.train(), cfg)
     direction = None
     for epoch in run.epochs():
         deciding = epoch < chosen_after(cfg)
@@ -821,19 +820,19 @@ def learn(run, net, loader, area, target, score):
                       masked_miou=miou, macs=share, mask_steps=rows, widths=widths_left(net))
 
 
-def run_of_search(cfg, net, loader, area, target, device, folder):
+def run_of_search(cfg, net, loader, area, target, folder):
     """The Run of a search: starts the masks of the dense network; SGD with momentum for the
     weights, and for the masks, each with a `rate` of its own."""
     for mask, least in prunable(net, cfg).items():
         mask.start(cfg.tau, least)                                      # s = 1: the dense network
-    masks = list(masks_of(net.to(device)).values())
+    masks = list(masks_of(net.to(cfg.device)).values())
     optimizer, schedule = optimizer_for(net, cfg, cfg.search_epochs * len(loader))
     mask_steps = chosen_after(cfg) * (len(loader) // (cfg.weight_steps + 1))
     rates = mask_rates(masks, area, target, mask_steps, cfg)
     groups = [{"params": [mask.s], "rate": rate} for mask, rate in zip(masks, rates)]
     mask_optimizer = torch.optim.SGD(groups, 0.0, cfg.momentum)
-    return common.Run("search", "search", cfg, device, folder, cfg.search_epochs, stale=STALE,
-                      model=net, optimizer=optimizer, schedule=schedule,
+    return common.Run("search", "search", cfg, folder, cfg.search_epochs, stale=STALE, model=net,
+                      optimizer=optimizer, schedule=schedule,
                       mask_optimizer=mask_optimizer)
 
 
@@ -878,18 +877,18 @@ def chosen_after(cfg):
     return max(1, round(cfg.search_epochs * (1 - cfg.settle)))
 
 
-def search(cfg, device, folder=None):
+def search(cfg, folder=None):
     """--search: learn masks and weights, choose, cut, write. Returns its numbers."""
     images, loader = open_loader(cfg, "train", train=True)
     if cfg.method == "bilevel" and len(loader) <= cfg.weight_steps:
         raise InputError(f"{len(loader)} batches an epoch are too few for --weight-steps "
                          f"{cfg.weight_steps} and a mask step; lower it, or --batch-size")
-    net, score = dense_network(cfg, images.num_classes), scorer(cfg, device)
+    net, score = dense_network(cfg, images.num_classes), scorer(cfg)
     area = areas(net, cfg.frame)
     target = target_of(cfg, net, area)                  # refused now, not after hours
-    start(cfg, net, device)
+    start(cfg, net)
     torch.manual_seed(cfg.seed)
-    run = run_of_search(cfg, net, loader, area, target, device, folder or folder_of(cfg))
+    run = run_of_search(cfg, net, loader, area, target, folder or folder_of(cfg))
     learn(run, net, loader, area, target, score)
     return finish(run, net, area, target, score)
 
@@ -1016,9 +1015,9 @@ def load_arch(path):
 
 
 def write_arch(net, folder, **about):
-    common.write_text(Path(folder) / "arch.json", json.dumps(
-        {"network": net.name, "classes": net.num_classes, "parameters": count_params(net), **about,
-         "widths": net.widths()}, indent=1))
+    common.write_json(Path(folder) / "arch.json", {
+        "network": net.name, "classes": net.num_classes, "parameters": count_params(net), **about,
+        "widths": net.widths()})
 
 
 def finish(run, net, area, target, score):
@@ -1193,38 +1192,38 @@ def folder_of(cfg):
     return Path(cfg.out) / ("no_implicit" if ablation else cfg.method.replace("bilevel", ""))
 
 
-def scorer(cfg, device):
+def scorer(cfg):
     """score(net) -> mIoU on val, a number in [0, 1]."""
     images, loader = open_loader(cfg, "val")
 
     def score(net):
-        return common.evaluate(net, loader, images.num_classes, device, cfg.amp).miou()
+        return common.evaluate(net, loader, images.num_classes, cfg).miou()
     return score
 
 
-def training_of(cfg, net, name, stage, device, folder, **about):
+def training_of(cfg, net, name, stage, folder, **about):
     """(Run, loss_terms, loader, score) of a network without masks, for common.fit."""
     _, loader = open_loader(cfg, "train", train=True)
-    common.place(net, cfg, device)
+    common.place(net, cfg)
     optimizer, schedule = optimizer_for(net, cfg, cfg.epochs * len(loader))
 
     def loss_terms(forward, images, labels):
         return {"loss": task_loss(forward, images, labels, cfg)}
 
-    run = common.Run(name, stage, cfg, device, folder, cfg.epochs, about=about, model=net,
+    run = common.Run(name, stage, cfg, folder, cfg.epochs, about=about, model=net,
                      optimizer=optimizer, schedule=schedule)
-    return run, loss_terms, loader, scorer(cfg, device)         # val chooses best.pt
+    return run, loss_terms, loader, scorer(cfg)                 # val chooses best.pt
 
 
-def start(cfg, net, device):
+def start(cfg, net):
     """Give the dense network the weights that the search starts from: --dense, or <out>/dense,
     trained now if it is not there."""
     if cfg.dense:
         load_file(net, cfg.dense)
-        common.place(net, cfg, device)
+        common.place(net, cfg)
         return
     folder = Path(cfg.out) / "dense"
-    common.train_or_load(*training_of(cfg, net, "dense", "dense", device, folder))
+    common.train_or_load(*training_of(cfg, net, "dense", "dense", folder))
     write_arch(net, folder)
 
 
@@ -1239,22 +1238,21 @@ def found_network(cfg, classes):
     return build(name, found, widths, cfg.drop_path), path
 
 
-def train(cfg, device):
+def train(cfg):
     """--train: the found network, from its pruned weights or, a control, from random ones."""
     classes = open_split(cfg, "train").num_classes
     if cfg.method == "dense":
-        start(cfg, dense_network(cfg, classes), device)
+        start(cfg, dense_network(cfg, classes))
         return
     (net, arch), folder = found_network(cfg, classes), folder_of(cfg) / "retrained"
     if cfg.finetune:
         load_file(net, arch.parent / "pruned.pt")
-    best = common.fit(*training_of(cfg, net, "retrained", "train", device, folder,
-                                   widths=json.dumps(net.widths())))
+    best = common.fit(*training_of(cfg, net, "retrained", "train", folder, widths=net.widths()))
     print(f"retrained: best mIoU on val {100 * best:.2f} -> {folder}/best.pt\n"
           + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
 
 
-def trained_network(cfg, classes, device):
+def trained_network(cfg, classes):
     """(its kind, the network of --method in eval mode): the dense one, or the found one, retrained
     if --train has done so."""
     (net, arch), folder = found_network(cfg, classes), folder_of(cfg)
@@ -1263,7 +1261,7 @@ def trained_network(cfg, classes, device):
         if path.exists():
             break
     load_file(net, cfg.weights or path)
-    return kind, common.place(net.eval(), cfg, device)
+    return kind, common.place(net.eval(), cfg)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1271,14 +1269,14 @@ def trained_network(cfg, classes, device):
 # ---------------------------------------------------------------------------------------------
 
 
-def evaluate_network(cfg, device):
+def evaluate_network(cfg):
     """--eval: mIoU, one scale (PAPER 5.2), and pictures."""
     images, loader = open_loader(cfg, cfg.split)
-    kind, net = trained_network(cfg, images.num_classes, device)
+    kind, net = trained_network(cfg, images.num_classes)
     forward = torch.compile(net) if cfg.compile else net
-    matrix = common.evaluate(forward, loader, images.num_classes, device, cfg.amp)
+    matrix = common.evaluate(forward, loader, images.num_classes, cfg)
     common.report_segmentation(cfg.method, kind, matrix, images, cfg, folder_of(cfg))
-    common.draw_segmentations(net, images, cfg, device, folder_of(cfg))
+    common.draw_segmentations(net, images, cfg, folder_of(cfg))
 
 
 PRINTED = {"tiny": "1.4 M / 0.6 G", "small": "3.1 M / 1.2 G", "base": "5.1 M / 1.8 G",
@@ -1286,13 +1284,13 @@ PRINTED = {"tiny": "1.4 M / 0.6 G", "small": "3.1 M / 1.2 G", "base": "5.1 M / 1
            "deeplab": "2.26 M / 9.5 G"}
 
 
-def bench(cfg, device):
+def bench(cfg):
     """--bench: counts beside the paper's; dense and found network side by side.
 
     App. F as far as PyTorch goes are --channels-last and --compile; sparse storage and matrix
     reordering are not needed (cut channels leave nothing sparse), a phone's kernels not to be had.
     """
-    if rank() != 0:
+    if rank() > 0:
         return
     print("parameters and MACs, ours | printed in the paper (150 classes, 512x512; deeplab and "
           "base_cityscapes 19, 512x1024)")
@@ -1306,10 +1304,8 @@ def bench(cfg, device):
     if cfg.arch or (folder_of(cfg) / "arch.json").exists():
         found, _ = found_network(cfg, None)
         nets = {"dense": build(found.name, found.num_classes).eval(), "found": found.eval()}
-    about, rows = latency.compare(nets, cfg.frame, device, cfg)
-    common.write_text(Path(cfg.out) / "bench.json", json.dumps({**about, "networks": rows},
-                                                               indent=1))
-    print(f"in {cfg.out}: bench.json")
+    about, rows = latency.compare(nets, cfg.frame, cfg)
+    latency.write_bench(cfg, about, rows)
 
 
 def kept_in(folder):
@@ -1339,14 +1335,14 @@ SWEEP = {"beta": (0.001, 0.01, 0.1, 1.0), "lam": (0.01, 0.1, 1.0),        # PAPE
          "target": (0.76, 0.44, 0.29, 0.17, 0.12)}                      # its GMACs over 8.2
 
 
-def sweep(cfg, device):
+def sweep(cfg):
     """--sweep, Apps. I and J: a search for each value; sweep.md, written anew after each."""
     lines = ["| swept | value | pruned mIoU | parameters | target GMACs | by the masks alone | "
              "after the ranking |", "|---|---|---|---|---|---|---|"]
     for name, values in SWEEP.items():
         for value in values:
-            row = search(replace(cfg, **{name: value}), device,
-                         Path(cfg.out) / "sweep" / f"{name}{value:g}")
+            folder = Path(cfg.out) / "sweep" / f"{name}{value:g}"
+            row = search(replace(cfg, **{name: value}), folder)
             macs = [f"{row[key] / 1e9:.4f}" for key in ("target", "by_masks", "macs")]
             lines.append(f"| {name} | {value:g} | {100 * row['pruned_miou']:.2f} | "
                          f"{row['parameters']:,} | {' | '.join(macs)} |")
@@ -1418,24 +1414,24 @@ def check_batches(cfg, pictures):
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "bilevel_prune", STAGES, QUICK, __doc__, argv)
     check(cfg, stages)
-    device = common.setup(cfg)
+    common.setup(cfg)
     if "eval" in stages:                                    # missing? say so before hours of work
         open_split(cfg, cfg.split)
     if stages & {"train", "search", "sweep"}:
         open_split(cfg, "val")
         check_batches(cfg, len(open_split(cfg, "train")))
-    common.write_config(cfg, stages, device)
+    common.write_config(cfg, stages)
     for stage, run in (("search", search), ("train", train), ("sweep", sweep),
                        ("eval", evaluate_network), ("bench", bench)):
         if stage in stages:
-            run(cfg, device)
+            run(cfg)
     if cfg.against:
         kappa = agreement(kept_in(folder_of(cfg)), kept_in(cfg.against))
         print(f"kept channels of {folder_of(cfg)} and {cfg.against}: kappa {kappa:.2f} (0: no "
               "better than chance, 1: the same)")
     if cfg.export:
         classes = open_split(cfg, cfg.split).num_classes
-        _, net = trained_network(cfg, classes, torch.device("cpu"))
+        _, net = trained_network(cfg, classes)
         common.export(net, cfg.frame, cfg.export)
 
 

@@ -10,7 +10,7 @@
 
 A paper's search is written out in its own file, on top of Run:
 
-    run = Run("search", "search", cfg, device, cfg.out, epochs, model=net, optimizer=sgd)
+    run = Run("search", "search", cfg, cfg.out, epochs, model=net, optimizer=sgd)
     for epoch in run.epochs():                          # with --resume from where last.pt left off
         for images, labels in run.batches(loader):
             run.descend(sgd, task=F.cross_entropy(net(images), labels))
@@ -74,7 +74,7 @@ class BaseConfig:
     preset: str = opt("", "[quick on synthetic data, else paper]", choices=("quick", "paper"))
     resume: bool = opt(False, "continue each stage from its last.pt")
     seed: int = opt(0, "of weights, samples and data order", "dense")
-    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N")      # setup() resolves auto
     amp: bool = opt(False, "bf16 autocast; slower on a CPU without bf16 instructions", "dense")
     compile: bool = opt(False, "torch.compile the networks that are trained, evaluated and timed")
     channels_last: bool = opt(False, "NHWC memory: for depth-wise convolutions and tensor cores")
@@ -208,7 +208,7 @@ def world_size():
 
 
 def setup(cfg):
-    """Join torchrun's processes if there are any, seed everything; returns the torch.device.
+    """Join torchrun's processes if there are any, seed everything; cfg.device becomes its name.
 
     Every rank gets the same seed, so that weights start equal and architecture samples stay equal
     without being sent; drop-path masks coincide too, which is harmless. Data differ by rank through
@@ -220,19 +220,18 @@ def setup(cfg):
     usable = kind in ("cuda", "auto") and not (launched and index)  # one GPU for all ranks: refused
     index = index or (os.environ["LOCAL_RANK"] if launched else "0")
     if cfg.device == "cpu" or cfg.device == "auto" and not gpus:
-        device = torch.device("cpu")
+        cfg.device = "cpu"
     elif usable and index.isdigit() and int(index) < gpus:
-        device = torch.device("cuda", int(index))
-        torch.cuda.set_device(device)
+        cfg.device = f"cuda:{index}"
+        torch.cuda.set_device(cfg.device)
     else:
         raise InputError(f"--device {cfg.device} cannot be used: torch sees {gpus} GPUs; choose "
                          "auto, cpu, cuda or, without torchrun, cuda:N")
     if launched and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("gloo" if cfg.device == "cpu" else "nccl")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")              # every rank reports; rank 0 is heard
     torch.manual_seed(cfg.seed)
-    return device
 
 
 def sum_over_ranks(tensor):
@@ -272,38 +271,38 @@ def barrier():
         dist.barrier()
 
 
-def training_form(model, cfg, device):
+def training_form(model, cfg):
     """The model to call in a training step; it shares parameters and buffers with `model`.
 
     On several GPUs a twin whose BNs see the batches of all ranks: so the model itself keeps plain
     BNs, which can be folded, cut and run on a CPU. Compiled if asked for.
     """
-    if world_size() > 1 and device.type == "cuda":
+    if world_size() > 1 and cfg.device != "cpu":
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, shared))
     return torch.compile(model) if cfg.compile else model
 
 
-def place(net, cfg, device):
+def place(net, cfg):
     """The network on the device, in NHWC memory with --channels-last."""
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    return net.to(device, memory_format=layout)
+    return net.to(cfg.device, memory_format=layout)
 
 
-def to_device(images, labels, cfg, device):
+def to_device(images, labels, cfg):
     """A batch on the device, its images laid out as place() has laid out the network."""
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    images, labels = (t.to(cfg.device, non_blocking=True) for t in (images, labels))
     return images.contiguous(memory_format=layout), labels
 
 
-def autocast(device, enabled):
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def autocast(cfg):
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.amp)
 
 
 def peak_memory(device):
     """Most memory held so far, GiB: on the GPU, or by this process."""
-    if device.type == "cuda":
+    if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held / 2 ** (30 if sys.platform == "darwin" else 20)     # in bytes on macOS, else in KiB
@@ -346,6 +345,10 @@ def write_text(path, text):
         temporary.write_text(text)
 
 
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1))
+
+
 def read_json(path, what):
     """The JSON object in `path`, a dict; `what` names it in the message of the InputError."""
     try:
@@ -359,7 +362,7 @@ def read_json(path, what):
     return value
 
 
-def write_config(cfg, stages, device):
+def write_config(cfg, stages):
     """config.json: settings, stages, versions, device and git revision of what makes a network."""
     if not stages & {"search", "train", "sweep"}:
         return
@@ -367,9 +370,9 @@ def write_config(cfg, stages, device):
                          cwd=Path(__file__).parent).stdout.strip()      # "" without git
     about = {"stages": sorted(stages), "python": sys.version.split()[0],
              "torch": torch.__version__, "torchvision": data.torchvision.__version__,
-             "numpy": np.__version__, "device": str(device), "git": git,
+             "numpy": np.__version__, "git": git,
              "threads": torch.get_num_threads(), "processes": world_size()}
-    write_text(Path(cfg.out) / "config.json", json.dumps({**asdict(cfg), **about}, indent=1))
+    write_json(Path(cfg.out) / "config.json", {**asdict(cfg), **about})
 
 
 def log_record(folder, **record):
@@ -442,9 +445,8 @@ class Run:
     diverged earlier it leaves everything as it was.
     """
 
-    def __init__(self, name, stage, cfg, device, folder, epochs, steps=0, about=None, stale=(),
-                 **parts):
-        self.name, self.cfg, self.device, self.folder = name, cfg, device, Path(folder)
+    def __init__(self, name, stage, cfg, folder, epochs, steps=0, about=None, stale=(), **parts):
+        self.name, self.cfg, self.folder = name, cfg, Path(folder)
         self.total, self.steps, self.parts, self.stale = epochs, steps, parts, stale
         self.settings, self.resume = settings_of(cfg, stage, **(about or {})), cfg.resume
         self.values, self.terms = {}, {}
@@ -476,7 +478,7 @@ class Run:
             self.step += 1                  # here: behind the last batch nobody asks on
             self.done += 1
             self.images += len(images) * world_size()
-            yield to_device(images, labels, self.cfg, self.device)
+            yield to_device(images, labels, self.cfg)
             if sys.stdout.isatty() and time.perf_counter() - self.shown > 0.5:
                 self.shown = time.perf_counter()
                 print("\r" + self.progress()[:150], end="\x1b[K", flush=True)
@@ -488,7 +490,7 @@ class Run:
         losses = " ".join(f"{name} {float(value):.3f}" for name, value in self.terms.items())
         return (f"{self.name} epoch {self.epoch + 1}/{self.total} it {self.step}/{self.steps} "
                 f"{losses} {self.images / spent:.1f} img/s ETA {minutes:.1f} min "
-                f"{peak_memory(self.device):.2f} GiB")
+                f"{peak_memory(self.cfg.device):.2f} GiB")
 
     def check(self, **terms):
         """Note the loss terms (scalars) for progress and log; InputError if one is not finite."""
@@ -551,10 +553,10 @@ def fit(run, loss_terms, loader, score, clip=0.0):
     miou; the best epoch is kept as best.pt. Returns the best score.
     """
     model, optimizer, schedule = (run.parts[k] for k in ("model", "optimizer", "schedule"))
-    forward = training_form(model.train(), run.cfg, run.device)
+    forward = training_form(model.train(), run.cfg)
     for _ in run.epochs():
         for images, labels in run.batches(loader):
-            with autocast(run.device, run.cfg.amp):
+            with autocast(run.cfg):
                 terms = loss_terms(forward, images, labels)
             run.descend(optimizer, clip, **terms)
             schedule.step()
@@ -744,14 +746,14 @@ def probabilities(model, images, size, scales, flip):
 
 
 @torch.no_grad()
-def evaluate(model, loader, num_classes, device, amp=False, scales=(1.0,), flip=False):
+def evaluate(model, loader, num_classes, cfg, scales=(1.0,), flip=False):
     """ConfusionMatrix of a segmentation model over a loader, at the label's own resolution, added
     up over all ranks. One scale and no flip unless asked for."""
-    training, matrix = model.training, ConfusionMatrix(num_classes, device)
+    training, matrix = model.training, ConfusionMatrix(num_classes, cfg.device)
     model.eval()
     for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
-        with autocast(device, amp):
+        images, labels = images.to(cfg.device), labels.to(cfg.device)
+        with autocast(cfg):
             mean = probabilities(model, images, labels.shape[-2:], scales, flip)
         matrix.update(labels, mean.argmax(1))
     model.train(training)
@@ -803,7 +805,7 @@ def save_png(image, path):
 
 
 @torch.no_grad()
-def draw_segmentations(net, images, cfg, device, folder, count=4):
+def draw_segmentations(net, images, cfg, folder, count=4):
     """segmentations.png: a row for each of `count` pictures: picture, label, prediction.
 
     Pixels without a label show the picture alone.
@@ -812,7 +814,7 @@ def draw_segmentations(net, images, cfg, device, folder, count=4):
     colours, classes = [tuple(c) for c in images.palette], torch.arange(images.num_classes)
     for i in range(0, len(images), max(1, len(images) // count))[:count]:
         x, label = samples[0, i]                                        # (3, H, W), (H', W')
-        guess = enlarged(net(x[None].to(device)).float(), label.shape).argmax(1)[0].cpu()
+        guess = enlarged(net(x[None].to(cfg.device)).float(), label.shape).argmax(1)[0].cpu()
         picture = data.v2.functional.pil_to_tensor(images[i][0])        # (3, H', W')
         masks = [y == classes[:, None, None] for y in (label, guess)]   # (K, H', W') each
         tiles += [picture, *(draw_segmentation_masks(picture, m, 0.6, colours) for m in masks)]

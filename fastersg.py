@@ -34,7 +34,6 @@ The idea in five lines:
     python fastersg.py --train --eval            teacher, then the distilled student
     python fastersg.py --bench --arch paper      10 seconds: the published network, exact counts
 """
-import json
 import math
 import random
 import re
@@ -791,7 +790,7 @@ def seg_loss(net, draw, who, images, labels, cfg):
     """
     size = [math.ceil(d / cfg.label_stride) for d in labels.shape[-2:]]
     labels = F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
-    with autocast(images.device, cfg.amp):
+    with autocast(cfg):
         logits = net(images, draw, who)                     # each (B, K, H/8, W/8)
     return sum(ohem(resize(y.float(), size), labels) for y in logits)
 
@@ -857,11 +856,11 @@ def is_measured(piece):
     return piece[0] != "skip" or piece[-1] == 2
 
 
-def measured_table(cfg, num_classes, device):
+def measured_table(cfg, num_classes):
     """{entry: ms} for cfg.frame on this device; stored beside the run folders, measured once."""
     pieces = chain(*space_pieces(cfg, num_classes).values())
     entries = {entry(piece): make_piece(piece, cfg.frame) for piece in pieces if is_measured(piece)}
-    return latency.build_table(entries, device, cfg.frame, Path(cfg.out).parent)
+    return latency.build_table(entries, cfg.device, cfg.frame, Path(cfg.out).parent)
 
 
 def table_latency(arch, ms, num_classes):
@@ -873,15 +872,15 @@ def table_latency(arch, ms, num_classes):
 class LatencyTable:
     """Lat(M): the table as tensors, one a group of space_pieces; expected latencies of a Draw."""
 
-    def __init__(self, cfg, ms, num_classes, device="cpu"):
+    def __init__(self, cfg, ms, num_classes):
         self.layers, self.n = cfg.layers, len(cfg.widths)
         self.final_sets = final_sets(cfg.branches)
         one_hot = [float(chi == cfg.stem_chi) for chi in cfg.widths]
-        self.stem_width = torch.tensor(one_hot, device=device)              # (|X|,)
+        self.stem_width = torch.tensor(one_hot, device=cfg.device)              # (|X|,)
         self.ms = {}
         for group, pieces in space_pieces(cfg, num_classes).items():
             values = [ms[entry(piece)] if is_measured(piece) else 0.0 for piece in pieces]
-            self.ms[group] = torch.tensor(values, device=device)
+            self.ms[group] = torch.tensor(values, device=cfg.device)
 
     def __call__(self, draw):
         """{set of branches: expected ms}. Section 3.2: latencies in place of operators in Eqs. (1)
@@ -973,7 +972,7 @@ def sensitivities(table, cfg):
     for kind, logits in ArchParameters(cfg).named_parameters():             # alpha, beta, gamma
         values = []
         for choice in range(logits.shape[1]):
-            probe = ArchParameters(cfg).to(table.stem_width.device)
+            probe = ArchParameters(cfg).to(cfg.device)
             getattr(probe, kind)[:, choice] = 100.0         # softmax: 1
             values.append(float(table.mean(probe.draw(torch.softmax(probe.gamma, 1)))))
         changes.append(max(values) - min(values))
@@ -1025,7 +1024,7 @@ def choose_eq3_w(cfg, table):
 # ---------------------------------------------------------------------------------------------
 
 
-def run_search(cfg, device, net, teacher, student, table, loaders):
+def run_search(cfg, net, teacher, student, table, loaders):
     """App. F. net: Supernet (its weights are W), teacher, student: ArchParameters, table:
     LatencyTable, loaders: of trainA, trainB and held-out pictures. Supernet and both architectures
     are trained in place."""
@@ -1043,7 +1042,7 @@ def run_search(cfg, device, net, teacher, student, table, loaders):
     # another --arch in these folders go too.
     trained = product(NETWORKS, ("", "_alone"), ("/last.pt", "/best.pt"))
     stale = ["arch.json", *("".join(parts) for parts in trained)]
-    run = Run("search", "search", cfg, device, cfg.out, cfg.pretrain_epochs + cfg.search_epochs,
+    run = Run("search", "search", cfg, cfg.out, cfg.pretrain_epochs + cfg.search_epochs,
               steps, stale=stale, model=net, teacher=teacher, student=student, sgd=sgd, decay=decay,
               adam_t=adam_t, adam_s=adam_s)
     for epoch in run.epochs():
@@ -1087,7 +1086,7 @@ def search_epoch(run, pairs, net, teacher, student, sgd, adam_t, adam_s, table, 
             (STUDENT, narrowest), (STUDENT, widest), (STUDENT, sampled)])
         # 3. alpha_T, beta_T by their grad of L_seg(M | W, alpha_T, beta_T) on trainB. First
         #    order: W counts as a constant, so none of it leaks into the next update of W.
-        batch_b = common.to_device(*batch_b, cfg, run.device)
+        batch_b = common.to_device(*batch_b, cfg)
         net.requires_grad_(False)
         draw = teacher.draw(teacher.widest())
         run.descend(adam_t, arch_T=seg_loss(net, draw, TEACHER, *batch_b, cfg))
@@ -1138,17 +1137,17 @@ def search_loaders(cfg):
 
 
 @torch.no_grad()
-def supernet_miou(net, draw, who, loader, device, amp=False):
+def supernet_miou(net, draw, who, loader, cfg):
     """{set of branches: mIoU} of the supernet itself (not of a derived network) over all ranks.
     One pass scores all sets; common.evaluate would need one for each."""
     net.eval()
-    matrices = {rates: ConfusionMatrix(net.num_classes, device) for rates in net.sets}
+    matrices = {rates: ConfusionMatrix(net.num_classes, cfg.device) for rates in net.sets}
     for images, labels in loader:
-        with autocast(device, amp):
-            outputs = net(images.to(device), draw, who)
+        with autocast(cfg):
+            outputs = net(images.to(cfg.device), draw, who)
         for matrix, logits in zip(matrices.values(), outputs):
             prediction = resize(logits.float(), labels.shape[-2:]).argmax(1)
-            matrix.update(labels.to(device), prediction)
+            matrix.update(labels.to(cfg.device), prediction)
     net.train()
     for matrix in matrices.values():
         common.sum_over_ranks(matrix.matrix)
@@ -1175,7 +1174,7 @@ def end_search_epoch(run, net, teacher, student, table, held_out):
     tells whether an argmax means anything."""
     common.average_buffers(net)
     draw = student.draw(student.likeliest())
-    scores = supernet_miou(net, draw, STUDENT, held_out, run.device, run.cfg.amp)
+    scores = supernet_miou(net, draw, STUDENT, held_out, run.cfg)
     record = {"supernet_miou": sum(scores[s] for s in net.final_sets) / len(net.final_sets),
               "ms": float(table.mean(draw)), "searching": run.epoch >= run.cfg.pretrain_epochs}
     for name, arch in (("teacher", teacher), ("student", student)):
@@ -1244,7 +1243,7 @@ def target(accuracy, ms, cfg):
     return accuracy * (ms / cfg.target_ms) ** cfg.target_power
 
 
-def select(cfg, device, net, teacher, student, ms, held_out):
+def select(cfg, net, teacher, student, ms, held_out):
     """App. B: the set of branches with the best target, of those that the supernet scores.
 
     The teacher, which has no latency constraint, is chosen by accuracy alone (OURS). Returns
@@ -1254,7 +1253,7 @@ def select(cfg, device, net, teacher, student, ms, held_out):
     for who, name, draw in ((TEACHER, "teacher", teacher.draw(teacher.widest())),
                             (STUDENT, "student", student.draw(student.likeliest()))):
         # OURS: ACC of Eq. (5) is the supernet's; no candidate is trained for this.
-        scores, best = supernet_miou(net, draw, who, held_out, device, cfg.amp), 0.0
+        scores, best = supernet_miou(net, draw, who, held_out, cfg), 0.0
         for rates in net.final_sets:
             arch = derive(draw, cfg, who, rates)
             row = {"supernet_miou": scores[rates], "target": scores[rates]}
@@ -1264,10 +1263,10 @@ def select(cfg, device, net, teacher, student, ms, held_out):
             rows[f"{name} {rates}"] = row
             if name not in archs or row["target"] > best:
                 best, archs[name] = row["target"], arch
-        small = FasterSeg(archs[name], net.num_classes).to(device)
+        small = FasterSeg(archs[name], net.num_classes).to(cfg.device)
         inherit(small, net, who, cfg.widths)
         # With the BN statistics of mixtures, not measured again: a sign of life, not a result.
-        matrix = evaluate(small, held_out, net.num_classes, device, cfg.amp)
+        matrix = evaluate(small, held_out, net.num_classes, cfg)
         rows[name] = {"derived_miou": matrix.miou()}
     return archs, rows
 
@@ -1336,7 +1335,7 @@ def controls(cfg, student, ms, num_classes, draws=200):
     return dict(zip(("random", "random1", "random2"), archs))
 
 
-def search(cfg, device):
+def search(cfg):
     """--search: pretrain, search, derive; writes arch.json (nothing measured in it), pictures.
 
     arch.json holds six networks: teacher and student as derived, the teacher at the smallest width
@@ -1346,18 +1345,17 @@ def search(cfg, device):
     num_classes, loaders = search_loaders(cfg)
     print(f"search space (4.2): {count_paths(cfg.layers)} paths of pairs of branches, "
           f"times {count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
-    ms = measured_table(cfg, num_classes, device)
-    table = LatencyTable(cfg, ms, num_classes, device)
-    net = place(Supernet(cfg, num_classes), cfg, device).train()
-    teacher, student = (ArchParameters(cfg).to(device) for _ in range(2))
-    run_search(cfg, device, net, teacher, student, table, loaders)
-    archs, rows = select(cfg, device, net, teacher, student, ms, loaders[2])
+    ms = measured_table(cfg, num_classes)
+    table = LatencyTable(cfg, ms, num_classes)
+    net = place(Supernet(cfg, num_classes), cfg).train()
+    teacher, student = (ArchParameters(cfg).to(cfg.device) for _ in range(2))
+    run_search(cfg, net, teacher, student, table, loaders)
+    archs, rows = select(cfg, net, teacher, student, ms, loaders[2])
     archs["pruned_teacher"] = pruned(archs["teacher"], min(cfg.widths), cfg.stem_chi)
     archs |= controls(cfg, archs["student"], ms, num_classes)
     out = Path(cfg.out)
-    common.write_text(out / "arch.json", json.dumps(
-        {"classes": num_classes, **{name: arch.to_json() for name, arch in archs.items()}},
-        indent=1))
+    found = {name: arch.to_json() for name, arch in archs.items()}
+    common.write_json(out / "arch.json", {"classes": num_classes, **found})
     rows["random"] = {"table_ms": table_latency(archs["random"], ms, num_classes)}
     log_record(out, stage="selection", **rows)
     for name, row in rows.items():
@@ -1455,21 +1453,20 @@ def arch_path(cfg):
     return cfg.arch or str(Path(cfg.out) / "arch.json")
 
 
-def train_network(cfg, device, teacher=None):
+def train_network(cfg, teacher=None):
     """Train one derived network from scratch, or take a teacher that is there; returns it."""
     images, loader = open_loader(cfg, "train", train=True)
     _, val_loader = open_loader(cfg, "val")                    # chooses best.pt
     classes = images.num_classes
     arch = load_architecture(arch_path(cfg), cfg.network)
     torch.manual_seed(cfg.seed)
-    net = place(FasterSeg(arch, classes, auxiliary=True), cfg, device)
+    net = place(FasterSeg(arch, classes, auxiliary=True), cfg)
     optimizer = torch.optim.SGD(net.parameters(), cfg.lr, 0.9, weight_decay=5e-4)  # as in search
     # The rate falls once an epoch; fit steps the schedule once a batch.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cfg.lr_decay ** (step // len(loader)))
-    run = Run(cfg.network, "train", cfg, device, folder_of(cfg), cfg.epochs,
-              about={"arch": json.dumps(arch.to_json())}, model=net, optimizer=optimizer,
-              schedule=schedule)
+    run = Run(cfg.network, "train", cfg, folder_of(cfg), cfg.epochs, about={"arch": arch.to_json()},
+              model=net, optimizer=optimizer, schedule=schedule)
 
     def loss_terms(forward, images, labels):
         logits, *auxiliary = forward(images)
@@ -1483,34 +1480,33 @@ def train_network(cfg, device, teacher=None):
         return terms
 
     def score(model):
-        return evaluate(model, val_loader, classes, device, cfg.amp).miou()
+        return evaluate(model, val_loader, classes, cfg).miou()
 
     # A teacher serves several students: it is trained once. The others anew with each command.
     train = common.train_or_load if cfg.network == "teacher" else common.fit
     best = train(run, loss_terms, loader, score)
     print(f"{cfg.network}: best retrained mIoU on val {100 * best:.2f} -> {run.folder}/best.pt")
-    return restore(cfg, run.folder / "best.pt", classes, device)
+    return restore(cfg, run.folder / "best.pt", classes)
 
 
-def restore(cfg, path, classes, device):
+def restore(cfg, path, classes):
     """A trained network in eval mode, without auxiliary heads; its checkpoint says which one."""
     state = load_checkpoint(path, ("model", "settings"))
-    stored = state["settings"].get("arch") or "{}"
     if cfg.arch:
         wanted = load_architecture(cfg.arch, cfg.network).to_json()
-        common.require_same(state["settings"], {"arch": json.dumps(wanted)}, path)
-    net = FasterSeg(Architecture.from_json(json.loads(stored), str(path)), classes)
+        common.require_same(state["settings"], {"arch": wanted}, path)
+    net = FasterSeg(Architecture.from_json(state["settings"].get("arch"), path), classes)
     load_weights(net, {k: v for k, v in state["model"].items() if "auxiliary" not in k}, path)
-    return place(net.eval(), cfg, device)
+    return place(net.eval(), cfg)
 
 
-def train(cfg, device):
+def train(cfg):
     """--train: the chosen network; its teacher first, unless that one is there already."""
     teacher = None
     if cfg.distill or cfg.network == "teacher":
-        teacher = train_network(replace(cfg, network="teacher", distill=True), device)
+        teacher = train_network(replace(cfg, network="teacher", distill=True))
     if cfg.network != "teacher":
-        train_network(cfg, device, teacher)
+        train_network(cfg, teacher)
     print(common.next_command(cfg, "fastersg", "--eval --bench"))
 
 
@@ -1522,15 +1518,15 @@ def train(cfg, device):
 # ---------------------------------------------------------------------------------------------
 
 
-def evaluate_network(cfg, device):
+def evaluate_network(cfg):
     """--eval: mIoU at the label's own resolution, one scale, no flip (4.4), and pictures."""
     images, loader = open_loader(cfg, cfg.split)
     folder, classes = folder_of(cfg), images.num_classes
-    net = restore(cfg, cfg.weights or folder / "best.pt", classes, device)
+    net = restore(cfg, cfg.weights or folder / "best.pt", classes)
     forward = torch.compile(net) if cfg.compile else net
-    matrix = evaluate(forward, loader, classes, device, cfg.amp)
+    matrix = evaluate(forward, loader, classes, cfg)
     common.report_segmentation(cfg.network, "retrained", matrix, images, cfg, folder)
-    common.draw_segmentations(net, images, cfg, device, folder)
+    common.draw_segmentations(net, images, cfg, folder)
 
 
 def networks_to_bench(cfg):
@@ -1548,14 +1544,14 @@ def networks_to_bench(cfg):
     return archs, classes
 
 
-def bench(cfg, device):
+def bench(cfg):
     """--bench: parameters, conv MACs and measured latency (BN folded); writes bench.json."""
     archs, classes = networks_to_bench(cfg)
-    ms = measured_table(cfg, 19, device) if cfg.correlation else {}
+    ms = measured_table(cfg, 19) if cfg.correlation else {}
     if rank() > 0:                      # only here: a table is measured by rank 0 for all of them
         return
     about, rows = latency.compare({name: FasterSeg(arch, classes).eval()
-                                   for name, arch in archs.items()}, cfg.frame, device, cfg)
+                                   for name, arch in archs.items()}, cfg.frame, cfg)
     full = FasterSeg(PAPER_STUDENT, 19)
     macs, params = count_macs(full, (1024, 2048)), count_params(full)
     print("published student at 1024x2048, 19 classes, ours | paper (Table 3):\n"
@@ -1563,13 +1559,11 @@ def bench(cfg, device):
           f"  conv MACs {macs / 1e9:.6f} G | 28.2 G with BN and ReLU\n"
           "  latency: another device and backend, not comparable | 163.9 FPS (1080Ti, TensorRT)")
     if cfg.correlation:
-        rows["correlation"] = correlate(cfg, device, ms)
-    common.write_text(Path(cfg.out) / "bench.json",
-                      json.dumps({**about, "networks": rows}, indent=1))
-    print(f"in {cfg.out}: bench.json")
+        rows["correlation"] = correlate(cfg, ms)
+    latency.write_bench(cfg, about, rows)
 
 
-def correlate(cfg, device, ms, classes=19):
+def correlate(cfg, ms, classes=19):
     """App. E, Figure 3: what the table says of random networks, against their measured latency.
 
     Layers, widths and frame are the settings'. latency_correlation.png; returns the numbers.
@@ -1577,9 +1571,9 @@ def correlate(cfg, device, ms, classes=19):
     generator = random.Random(cfg.seed)
     archs = [random_architecture(cfg, generator) for _ in range(cfg.correlation)]
     estimates = [table_latency(arch, ms, classes) for arch in archs]
-    calls = {i: latency.prepare(FasterSeg(arch, classes), [(1, 3, *cfg.frame)], device)
+    calls = {i: latency.prepare(FasterSeg(arch, classes), [(1, 3, *cfg.frame)], cfg.device)
              for i, arch in enumerate(archs)}
-    measured = [t["median"] for t in latency.measure(calls, device).values()]
+    measured = [t["median"] for t in latency.measure(calls, cfg.device).values()]
     r = statistics.correlation(estimates, measured)
     print(f"{len(archs)} random networks, {min(measured):.1f} to {max(measured):.1f} ms: Pearson "
           f"r = {r:.4f} (paper, Figure 3: 0.993)")
@@ -1593,7 +1587,7 @@ def correlate(cfg, device, ms, classes=19):
 def export_network(cfg):
     """--export FILE: the folded network as a torch.export program for pictures of --frame."""
     classes = open_split(cfg, cfg.split).num_classes
-    net = restore(cfg, cfg.weights or folder_of(cfg) / "best.pt", classes, torch.device("cpu"))
+    net = restore(cfg, cfg.weights or folder_of(cfg) / "best.pt", classes)
     common.export(net, cfg.frame, cfg.export)
 
 
@@ -1635,22 +1629,18 @@ def check(cfg, stages):
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "fastersg", STAGES, QUICK, __doc__, argv)
-    device = common.setup(cfg)
+    common.setup(cfg)
     check(cfg, stages)
-    common.write_config(cfg, stages, device)
+    common.write_config(cfg, stages)
     # Missing? Say so before hours of search.
     if "train" in stages:
         open_split(cfg, "val")
     if "eval" in stages:
         open_split(cfg, cfg.split)
-    if "search" in stages:
-        search(cfg, device)
-    if "train" in stages:
-        train(cfg, device)
-    if "eval" in stages:
-        evaluate_network(cfg, device)
-    if "bench" in stages:
-        bench(cfg, device)
+    for stage, run in (("search", search), ("train", train), ("eval", evaluate_network),
+                       ("bench", bench)):
+        if stage in stages:
+            run(cfg)
     if cfg.export:
         export_network(cfg)
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from common import (InputError, count_macs, count_params, fold_bn, rank, read_json,
-                    world_size, write_text)
+                    world_size, write_json)
 
 # Shorter calls are repeated within one sample, at most 20 times, to rise above the timer's noise.
 SHORTEST_MS = 1.0
@@ -113,7 +113,7 @@ def device_name(device):
     return name[1] if name else platform.processor() or platform.machine()
 
 
-def conditions(device, dtype, frame, layout="NCHW", compiled=False):
+def conditions(device, dtype, frame, channels_last=False, compiled=False):
     """What a latency is valid for: dict of device, dtype, threads, versions, frame (H, W)."""
     gpu = torch.device(device).type == "cuda"
     # Convolutions of float32 tensors run in TF32 on a GPU unless told otherwise: 10-bit mantissas.
@@ -121,20 +121,21 @@ def conditions(device, dtype, frame, layout="NCHW", compiled=False):
     return {"device": device_name(device), "torch": torch.__version__,
             "threads": None if gpu else torch.get_num_threads(),
             "dtype": "tf32" if short else str(dtype).removeprefix("torch."),
-            "layout": layout, "compiled": compiled, "graph": gpu, "frame": list(frame)}
+            "layout": "NHWC" if channels_last else "NCHW", "compiled": compiled, "graph": gpu,
+            "frame": list(frame)}
 
 
-def compare(nets, frame, device, cfg):
+def compare(nets, frame, cfg):
     """Parameters, conv MACs and latency of networks, measured in turn and printed as a table.
 
-    nets: dict name -> network in eval mode for one (1, 3, *frame) picture; cfg: amp, compile and
-    channels_last count. Returns (the conditions, dict name -> its numbers).
+    nets: dict name -> network in eval mode for one (1, 3, *frame) picture; cfg: device, amp,
+    compile and channels_last count. Returns (the conditions, dict name -> its numbers).
     """
-    dtype, calls, rows = torch.bfloat16 if cfg.amp else torch.float32, {}, {}
-    for name, net in nets.items():
-        calls[name] = prepare(net, [(1, 3, *frame)], device, dtype, cfg.channels_last, cfg.compile)
-    about = conditions(device, dtype, frame, "NHWC" if cfg.channels_last else "NCHW", cfg.compile)
-    times = measure(calls, device)
+    dtype, options = torch.bfloat16 if cfg.amp else torch.float32, (cfg.channels_last, cfg.compile)
+    calls = {name: prepare(net, [(1, 3, *frame)], cfg.device, dtype, *options)
+             for name, net in nets.items()}
+    about = conditions(cfg.device, dtype, frame, *options)
+    times, rows = measure(calls, cfg.device), {}
     print(", ".join(f"{key} {value}" for key, value in about.items()) + ", batch 1, BN folded")
     print(f"{'network':28s} {'params':>11s} {'conv MACs':>11s} {'median':>10s} {'p90':>10s}  FPS")
     for name, net in nets.items():
@@ -144,6 +145,12 @@ def compare(nets, frame, device, cfg):
         print(f"{name:28s} {rows[name]['params']:11,d} {rows[name]['conv_macs'] / 1e9:9.3f} G "
               f"{t['median']:7.1f} ms {t['p90']:7.1f} ms  {rows[name]['fps']:.1f}")
     return about, rows
+
+
+def write_bench(cfg, about, rows):
+    """bench.json: what compare() has returned, and what was added to the rows since."""
+    write_json(Path(cfg.out) / "bench.json", {**about, "networks": rows})
+    print(f"in {cfg.out}: bench.json")
 
 
 def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
@@ -172,7 +179,7 @@ def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
                          for key in missing[i:i + chunk]}
             for key, times in measure(calls, device, rounds).items():
                 ms[key] = times["median"]
-            write_text(path, json.dumps({"about": about, "ms": ms}, indent=0, sort_keys=True))
+            write_json(path, {"about": about, "ms": ms})
         if missing:
             print(f"latency table: {len(missing)} operators measured -> {path}", flush=True)
     if world_size() > 1:                        # or the ranks would search by different latencies

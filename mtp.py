@@ -36,7 +36,6 @@ The idea in five lines:
 """
 import copy
 import itertools
-import json
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -605,7 +604,7 @@ def open_cls_loader(cfg, split, train=False):
         max(1, cfg.cls_batch // world_size()), train, cfg.workers, cfg.seed, rank(), world_size())
 
 
-def tasks_of(cls, seg, cfg, device):
+def tasks_of(cls, seg, cfg):
     """(task 1, task 2) for a pair of networks, augmented batches, this rank's share of each.
     InputError if a rank would have too few pictures for a step."""
     images1, batches1 = open_cls_loader(cfg, "train", train=True)
@@ -620,22 +619,22 @@ def tasks_of(cls, seg, cfg, device):
                              "a global pooling sees one value a picture")
 
     def top1(net):
-        return accuracy(net, val1, device, cfg.amp)
+        return accuracy(net, val1, cfg)
 
     def miou(net):
-        return evaluate(net, val2, images2.num_classes, device, cfg.amp).miou()
+        return evaluate(net, val2, images2.num_classes, cfg).miou()
     return Task(cls, l_cls, batches1, top1), Task(seg, l_seg, batches2, miou)
 
 
 @torch.no_grad()
-def accuracy(net, loader, device, amp=False):
+def accuracy(net, loader, cfg):
     """Share of a classification split that the network gets right (top-1), over all ranks."""
-    training, counts = net.training, torch.zeros(2, dtype=torch.float64, device=device)
+    training, counts = net.training, torch.zeros(2, dtype=torch.float64, device=cfg.device)
     net.eval()
     for images, labels in loader:
-        with autocast(device, amp):
-            guess = net(images.to(device)).argmax(1)                    # (B, K) -> (B,)
-        counts[0] += (guess == labels.to(device)).sum()
+        with autocast(cfg):
+            guess = net(images.to(cfg.device)).argmax(1)                    # (B, K) -> (B,)
+        counts[0] += (guess == labels.to(cfg.device)).sum()
         counts[1] += len(labels)
     net.train(training)
     right, seen = sum_over_ranks(counts)
@@ -733,7 +732,7 @@ def constraint(E, gap, mus):
     return linear + sum(mu / 2 * d.square().sum() for d, mu in zip(gap, mus))
 
 
-def train_sparse(task1, task2, groups, cfg, device, folder):
+def train_sparse(task1, task2, groups, cfg, folder):
     """Algorithm 1, lines 1 to 7, in place: SGD on the augmented Lagrangian, Eq. (6)
 
         L = l_cls(W1) + lambda l_seg(W3, W2) + mu/2 ||W1 - W3||^2 + <E, W1 - W3>
@@ -754,11 +753,11 @@ def train_sparse(task1, task2, groups, cfg, device, folder):
     gamma2 = gammas(n2, part_of(groups, "decoder"))
     sgd1, linear1 = sparse_sgd(n1, gamma1, cfg.search_cls_lr, cfg)
     sgd2, linear2 = sparse_sgd(n2, [*gamma2, *gamma3], cfg.search_lr, cfg)
-    forward1, forward2 = (common.training_form(net, cfg, device) for net in (n1, n2))
+    forward1, forward2 = (common.training_form(net, cfg) for net in (n1, n2))
     # OURS: E = 0 at the start, where W1 = W3. A module, so that last.pt holds it.
     E = nn.ParameterList([nn.Parameter(torch.zeros_like(w), False) for w in w1])
     with_cls, with_seg = cfg.method != "slimming", cfg.method != "slimming_cls"
-    run = Run(cfg.method, "search", cfg, device, folder, cfg.rounds,
+    run = Run(cfg.method, "search", cfg, folder, cfg.rounds,
               (with_cls + with_seg) * cfg.inner_steps, cls=n1, seg=n2, sgd1=sgd1, sgd2=sgd2,
               linear1=linear1, linear2=linear2, multipliers=E)
     first_mu, largest_mu = pulls(cfg)
@@ -773,7 +772,7 @@ def train_sparse(task1, task2, groups, cfg, device, folder):
 
         for images, labels in run.batches(task1.batches) if with_cls else ():   # 3: W1 by Eq. (7)
             # L1 = l_cls(W1) + <E, W1 - W3> + mu/2 ||W1 - W3||^2  (+ alpha1 ||gamma1||_1, below)
-            with autocast(device, cfg.amp):
+            with autocast(cfg):
                 loss = task1.loss(forward1, images, labels)
             gap = [a - b.detach() for a, b in zip(w1, w3)]
             run.descend(sgd1, cls=loss, constraint=constraint(E, gap, mus))
@@ -785,7 +784,7 @@ def train_sparse(task1, task2, groups, cfg, device, folder):
         for images, labels in run.batches(task2.batches) if with_seg else ():   # 4: W2 by Eq. (8)
             # L2 = lambda l_seg(W3, W2)  (+ alpha2 ||gamma2||_1)              # 5: W3 by Eq. (9)
             # L3 = lambda l_seg(W3, W2) + mu/2 ||W1 - W3||^2 + <E, W1 - W3>  (+ alpha2 ||gamma3||_1)
-            with autocast(device, cfg.amp):
+            with autocast(cfg):
                 loss = task2.loss(forward2, images, labels)
             gap = [a.detach() - b for a, b in zip(w1, w3)]
             run.descend(sgd2, seg=cfg.lam * loss, constraint=constraint(E, gap, mus))
@@ -976,7 +975,7 @@ def thinet_layer(terms, n):
 
 
 @torch.no_grad()
-def thinet_kept(seg, groups, samples, cfg, device):
+def thinet_kept(seg, groups, samples, cfg):
     """ThiNet front to back through the backbone (PAPER Table 2: the decoder stays dense). It asks
     not how large a channel is but whether the next layer would notice that it is gone.
 
@@ -997,7 +996,7 @@ def thinet_kept(seg, groups, samples, cfg, device):
         hook = reader.register_forward_pre_hook(lambda conv, inputs: terms.append(
             thinet_samples(conv, inputs[0], positions, generator).cpu()))
         for images in pictures.split(cfg.batch_size):
-            features(seg.backbone, images.to(device))
+            features(seg.backbone, images.to(cfg.device))
         hook.remove()
         left = g.width - cut_of(g.width, cfg.percentile)
         kept[g.name], factors = thinet_layer(torch.cat(terms), left)
@@ -1007,7 +1006,7 @@ def thinet_kept(seg, groups, samples, cfg, device):
 
 
 @torch.no_grad()
-def recalibrate(net, batches, device):
+def recalibrate(net, batches, cfg):
     """BN statistics anew, as plain means over the batches: those of the wide network are wrong, as
     what a removed channel still carried, ReLU(beta) at the least, is missing now."""
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -1017,7 +1016,7 @@ def recalibrate(net, batches, device):
     net.train()
     batches.sampler.set_epoch(0)
     for images, _ in batches:
-        net(images.to(device))
+        net(images.to(cfg.device))
     for norm in norms:
         norm.momentum = 0.1
     average_buffers(net)
@@ -1030,7 +1029,7 @@ def copy_weights(source, target):
         b.copy_(a)
 
 
-def choose_and_prune(tasks, cfg, device):
+def choose_and_prune(tasks, cfg):
     """Lines 9 and 10 for every method -> (pruned Classifier, pruned Segmenter, kept).
 
     Both networks lose the same channels. All methods but MTP know one set of weights, so both
@@ -1041,7 +1040,7 @@ def choose_and_prune(tasks, cfg, device):
     cls, seg = (task.net for task in tasks)
     groups = groups_of(seg)
     if cfg.method == "thinet":
-        kept = thinet_kept(seg, groups, tasks[1].batches.dataset, cfg, device)
+        kept = thinet_kept(seg, groups, tasks[1].batches.dataset, cfg)
     elif cfg.method == "fpgm":
         kept = kept_channels(fpgm_scores(seg, groups), groups, cfg)
     else:                                               # 9: gamma1, or gamma3 in place of it
@@ -1053,7 +1052,7 @@ def choose_and_prune(tasks, cfg, device):
         copy_weights(seg.backbone, cls.backbone)
     small = [prune(net, groups_of(net), kept) for net in (cls, seg)]    # 10: by gamma1, gamma2
     for net, task in zip(small, tasks) if cfg.recalibrate else ():
-        recalibrate(net, RoundOf(task.batches, cfg.recalibrate), device)
+        recalibrate(net, RoundOf(task.batches, cfg.recalibrate), cfg)
     return *small, kept
 
 # ---------------------------------------------------------------------------------------------
@@ -1067,7 +1066,7 @@ def choose_and_prune(tasks, cfg, device):
 # ---------------------------------------------------------------------------------------------
 
 
-def train(how, task, name, epochs, lr, power, cfg, device, folder, **about):
+def train(how, task, name, epochs, lr, power, cfg, folder, **about):
     """Train task.net with SGD and the poly schedule by `how`: common.fit or common.train_or_load.
 
     PAPER 7.1 prints poly with the power inside, 1 - (iter / iter_max)^0.9: a slip, poly means
@@ -1079,7 +1078,7 @@ def train(how, task, name, epochs, lr, power, cfg, device, folder, **about):
     stage = "dense" if how is common.train_or_load else "train"
     sgd = torch.optim.SGD(task.net.parameters(), lr, cfg.momentum, weight_decay=cfg.weight_decay)
     schedule = poly(sgd, epochs * len(task.batches), power)
-    run = Run(name, stage, cfg, device, folder, epochs, about=about, model=task.net, optimizer=sgd,
+    run = Run(name, stage, cfg, folder, epochs, about=about, model=task.net, optimizer=sgd,
               schedule=schedule)
     how(run, lambda *batch: {"loss": task.loss(*batch)}, task.batches, task.score)
     best = folder / "best.pt"
@@ -1108,7 +1107,7 @@ def start_from(cfg, net, cls_classes):
                          "--dense-cls-epochs 1 or more")
 
 
-def dense_networks(cfg, classes, cls_classes, device):
+def dense_networks(cfg, classes, cls_classes):
     """Both tasks with networks trained the usual way, stored under <out>/dense for every --method.
 
     OURS: Algorithm 1 starts with W1 = W3 and E = 0: its "initial weights" are those of the trained
@@ -1116,39 +1115,38 @@ def dense_networks(cfg, classes, cls_classes, device):
     """
     out, how = Path(cfg.out) / "dense", common.train_or_load
     torch.manual_seed(cfg.seed)
-    cls = place(Classifier(cfg.network, cls_classes), cfg, device)
-    seg = place(Segmenter(cfg.network, classes), cfg, device)
+    cls = place(Classifier(cfg.network, cls_classes), cfg)
+    seg = place(Segmenter(cfg.network, classes), cfg)
     start_from(cfg, cls, cls_classes)
-    task1, task2 = tasks_of(cls, seg, cfg, device)
+    task1, task2 = tasks_of(cls, seg, cfg)
     if cfg.dense_cls_epochs:
         # Eq. (1): W1~ = argmin l_cls(N1(W1, X1), Y1)
-        train(how, task1, "dense cls", cfg.dense_cls_epochs, cfg.dense_cls_lr, 1.0, cfg, device,
+        train(how, task1, "dense cls", cfg.dense_cls_epochs, cfg.dense_cls_lr, 1.0, cfg,
               out / "cls")
     # Eq. (2): W1*, W2* = argmin l_seg(N2(W1, W2, X2), Y2), W1 from W1~
     seg.backbone.load_state_dict(cls.backbone.state_dict())
-    train(how, task2, "dense seg", cfg.dense_epochs, cfg.dense_lr, 0.9, cfg, device, out / "seg")
+    train(how, task2, "dense seg", cfg.dense_epochs, cfg.dense_lr, 0.9, cfg, out / "seg")
     copy_weights(seg.backbone, cls.backbone)
     return task1, task2
 
 
-def fine_tune(cfg, device):
+def fine_tune(cfg):
     """--train, line 11: the pruned network on classification, then on segmentation."""
     folder, path = folder_of(cfg), folder_of(cfg) / "pruned.pt"
     arch = read_arch(arch_path(cfg), classes=open_split(cfg, "train").num_classes,
                      cls_classes=open_cls(cfg, "train").num_classes)
     stored = load_checkpoint(path, ("model", "cls", "settings"))
     common.require_same(stored["settings"], cut_settings(cfg), path)
-    cls = place(rebuild(Classifier, arch, stored["cls"], path), cfg, device)
-    seg = place(rebuild(Segmenter, arch, stored["model"], path), cfg, device)
-    task1, task2 = tasks_of(cls, seg, cfg, device)
-    how, about = common.fit, json.dumps(arch)
+    cls = place(rebuild(Classifier, arch, stored["cls"], path), cfg)
+    seg = place(rebuild(Segmenter, arch, stored["model"], path), cfg)
+    task1, task2 = tasks_of(cls, seg, cfg)
+    how = common.fit
     if cfg.cls_epochs:
-        train(how, task1, "fine-tune cls", cfg.cls_epochs, cfg.cls_lr, 0.9, cfg, device,
-              folder / "cls", arch=about)
+        train(how, task1, "fine-tune cls", cfg.cls_epochs, cfg.cls_lr, 0.9, cfg, folder / "cls",
+              arch=arch)
         # The weights that classification has trained are where segmentation starts (Table 1).
         seg.backbone.load_state_dict(cls.backbone.state_dict())
-    train(how, task2, "fine-tune seg", cfg.epochs, cfg.lr, 0.9, cfg, device, folder / "seg",
-          arch=about)
+    train(how, task2, "fine-tune seg", cfg.epochs, cfg.lr, 0.9, cfg, folder / "seg", arch=arch)
     print(f"in {folder}: cls/, seg/ with best.pt and log.jsonl")
     print(common.next_command(cfg, "mtp", "--eval --bench"))
 
@@ -1186,7 +1184,7 @@ def arch_path(cfg):
     return Path(cfg.arch or folder_of(cfg) / "arch.json")
 
 
-def search(cfg, device):
+def search(cfg):
     """--search: dense networks, sparse training, the cut; writes arch.json and pruned.pt."""
     classes, cls_classes = open_split(cfg, "train").num_classes, open_cls(cfg, "train").num_classes
     groups, folder = groups_of(on_meta(Segmenter, cfg.network, classes)), folder_of(cfg)
@@ -1197,16 +1195,16 @@ def search(cfg, device):
             load_checkpoint(done, ("settings",))["settings"] == cut_settings(cfg)):
         print(f"{cfg.method}: cut already, {done}", flush=True)
         return
-    tasks = dense_networks(cfg, classes, cls_classes, device)
+    tasks = dense_networks(cfg, classes, cls_classes)
     # The dense network has an arch.json like all others, so that --eval --arch serves it too.
     arch = {"network": cfg.network, "classes": classes, "cls_classes": cls_classes,
             "widths": {g.name: g.width for g in groups}}
-    common.write_text(Path(cfg.out) / "dense" / "arch.json", json.dumps(arch, indent=1))
+    common.write_json(Path(cfg.out) / "dense" / "arch.json", arch)
     if cfg.method in SPARSE:
-        sparse_stage(tasks, groups, cfg, device)
+        sparse_stage(tasks, groups, cfg)
     # ThiNet works in place, so the wide networks are scored before anything is cut.
     wide = [task.score(task.net) for task in tasks]
-    *small, kept = choose_and_prune(tasks, cfg, device)
+    *small, kept = choose_and_prune(tasks, cfg)
     pruned = [task.score(net) for task, net in zip(tasks, small)]
     arch |= {"widths": {name: len(indices) for name, indices in kept.items()},
              "method": cfg.method, "percentile": cfg.percentile, "pool": pool_of(cfg)}
@@ -1219,40 +1217,40 @@ def store_cut(folder, arch, small, kept, cfg):
     """arch.json and pruned.pt. What was fine-tuned from an older cut is void and goes."""
     for name in ("cls", "seg"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    common.write_text(folder / "arch.json", json.dumps(arch, indent=1))
+    common.write_json(folder / "arch.json", arch)
     with common.replacing(folder / "pruned.pt") as temporary:
         torch.save({"cls": small[0].state_dict(), "model": small[1].state_dict(), "kept": kept,
                     "settings": cut_settings(cfg)}, temporary)
 
 
-def sparse_stage(tasks, groups, cfg, device):
+def sparse_stage(tasks, groups, cfg):
     """Lines 1 to 7 by --method, with both tasks or one; reports before and after."""
     task1, task2 = (task._replace(batches=RoundOf(task.batches, cfg.inner_steps, cfg.batch_order))
                     for task in tasks)
     inner, outer = part_of(groups, "backbone"), part_of(groups, "decoder")
     dense = scores_of(task2.net, task2.net, groups)
     if cfg.method != "slimming":
-        report_dose("gamma1", task1, inner, cfg.alpha1, cfg.search_cls_lr, cfg, device)
+        report_dose("gamma1", task1, inner, cfg.alpha1, cfg.search_cls_lr, cfg)
     if cfg.method != "slimming_cls":
-        report_dose("gamma3", task2, inner, cfg.alpha2, cfg.search_lr, cfg, device)
-        report_dose("gamma2", task2, outer, cfg.alpha2, cfg.search_lr, cfg, device)
-    train_sparse(task1, task2, groups, cfg, device, Path(cfg.out) / f"sparse_{variant(cfg)}")
+        report_dose("gamma3", task2, inner, cfg.alpha2, cfg.search_lr, cfg)
+        report_dose("gamma2", task2, outer, cfg.alpha2, cfg.search_lr, cfg)
+    train_sparse(task1, task2, groups, cfg, Path(cfg.out) / f"sparse_{variant(cfg)}")
     first = task2.net if cfg.method == "slimming" else task1.net
     report_gammas(dense, scores_of(first, task2.net, groups), groups)
 
 
-def report_dose(name, task, groups, alpha, lr, cfg, device):
+def report_dose(name, task, groups, alpha, lr, cfg):
     """Before the sparse training: can the l1 term bring a gamma to zero, and will it spare some?
     Prints the dose and |dl/dgamma| (section 6), the mean over 50 batches, and warns."""
     net, mean, count = copy.deepcopy(task.net).train(), 0, 0
     scales = gammas(net, groups)
     task.batches.sampler.set_epoch(0)
     for images, labels in itertools.islice(task.batches, 50):
-        loss = task.loss(net, *common.to_device(images, labels, cfg, device))
+        loss = task.loss(net, *common.to_device(images, labels, cfg))
         mean = mean + torch.cat(torch.autograd.grad(loss, scales))          # (channels,)
         count += 1
     mean = sum_over_ranks(mean) / count / world_size()
-    levels = torch.tensor([0.1, 0.5, 0.9, 0.99], device=device)
+    levels = torch.tensor([0.1, 0.5, 0.9, 0.99], device=cfg.device)
     quantiles = mean.abs().quantile(levels).tolist()
     steps, size = cfg.rounds * cfg.inner_steps, float(torch.cat(scales).detach().abs().mean())
     # the sum of lr alpha / (1 - m) over all steps, of a rate that falls linearly to 0
@@ -1303,20 +1301,20 @@ def report_cut(cfg, folder, groups, kept, wide, pruned):
     print(common.next_command(cfg, "mtp", "--train --eval"))
 
 
-def restore(cfg, images, device):
+def restore(cfg, images):
     """The trained Segmenter in eval mode, for these pictures."""
     path = Path(cfg.weights or folder_of(cfg) / "seg" / "best.pt")
     arch = read_arch(arch_path(cfg), classes=images.num_classes)
     net = rebuild(Segmenter, arch, load_checkpoint(path)["model"], path)
-    return place(deployed(net), cfg, device)
+    return place(deployed(net), cfg)
 
 
-def evaluate_network(cfg, device):
+def evaluate_network(cfg):
     """--eval: mIoU at the label's own resolution."""
     images, loader = open_loader(cfg, cfg.split)
-    folder, net = folder_of(cfg), restore(cfg, images, device)
+    folder, net = folder_of(cfg), restore(cfg, images)
     forward = torch.compile(net) if cfg.compile else net
-    matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp, cfg.eval_scales)
+    matrix = evaluate(forward, loader, images.num_classes, cfg, cfg.eval_scales)
     kind = "dense" if folder.name == "dense" else "retrained"
     # Into the training's own folder: when it is trained anew, what was measured goes with it.
     common.report_segmentation(folder.name, kind, matrix, images, cfg,
@@ -1325,16 +1323,18 @@ def evaluate_network(cfg, device):
     if head.exists():
         print(f"the {kind} classifier, best epoch on val: top-1 "
               f"{100 * load_checkpoint(head, ('score',))['score']:.2f} (Table 7)")
-    common.draw_segmentations(net, images, cfg, device, folder)
+    common.draw_segmentations(net, images, cfg, folder)
 
 
 def uniform_widths(net, percentile):
     return {g.name: g.width - cut_of(g.width, percentile) for g in groups_of(net)}
 
 
-def bench(cfg, device):
+def bench(cfg):
     """--bench: parameters, conv MACs, latency of the dense network and of every pruned one in this
     --out (or of --arch), measured in turn; mIoU of those that --eval has seen."""
+    if rank() > 0:
+        return
     paths = [Path(cfg.arch)] if cfg.arch else sorted(Path(cfg.out).glob("*/arch.json"))
     arches = {} if cfg.arch == "uniform" else {p.resolve().parent.name: read_arch(p) for p in paths}
     kinds = {(a["network"], a["classes"]) for a in arches.values()} or {(cfg.network, 21)}
@@ -1345,7 +1345,7 @@ def bench(cfg, device):
     if cfg.arch == "uniform":
         widths = {f"uniform, {cfg.percentile:g}% cut": uniform_widths(dense, cfg.percentile)}
     nets = {"dense": dense} | {name: with_widths(dense, w) for name, w in widths.items()}
-    about, rows = latency.compare(nets, cfg.frame, device, cfg)
+    about, rows = latency.compare(nets, cfg.frame, cfg)
     print("beside the dense network:")
     for name, row in rows.items():
         shown = [f"{key} {row[key] / rows['dense'][key]:.3f}"
@@ -1355,9 +1355,7 @@ def bench(cfg, device):
             shown.append(f"mIoU {100 * row['miou']:.2f}")
         print(f"{name:28s} " + ", ".join(shown))
     compare_with_paper()
-    text = json.dumps({**about, "networks": rows}, indent=1)
-    common.write_text(Path(cfg.out) / "bench.json", text)
-    print(f"in {cfg.out}: bench.json")
+    latency.write_bench(cfg, about, rows)
 
 
 # What the paper prints (Tables 2, 3): network, classes, picture, channels kept, decoder too, M, G.
@@ -1401,22 +1399,18 @@ STAGES = {"search": "dense training, Algorithm 1 (or --method), cut; writes arch
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "mtp", STAGES, QUICK, __doc__, argv)
-    device = common.setup(cfg)
+    common.setup(cfg)
     if cfg.method in ("uniform", "thinet") and pool_of(cfg) != "layer":
         raise InputError(f"--method {cfg.method} chooses within each layer; leave out --pool")
-    common.write_config(cfg, stages, device)
+    common.write_config(cfg, stages)
     if "eval" in stages:
         open_split(cfg, cfg.split)                          # missing? say so before hours of search
-    if "search" in stages:
-        search(cfg, device)
-    if "train" in stages:
-        fine_tune(cfg, device)
-    if "eval" in stages:
-        evaluate_network(cfg, device)
-    if rank() == 0 and "bench" in stages:
-        bench(cfg, device)
+    for stage, run in (("search", search), ("train", fine_tune), ("eval", evaluate_network),
+                       ("bench", bench)):
+        if stage in stages:
+            run(cfg)
     if cfg.export:
-        net = restore(cfg, open_split(cfg, cfg.split), torch.device("cpu"))
+        net = restore(cfg, open_split(cfg, cfg.split))
         common.export(net, cfg.frame, cfg.export)
 
 

@@ -32,7 +32,6 @@ The idea in five lines:
 """
 import copy
 import itertools
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -757,13 +756,13 @@ def search_connectivity(net, loader, run, cfg, score):
     run: a common.Run with the parts `optimizer` and `schedule`. score(network) -> mIoU.
     """
     sgd, schedule = run.parts["optimizer"], run.parts["schedule"]
-    forward = common.training_form(net.train(), cfg, run.device)
+    forward = common.training_form(net.train(), cfg)
     for epoch in run.epochs():
         for w_l in net.w.values():                      # OURS: w rests in the first --warmup epochs
             w_l.requires_grad_(epoch >= cfg.warmup)
 
         for images, labels in run.batches(loader):                          # Figure 1b
-            with common.autocast(run.device, cfg.amp):
+            with common.autocast(cfg):
                 logits = forward(images)                # (B, K, H, W)
 
             # Eq. (2): L_s(w_l, alpha_l) = mu(L_m(w_l, w_l)) + L_m(alpha_l, mu(w_l)). The first half
@@ -867,26 +866,26 @@ def inherit(net, connectivity):
     return pruned.eval()
 
 
-def search(cfg, device):
+def search(cfg):
     """--search: writes arch.json, derived.pt and pictures."""
     images, loader = open_data(cfg, "train", train=True)
     _, val_loader = open_data(cfg, "val")
     encoder = Encoder(cfg.encoder, cfg.weights_encoder)
     k = cfg.k if cfg.loss == "maskconnect" else 0
-    net = place(FullyDenseNet(encoder, images.num_classes, cfg.width, cfg.bn, k), cfg, device)
+    net = place(FullyDenseNet(encoder, images.num_classes, cfg.width, cfg.bn, k), cfg)
     sgd, schedule = poly_sgd(net, cfg, cfg.search_epochs * len(loader))
-    run = common.Run("search", "search", cfg, device, cfg.out, cfg.search_epochs,
+    run = common.Run("search", "search", cfg, cfg.out, cfg.search_epochs,
                      stale=("arch.json", "derived.pt"), model=net, optimizer=sgd,
                      schedule=schedule)
 
     def score(network):
-        return evaluate(Padded(network), val_loader, images.num_classes, device, cfg.amp).miou()
+        return evaluate(Padded(network), val_loader, images.num_classes, cfg).miou()
 
     connectivity, derived = search_connectivity(net, loader, run, cfg, score)
     w, miou = net.connection_weights(), {"supernet": score(net), "derived": score(derived)}
     arch = {"encoder": cfg.encoder, "connectivity": connectivity, "task": cfg.task,
             "dataset": cfg.dataset, "loss": cfg.loss, "w": w}
-    common.write_text(Path(cfg.out) / "arch.json", json.dumps(arch, indent=1))
+    common.write_json(Path(cfg.out) / "arch.json", arch)
     run.save("derived.pt", model=derived.state_dict(),
              settings={**run.settings, "arch": connectivity})
     report_search(cfg, w, connectivity, derived, miou)
@@ -1052,7 +1051,7 @@ def checkpoint_of(cfg):
     return Path(cfg.weights or folder_of(cfg) / ("last.pt" if cfg.task == "edges" else "best.pt"))
 
 
-def train(cfg, device):
+def train(cfg):
     """--train: the network under L_task alone, by the protocol of the search (3.3, 4.1).
 
     One function for what was found, transferred (5.1), named or random, and for baselines, so that
@@ -1067,16 +1066,16 @@ def train(cfg, device):
     net = build(cfg, images.num_classes, "none" if cfg.init else cfg.weights_encoder)
     if cfg.init:
         start_from(net, cfg.init)
-    net = place(net, cfg, device)
+    net = place(net, cfg)
     sgd, schedule = poly_sgd(net, cfg, cfg.epochs * len(loader))
-    run = common.Run(cfg.network, "train", cfg, device, folder_of(cfg), cfg.epochs,
+    run = common.Run(cfg.network, "train", cfg, folder_of(cfg), cfg.epochs,
                      about={"arch": decoder_of(cfg)}, model=net, optimizer=sgd, schedule=schedule)
 
     def loss_terms(forward, images, labels):
         return {"task": task_loss(forward(images), labels, cfg.task)}
 
     def score(model):
-        return evaluate(Padded(model), val_loader, images.num_classes, device, cfg.amp).miou()
+        return evaluate(Padded(model), val_loader, images.num_classes, cfg).miou()
 
     best = common.fit(run, loss_terms, loader, score)
     print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
@@ -1125,7 +1124,7 @@ class SaliencyScores:
         return {"F_beta": float(f.max()), "MAE": float(error / pictures)}
 
 
-def restore(cfg, classes, device):
+def restore(cfg, classes):
     """The trained network, Padded, in eval mode; InputError if the checkpoint is another's."""
     path = checkpoint_of(cfg)
     state = common.load_checkpoint(path, ("model", "settings"))
@@ -1133,35 +1132,35 @@ def restore(cfg, classes, device):
     common.require_same(state["settings"], wanted, path)
     net = build(cfg, classes)
     common.load_weights(net, state["model"], path)
-    return place(Padded(net.eval()), cfg, device)
+    return place(Padded(net.eval()), cfg)
 
 
-def evaluate_network(cfg, device):
+def evaluate_network(cfg):
     """--eval: mIoU, or the scores of Tables 5 and 6, and pictures."""
     images, loader = open_data(cfg, cfg.split)
-    net, folder = restore(cfg, images.num_classes, device), folder_of(cfg)
+    net, folder = restore(cfg, images.num_classes), folder_of(cfg)
     forward = torch.compile(net) if cfg.compile else net
     if cfg.task == "segmentation":
-        matrix = evaluate(forward, loader, images.num_classes, device, cfg.amp, cfg.eval_scales,
+        matrix = evaluate(forward, loader, images.num_classes, cfg, cfg.eval_scales,
                           cfg.flip)
         kind = "derived" if Path(cfg.weights).name == "derived.pt" else "retrained"
         common.report_segmentation(cfg.network, kind, matrix, images, cfg, folder)
     else:
-        scores = map_scores(cfg, forward, images, loader, device)
+        scores = map_scores(cfg, forward, images, loader)
         common.log_record(folder, stage="eval", split=cfg.split, **scores)
         told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         print(f"{cfg.network} on {cfg.split}, {len(images)} pictures: {told}")
-    common.draw_segmentations(net, images, cfg, device, folder)
+    common.draw_segmentations(net, images, cfg, folder)
 
 
 @torch.no_grad()
-def map_scores(cfg, net, images, loader, device):
+def map_scores(cfg, net, images, loader):
     """Saliency: F_beta, MAE. Edges: ODS, OIS, AP, R50 after non-maximum suppression (5.3)."""
     scores = SaliencyScores() if cfg.task == "saliency" else data.EdgeScores(cfg.thresholds)
     pictures = [i for _, i in loader.sampler]           # (epoch, picture) of this rank, in order
     for i, (pixels, labels) in zip(pictures, loader):
-        with common.autocast(device, cfg.amp):
-            p = common.probabilities(net, pixels.to(device), labels.shape[-2:], cfg.eval_scales,
+        with common.autocast(cfg):
+            p = common.probabilities(net, pixels.to(cfg.device), labels.shape[-2:], cfg.eval_scales,
                                      cfg.flip)                              # (1, 2, H, W)
         likely = p[0, 1].double().cpu().numpy()                             # (H, W) in [0, 1]
         if cfg.task == "edges":
@@ -1170,7 +1169,7 @@ def map_scores(cfg, net, images, loader, device):
             scores.update(likely, labels[0])
 
     def sum_over_ranks(array):                  # through the device: nccl needs a GPU's memory
-        return common.sum_over_ranks(torch.from_numpy(array).to(device)).cpu().numpy()
+        return common.sum_over_ranks(torch.from_numpy(array).to(cfg.device)).cpu().numpy()
 
     return scores.reduce(sum_over_ranks).result()
 
@@ -1180,18 +1179,20 @@ PAPER = {"fcn": (0.03, 156, 63.80), "deeplabv3": (0.67, 50, 72.51), "unet": (0.1
          "sparseacn": (0.72, 74, 72.23), "fdn": (1.93, 37, 72.72), "released": (0.56, 98, 73.18)}
 
 
-def bench(cfg, device):
+def bench(cfg):
     """--bench: parameters, conv MACs and latency (BN folded) beside Table 1; writes bench.json.
 
     Always with 21 classes, as in Table 1, and at --frame, where --eval pads to 32 k + 1. Fewer
     parameters are not fewer MACs: what D_1 reads runs at the size of its source, but what is
     up-sampled to 1/2 costs time that MACs do not count.
     """
+    if rank() > 0:
+        return
     names = dict.fromkeys([cfg.network, *PAPER])
     if not cfg.arch and not (Path(cfg.out) / "arch.json").exists():
         names.pop("found", None)
     nets = {name: build(replace(cfg, network=name), 21).eval() for name in names}
-    about, rows = latency.compare(nets, cfg.frame, device, cfg)
+    about, rows = latency.compare(nets, cfg.frame, cfg)
     print("21 classes    decoder params  conv MACs | paper, MobileNet-V2: M params, FPS at 512x512 "
           "on a Titan Xp, mIoU on VOC")
     for name, net in nets.items():
@@ -1199,9 +1200,7 @@ def bench(cfg, device):
         rows[name].update(decoder_params=decoder_params(net), decoder_macs=macs)
         paper = ", ".join(map(str, PAPER.get(name, ())))
         print(f"{name:12s} {decoder_params(net):15,d} {macs / 1e9:8.3f} G | {paper}")
-    common.write_text(Path(cfg.out) / "bench.json", json.dumps(
-        {**about, "networks": rows, "paper": PAPER}, indent=1))
-    print(f"in {cfg.out}: bench.json")
+    latency.write_bench(cfg, about, rows)
 
 # ---------------------------------------------------------------------------------------------
 # 10. main
@@ -1255,23 +1254,19 @@ def check_files(cfg, stages):
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "sparsemask", STAGES, QUICK, __doc__, argv)
-    device = common.setup(cfg)
+    common.setup(cfg)
     cfg.train_split = cfg.train_split or ("trainval" if cfg.dataset == "bsds500" else "train")
     cfg.split = cfg.split or ("test" if cfg.dataset in ("msra_b", "bsds500") else "val")
     check(cfg, stages)
     check_files(cfg, stages)
-    common.write_config(cfg, stages, device)
-    if "search" in stages:
-        search(cfg, device)
-    if "train" in stages:
-        train(cfg, device)
-    if "eval" in stages:
-        evaluate_network(cfg, device)
-    if rank() == 0 and "bench" in stages:
-        bench(cfg, device)
+    common.write_config(cfg, stages)
+    for stage, run in (("search", search), ("train", train), ("eval", evaluate_network),
+                       ("bench", bench)):
+        if stage in stages:
+            run(cfg)
     if cfg.export:
         classes = common.open_split(cfg, cfg.split, cfg.task).num_classes
-        common.export(restore(cfg, classes, torch.device("cpu")), cfg.frame, cfg.export)
+        common.export(restore(cfg, classes), cfg.frame, cfg.export)
 
 
 if __name__ == "__main__":
