@@ -883,7 +883,7 @@ def search(cfg, folder=None):
     if cfg.method == "bilevel" and len(loader) <= cfg.weight_steps:
         raise InputError(f"{len(loader)} batches an epoch are too few for --weight-steps "
                          f"{cfg.weight_steps} and a mask step; lower it, or --batch-size")
-    net, score = dense_network(cfg, images.num_classes), scorer(cfg)
+    net, score = dense_network(cfg, images.num_classes), common.scorer(cfg)
     area = areas(net, cfg.frame)
     target = target_of(cfg, net, area)                  # refused now, not after hours
     start(cfg, net)
@@ -1192,15 +1192,6 @@ def folder_of(cfg):
     return Path(cfg.out) / ("no_implicit" if ablation else cfg.method.replace("bilevel", ""))
 
 
-def scorer(cfg):
-    """score(net) -> mIoU on val, a number in [0, 1]."""
-    images, loader = open_loader(cfg, "val")
-
-    def score(net):
-        return common.evaluate(net, loader, images.num_classes, cfg).miou()
-    return score
-
-
 def training_of(cfg, net, name, stage, folder, **about):
     """(Run, loss_terms, loader, score) of a network without masks, for common.fit."""
     _, loader = open_loader(cfg, "train", train=True)
@@ -1212,7 +1203,7 @@ def training_of(cfg, net, name, stage, folder, **about):
 
     run = common.Run(name, stage, cfg, folder, cfg.epochs, about=about, model=net,
                      optimizer=optimizer, schedule=schedule)
-    return run, loss_terms, loader, scorer(cfg)                 # val chooses best.pt
+    return run, loss_terms, loader, common.scorer(cfg)          # val chooses best.pt
 
 
 def start(cfg, net):

@@ -782,6 +782,15 @@ def open_loader(cfg, split, train=False, images=None, transform=None):
         cfg.workers, cfg.seed, rank(), world_size())
 
 
+def scorer(cfg):
+    """score(net) -> mIoU on val, a number in [0, 1]."""
+    images, loader = open_loader(cfg, "val")
+
+    def score(net):
+        return evaluate(net, loader, images.num_classes, cfg).miou()
+    return score
+
+
 def report_segmentation(name, kind, matrix, images, cfg, folder):
     """Print the IoU of each class and the means; log them. kind: which of the mIoUs it is."""
     for thing, iou in zip(images.class_names, matrix.iou().tolist()):

@@ -1456,7 +1456,6 @@ def arch_path(cfg):
 def train_network(cfg, teacher=None):
     """Train one derived network from scratch, or take a teacher that is there; returns it."""
     images, loader = open_loader(cfg, "train", train=True)
-    _, val_loader = open_loader(cfg, "val")                    # chooses best.pt
     classes = images.num_classes
     arch = load_architecture(arch_path(cfg), cfg.network)
     torch.manual_seed(cfg.seed)
@@ -1479,12 +1478,9 @@ def train_network(cfg, teacher=None):
             terms["kl"] = distillation(logits, soft)
         return terms
 
-    def score(model):
-        return evaluate(model, val_loader, classes, cfg).miou()
-
     # A teacher serves several students: it is trained once. The others anew with each command.
     train = common.train_or_load if cfg.network == "teacher" else common.fit
-    best = train(run, loss_terms, loader, score)
+    best = train(run, loss_terms, loader, common.scorer(cfg))           # val chooses best.pt
     print(f"{cfg.network}: best retrained mIoU on val {100 * best:.2f} -> {run.folder}/best.pt")
     return restore(cfg, run.folder / "best.pt", classes)
 

@@ -610,7 +610,6 @@ def tasks_of(cls, seg, cfg):
     images1, batches1 = open_cls_loader(cfg, "train", train=True)
     images2, batches2 = open_loader(cfg, "train", train=True)
     _, val1 = open_cls_loader(cfg, "val")
-    _, val2 = open_loader(cfg, "val")
     for flag, batch, images in (("cls-batch", cfg.cls_batch, images1),
                                 ("batch-size", cfg.batch_size, images2)):
         if batch % world_size() or min(batch, len(images)) < 2 * world_size():
@@ -620,10 +619,7 @@ def tasks_of(cls, seg, cfg):
 
     def top1(net):
         return accuracy(net, val1, cfg)
-
-    def miou(net):
-        return evaluate(net, val2, images2.num_classes, cfg).miou()
-    return Task(cls, l_cls, batches1, top1), Task(seg, l_seg, batches2, miou)
+    return Task(cls, l_cls, batches1, top1), Task(seg, l_seg, batches2, common.scorer(cfg))
 
 
 @torch.no_grad()

@@ -869,18 +869,13 @@ def inherit(net, connectivity):
 def search(cfg):
     """--search: writes arch.json, derived.pt and pictures."""
     images, loader = open_data(cfg, "train", train=True)
-    _, val_loader = open_data(cfg, "val")
     encoder = Encoder(cfg.encoder, cfg.weights_encoder)
     k = cfg.k if cfg.loss == "maskconnect" else 0
     net = place(FullyDenseNet(encoder, images.num_classes, cfg.width, cfg.bn, k), cfg)
     sgd, schedule = poly_sgd(net, cfg, cfg.search_epochs * len(loader))
     run = common.Run("search", "search", cfg, cfg.out, cfg.search_epochs,
-                     stale=("arch.json", "derived.pt"), model=net, optimizer=sgd,
-                     schedule=schedule)
-
-    def score(network):
-        return evaluate(Padded(network), val_loader, images.num_classes, cfg).miou()
-
+                     stale=("arch.json", "derived.pt"), model=net, optimizer=sgd, schedule=schedule)
+    score = scorer(cfg)
     connectivity, derived = search_connectivity(net, loader, run, cfg, score)
     w, miou = net.connection_weights(), {"supernet": score(net), "derived": score(derived)}
     arch = {"encoder": cfg.encoder, "connectivity": connectivity, "task": cfg.task,
@@ -995,6 +990,15 @@ def open_data(cfg, split, train=False):
     return images, loader
 
 
+def scorer(cfg):
+    """score(net) -> mIoU on val, a number in [0, 1]."""
+    images, loader = open_data(cfg, "val")
+
+    def score(net):
+        return evaluate(Padded(net), loader, images.num_classes, cfg).miou()
+    return score
+
+
 def poly_sgd(net, cfg, steps):
     """The paper's protocol (4.1): SGD with poly, learning rates for encoder, decoder and w.
 
@@ -1061,7 +1065,6 @@ def train(cfg):
     --train-split trainval the val pictures, whose mIoU chooses best.pt, have been trained on.
     """
     images, loader = open_data(cfg, cfg.train_split, train=True)
-    _, val_loader = open_data(cfg, "val")
     torch.manual_seed(cfg.seed)
     net = build(cfg, images.num_classes, "none" if cfg.init else cfg.weights_encoder)
     if cfg.init:
@@ -1074,10 +1077,7 @@ def train(cfg):
     def loss_terms(forward, images, labels):
         return {"task": task_loss(forward(images), labels, cfg.task)}
 
-    def score(model):
-        return evaluate(Padded(model), val_loader, images.num_classes, cfg).miou()
-
-    best = common.fit(run, loss_terms, loader, score)
+    best = common.fit(run, loss_terms, loader, scorer(cfg))
     print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
           f"val {100 * best:.2f}, in {folder_of(cfg)}\n"
           + common.next_command(cfg, "sparsemask", "--eval --bench"))

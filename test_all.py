@@ -1672,6 +1672,7 @@ def test_fastersg_trains_teacher_then_student():
     images, small = mock.Mock(num_classes=3), fastersg.pruned(FORKED, 1, 4)
     with (scratch() as out,
           mock.patch.object(fastersg, "open_loader", lambda *a, **k: (images, batches)),
+          mock.patch.object(common, "open_loader", lambda *a, **k: (images, batches)),
           mock.patch.object(fastersg, "distillation", wraps=fastersg.distillation) as distilled):
         cfg = fastersg.Config(device="cpu", out=str(out), epochs=1, batch_size=2, lr_decay=0.5)
         archs = {"teacher": FORKED.to_json(), "student": small.to_json()}
