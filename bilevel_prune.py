@@ -34,7 +34,6 @@ The idea in five lines:
     python bilevel_prune.py --bench                           counts beside the paper's, latency
 """
 import contextlib
-import copy
 import math
 import re
 from collections import OrderedDict
@@ -45,6 +44,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.module import register_module_forward_hook
 from torchvision.ops import stochastic_depth
 
 import common
@@ -58,6 +58,8 @@ from common import (BaseConfig, InputError, count_macs, count_params, enlarged, 
 
 NETWORKS = ("tiny", "small", "base", "base_cityscapes", "super", "deeplab")
 METHODS = ("bilevel", "uniform", "magnitude", "slimming", "random", "dense")
+MOMENTUM = 0.9                          # PAPER 5.2: of SGD, for weights and masks
+SLIM_L1 = 1e-4                          # on BN's scales, for slimming, of whose paper it is
 
 
 @dataclass
@@ -78,21 +80,17 @@ class Config(BaseConfig):
     # PAPER 5.2: SGD, poly of power 0.9; the rate is 1.2e-4 on ADE20K, 0.01 on VOC. TopFormer's own
     # recipe is AdamW with a warm-up of 1,500 steps and ten times the rate for the head. The paper
     # states SGD with the same rates, so small that from random weights SGD hardly moves: give
-    # --init, --optimizer adamw or a larger --lr.
-    optimizer: str = opt("sgd", "for the weights", "dense", ("sgd", "adamw"))
+    # --init or a larger --lr.
     lr: float = opt(3e-4, "learning rate; for random weights larger", "dense", low=1e-12)
-    # PAPER 5.2.
-    momentum: float = opt(0.9, "of sgd, for weights and masks", "dense", high=0.9999)
-    # OURS, not 1 / lambda: approximation 6 below. OFFICIAL-CODE of TopFormer: 0.01 with adamw.
-    weight_decay: float = opt(1e-4, "of the weights", "dense")
-    # PAPER Eq. (7) decays all of w; OFFICIAL-CODE of TopFormer spares these.
-    decay_norms: bool = opt(True, "BN's scales and shifts and biases decay too", "dense")
+    # OURS, not 1 / lambda: approximation 6 below. Of all weights (PAPER Eq. (7)); OFFICIAL-CODE of
+    # TopFormer spares BN's scales and shifts and biases.
+    weight_decay: float = opt(1e-4, "of the weights, BN's too", "dense")
     # OFFICIAL-CODE of TopFormer.
     drop_path: float = opt(0.1, "largest stochastic depth of a block", "dense", high=0.9)
     method: str = opt("bilevel", "how --search chooses channels, and whose network the other "
                       "stages take: the paper's, a baseline, or the dense one", "search", METHODS)
-    widths: str = opt("", "arch.json whose widths --search takes over instead of --target, a "
-                      "control: --method chooses which channels", "search")
+    widths: str = opt("", "arch.json whose widths --search takes over instead of --target and "
+                      "--round-to, a control: --method chooses which channels", "search")
     # The ablation of Table 3 is --no-implicit.
     implicit: bool = opt(True, "second term of Eq. (15)", "search")
     dense: str = opt("", "checkpoint the search starts from [<out>/dense, trained if need be]",
@@ -118,8 +116,6 @@ class Config(BaseConfig):
     # been chosen, by any method.
     search_epochs: int = opt(430, "epochs of the search, its end included", "search", low=1)
     settle: float = opt(0.34, "share of it after the choice", "search", high=0.99)
-    # Of the baseline's paper.
-    slim_l1: float = opt(1e-4, "L1 weight on BN's scales, for slimming", "search")
     # PAPER 4.2: no fine-tuning is needed. --no-finetune, from random weights, is a control.
     finetune: bool = opt(True, "--train starts from the pruned weights", "train")
     against: str = opt("", "run folder of another search from the same dense network: say how far "
@@ -129,16 +125,16 @@ class Config(BaseConfig):
 # A minute or two on two cores: the smallest network, learning rates for a few hundred steps. On a
 # CPU both NHWC and widths in eights are needed to turn fewer MACs into less time.
 # lam = 2 makes the second term of Eq. (15) about as long as the first. Measured: two searches from
-# one dense network with other batches (below) keep channels that agree with kappa 0.64; with the
+# one dense network with other batches (below) keep channels that agree with kappa 0.62; with the
 # paper's lam = 0.1 the second term is 0.07 of the first, and kappa 0.12. The paper's stays the
 # default of its preset: there hundreds of epochs average the noise of the first term, here it has
 # 75 mask steps.
 #     python bilevel_prune.py --search --out runs/a
 #     python bilevel_prune.py --search --out runs/b --seed 1 --dense runs/a/dense/best.pt \
 #         --against runs/a
-QUICK = dict(network="tiny", size=(96, 192), frame=(256, 512), scales=(0.75, 1.5), batch_size=8,
-             epochs=4, search_epochs=4, lr=0.05, drop_path=0.0, lam=2.0, weight_steps=1,
-             round_to=8, channels_last=True)
+QUICK = dict(network="tiny", size=(96, 192), frame=(256, 512), scales=(0.75, 1.5),
+             epochs=4, search_epochs=4, batch_size=8, lr=0.05, drop_path=0.0,
+             lam=2.0, weight_steps=1, round_to=8, channels_last=True)
 
 # ---------------------------------------------------------------------------------------------
 # 3. Networks. Every layer says whose channels it reads and writes: masks, MACs, cutting read it
@@ -187,6 +183,14 @@ def gate(space, device):
     return torch.cat([mask.binary().to(device).repeat_interleave(each) for mask, each in space])
 
 
+def left_of(layer):
+    """Which channels b leaves of what a layer writes and reads: (C',) and (C,) bool."""
+    device = layer.conv.weight.device
+    out = gate(layer.out, device)
+    into = gate(layer.into, device)
+    return out.bool(), into.bool()
+
+
 def masked(x, space):
     """Eq. (1) with b: a_l = b_l (.) x, a depth-wise 1x1 convolution is one factor a channel.
 
@@ -203,7 +207,10 @@ class Layer(nn.Module):
     def __init__(self, into, out, k=1, stride=1, dilation=1, depthwise=False, norm=True,
                  act=nn.Identity(), mask=False):
         super().__init__()
-        self.into, self.out, self.depthwise, self.act = into, out, depthwise, act
+        self.into = into
+        self.out = out
+        self.depthwise = depthwise
+        self.act = act
         self.mask = out if mask else ()
         groups = size_of(out) if depthwise else 1
         self.conv = nn.Conv2d(size_of(into), size_of(out), k, stride, k // 2 * dilation, dilation,
@@ -212,7 +219,8 @@ class Layer(nn.Module):
 
     def forward(self, x):
         """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
-        return masked(self.act(self.norm(self.conv(x))), self.mask)
+        x = self.norm(self.conv(x))
+        return masked(self.act(x), self.mask)
 
 
 def depthwise(space, k=3, stride=1, dilation=1, **kind):
@@ -244,10 +252,13 @@ class Attention(nn.Module):
 
     def __init__(self, tokens, heads):
         super().__init__()
-        keys, values = ((heads, self.KEY),), ((heads, self.VALUE),)
-        self.heads = heads
-        self.to_q, self.to_k = Layer(tokens, keys), Layer(tokens, keys)
-        self.to_v, self.project = Layer(tokens, values), Layer(values, tokens, mask=True)
+        keys = ((heads, self.KEY),)
+        values = ((heads, self.VALUE),)
+        self.products = keys + values                   # what q k^T and its product with v sum over
+        self.to_q = Layer(tokens, keys)
+        self.to_k = Layer(tokens, keys)
+        self.to_v = Layer(tokens, values)
+        self.project = Layer(values, tokens, mask=True)
         nn.init.zeros_(self.project.norm.weight)        # OFFICIAL-CODE: attention starts at zero
 
     def forward(self, x):
@@ -269,7 +280,8 @@ class Block(nn.Module):
 
     def __init__(self, tokens, heads, hidden, drop_path):
         super().__init__()
-        self.attention, self.drop_path = Attention(tokens, heads), drop_path
+        self.attention = Attention(tokens, heads)
+        self.drop_path = drop_path
         self.mlp = nn.Sequential(OrderedDict(
             fc1=Layer(tokens, hidden), depth=depthwise(hidden, norm=False, act=F.relu6),
             fc2=Layer(hidden, tokens, mask=True)))
@@ -285,7 +297,9 @@ class Injection(nn.Module):
 
     def __init__(self, into, out, mask):
         super().__init__()
-        self.local, self.scale, self.shift = (Layer(into, out) for _ in range(3))
+        self.local = Layer(into, out)
+        self.scale = Layer(into, out)
+        self.shift = Layer(into, out)
         self.mask = out if mask else ()
 
     def forward(self, x, semantics):
@@ -300,11 +314,14 @@ class Network(nn.Module):
 
     def __init__(self, name, num_classes, widths):
         super().__init__()
-        self.name, self.num_classes, self.given = name, num_classes, widths or {}
+        self.name = name
+        self.num_classes = num_classes
+        self.given = widths or {}
         self.masks = nn.ModuleDict()
 
     def space(self, name, n=0):
-        """The channels of this name; n of them in the dense network, to be told the first time."""
+        """The channels of this name; n of them in the dense network, to be told the first time. In
+        a pruned one its widths count, and n may be anything."""
         if name not in self.masks:
             self.masks[name] = Mask(self.given.get(name, n))
         return ((self.masks[name], 1),)
@@ -315,9 +332,15 @@ class Network(nn.Module):
 
 # name: (kernel k, expansion t, stride s) of each row, channels of the stem and the four levels,
 # heads, injected width, whether the head's fusion is depth-wise (OFFICIAL-CODE).
-KTS = ((3, 1, 1), (3, 4, 2), (3, 3, 1), (5, 3, 2), (5, 3, 1), (3, 3, 2), (3, 3, 1), (5, 6, 2),
-       (5, 6, 1), (3, 6, 1))
-SUPER = KTS[:2] + ((3, 4, 1), (5, 4, 2), (5, 4, 1), (3, 4, 2), (3, 4, 1)) + KTS[7:]
+KTS = ((3, 1, 1),                                   # 1/2 of the picture's size
+       (3, 4, 2), (3, 3, 1),                        # 1/4
+       (5, 3, 2), (5, 3, 1),                        # 1/8
+       (3, 3, 2), (3, 3, 1),                        # 1/16
+       (5, 6, 2), (5, 6, 1), (3, 6, 1))             # 1/32
+SUPER = (*KTS[:2], (3, 4, 1),
+         (5, 4, 2), (5, 4, 1),
+         (3, 4, 2), (3, 4, 1),
+         *KTS[7:])
 VARIANTS = {
     "tiny": (KTS[:9], (16, 16, 32, 64, 96), 4, 128, True),
     "small": (KTS, (16, 24, 48, 96, 128), 6, 192, False),
@@ -337,20 +360,21 @@ class TopFormer(Network):
         rows, channels, heads, inject, light = VARIANTS[variant]
         channels = dict(zip((2, 4, 8, 16, 32), channels))               # by stride
         stride, x = 2, self.space("c2", channels[2])
-        self.stem, self.rows = Layer(fixed(3), x, 3, 2, act=F.relu), nn.Sequential()
+        self.stem = Layer(fixed(3), x, 3, 2, act=F.relu)
+        self.rows = nn.Sequential()
         for i, (k, t, s) in enumerate(rows):
-            hidden = self.space(f"row{i}", t * channels[stride]) if t > 1 else x
+            hidden = self.space(f"row{i}", t * size_of(x)) if t > 1 else x
             stride *= s
             out = self.space(f"c{stride}", channels[stride])
             self.rows.append(InvertedResidual(x, hidden, out, k, s))
             x = out
         levels = [self.space(f"c{s}") for s in (4, 8, 16, 32)]
-        mlp = 2 * sum(channels[s] for s in (4, 8, 16, 32))
+        tokens = sum(levels, ())
         self.blocks = nn.Sequential()
         for i in range(4):
             (mask, _), = self.space(f"heads{i}", heads)
-            self.blocks.append(Block(sum(levels, ()), mask, self.space(f"mlp{i}", mlp),
-                                     drop_path * i / 3))
+            hidden = self.space(f"mlp{i}", 2 * size_of(tokens))
+            self.blocks.append(Block(tokens, mask, hidden, drop_path * i / 3))
         x = self.space("inject", inject)
         self.injections = nn.ModuleList(Injection(level, x, not light) for level in levels[1:])
         self.fuse = (depthwise(x, 1, act=F.relu) if light else
@@ -359,7 +383,8 @@ class TopFormer(Network):
         self.classify = Layer(self.fuse.out, fixed(num_classes), norm=False)
 
     def forward(self, x):
-        x, taps = self.stem(x), []                                            # (B, 16, H/2, W/2)
+        x = self.stem(x)                                                      # (B, 16, H/2, W/2)
+        taps = []
         for first, end in ((0, 3), (3, 5), (5, 7), (7, None)):      # to H/4, H/8, H/16, H/32
             x = self.rows[first:end](x)
             taps.append(x)
@@ -387,29 +412,37 @@ class DeepLabV3Plus(Network):
     The paper prints 2.26 M parameters and 9.5 GMACs and no structure. OURS: the ASPP and decoder
     that give both, 2,263,139 and 9,490,180,608 at 512x1024 with 19 classes.
     """
-    # Expansion t, channels c, rows n, stride s, dilations of the first row and of the others: of
-    # MobileNet-V2, Table 2, but for the last stride of 2. There the stride is 1; dilation from the
-    # next row on keeps what a filter sees.
-    STAGES = ((1, 16, 1, 1, 1, 1), (6, 24, 2, 2, 1, 1), (6, 32, 3, 2, 1, 1), (6, 64, 4, 2, 1, 1),
-              (6, 96, 3, 1, 1, 1), (6, 160, 3, 1, 1, 2), (6, 320, 1, 1, 2, 2))
+    # Expansion t, channels c, rows n, stride s: of MobileNet-V2, Table 2, but for the last stride
+    # of 2, that of row 13. There the stride is 1; dilation from the next row on keeps what a filter
+    # sees.
+    STAGES = ((1, 16, 1, 1),
+              (6, 24, 2, 2),
+              (6, 32, 3, 2),
+              (6, 64, 4, 2),
+              (6, 96, 3, 1),
+              (6, 160, 3, 1),
+              (6, 320, 1, 1))
 
     def __init__(self, num_classes, widths=None):
         super().__init__("deeplab", num_classes, widths)
-        x, wide = self.space("stem", 32), 32
-        self.stem, self.rows = Layer(fixed(3), x, 3, 2, act=F.relu6), nn.Sequential()
-        for j, (t, c, n, s, first, rest) in enumerate(self.STAGES):
+        x = self.space("stem", 32)
+        self.stem = Layer(fixed(3), x, 3, 2, act=F.relu6)
+        self.rows = nn.Sequential()
+        for j, (t, c, n, s) in enumerate(self.STAGES):
             out = self.space(f"stage{j + 1}", c)
-            for i in range(n):
-                hidden = self.space(f"row{len(self.rows)}", t * wide) if t > 1 else x
-                stride, rate = (s, first) if i == 0 else (1, rest)
-                self.rows.append(InvertedResidual(x, hidden, out, 3, stride, rate, F.relu6))
-                x, wide = out, c
+            for stride in (s, *[1] * (n - 1)):
+                row = len(self.rows)
+                hidden = self.space(f"row{row}", t * size_of(x)) if t > 1 else x
+                dilation = 1 if row <= 13 else 2
+                self.rows.append(InvertedResidual(x, hidden, out, 3, stride, dilation, F.relu6))
+                x = out
         branches = [self.space(f"aspp{i}", 136) for i in range(5)]
-        self.point, self.pool = point(x, branches[0]), point(x, branches[4])
+        self.point = point(x, branches[0])
+        self.pool = point(x, branches[4])
         self.atrous = nn.ModuleList(separable(x, branches[i], 6 * i) for i in (1, 2, 3))
         self.project = point(sum(branches, ()), self.space("high", 136))
         self.low = point(self.space("stage2"), self.space("low", 24))
-        both = self.space("high") + self.space("low")
+        both = self.project.out + self.low.out
         self.fuse = nn.Sequential(separable(both, self.space("fuse1", 272)),
                                   separable(self.space("fuse1"), self.space("fuse2", 272)))
         self.classify = Layer(self.space("fuse2"), fixed(num_classes), norm=False)
@@ -420,7 +453,8 @@ class DeepLabV3Plus(Network):
         pooled = self.pool(F.adaptive_avg_pool2d(x, 1)).expand(-1, -1, *x.shape[-2:])
         x = torch.cat([self.point(x), *(f(x) for f in self.atrous), pooled], 1)     # (B, 5 * 136)
         x = enlarged(self.project(x), fine.shape[-2:])                      # (B, 136, H/4, W/4)
-        return self.classify(self.fuse(torch.cat([x, self.low(fine)], 1)))
+        x = torch.cat([x, self.low(fine)], 1)                               # (B, 160, H/4, W/4)
+        return self.classify(self.fuse(x))
 
 
 def build(name, num_classes, widths=None, drop_path=0.0):
@@ -439,13 +473,14 @@ def weights_of(net):
 
 
 def by_mask(layers, value):
-    """{Mask: (layers that write it, n)} of value(layer), a number for each channel that the layer
-    writes, summed over the channels of an element."""
+    """{started Mask: (layers that write it, n)} of value(layer), a number for each channel that the
+    layer writes, summed over the channels of an element."""
     rows = {}
     for layer in layers:
         parts = value(layer).split([mask.n * each for mask, each in layer.out])
         for (mask, each), part in zip(layer.out, parts):
-            rows.setdefault(mask, []).append(part.view(-1, each).sum(1))
+            if mask.s is not None:
+                rows.setdefault(mask, []).append(part.view(-1, each).sum(1))
     return {mask: torch.stack(parts) for mask, parts in rows.items()}
 
 
@@ -492,14 +527,14 @@ class Mask(nn.Module):
 
     def __init__(self, n):
         super().__init__()
-        self.n, self.least = n, 1
-        self.register_parameter("s", None)
-        self.register_buffer("tau", None)
+        self.n = n
+        self.s = None
 
     def start(self, tau, least):
         """OURS: s starts at 1 everywhere, so the search starts from the dense network."""
-        self.s, self.tau = nn.Parameter(torch.ones(self.n)), torch.full((self.n,), tau)
+        self.s = nn.Parameter(torch.ones(self.n))
         self.least = least
+        self.register_buffer("tau", torch.full((self.n,), tau))
 
     def binary(self):
         """b (n,), with the gradient of Eq. (3)."""
@@ -515,9 +550,10 @@ class Mask(nn.Module):
 def prunable(net, cfg):
     """{Mask: elements that have to stay} of all channels, or of the pyramid's alone.
 
-    As many stay or go together at the end: --round-to channels, but single attention heads.
+    As many stay or go together at the end: --round-to channels, but single attention heads. Widths
+    that are given need no rounding.
     """
-    return {mask: 1 if name.startswith("heads") else min(cfg.round_to, mask.n)
+    return {mask: 1 if name.startswith("heads") or cfg.widths else min(cfg.round_to, mask.n)
             for name, mask in net.masks.items()
             if cfg.scope == "all" or re.fullmatch(r"(c|row|stage)\d+|stem", name)}
 
@@ -539,14 +575,11 @@ def pruned_weights_kept(net):
     """
     old = []
     for layer in layers_of(net):
-        device = layer.conv.weight.device
-        out, into = gate(layer.out, device).bool(), gate(layer.into, device).bool()   # (C',), (C,)
-        for p in layer.parameters():
-            moves = out
-            if p.ndim > 1:                              # a filter, (C', C, k, k) or (C', 1, k, k)
-                moves = out.view(-1, 1, 1, 1)
-                if not layer.depthwise:
-                    moves = moves & into.view(1, -1, 1, 1)
+        out, into = left_of(layer)
+        for p in layer.parameters():                    # (C', C, k, k), (C', 1, k, k) or (C',)
+            moves = out.view(-1, 1, 1, 1) if p.ndim > 1 else out
+            if p.ndim > 1 and not layer.depthwise:
+                moves = moves & into.view(1, -1, 1, 1)
             old.append((p, moves, p.data.clone()))
     yield
     for p, moves, value in old:
@@ -565,18 +598,14 @@ DENSE_UNITS = 8.2
 
 
 def areas(net, frame):
-    """{layer: t t', the positions of its output} for a picture of `frame`; nothing is computed."""
-    probe, area = copy.deepcopy(net).to("meta").float().eval(), {}
+    """{layer: t t', the positions of its output} for a picture of `frame`, a black one."""
+    area = {}
 
-    def note(layer):
-        def hook(module, inputs, output):
-            area[layer] = output.shape[-2:].numel()
-        return hook
-    for ours, twin in zip(net.modules(), probe.modules()):      # the same modules, in one order
-        if isinstance(twin, (Layer, Attention)):
-            twin.register_forward_hook(note(ours))
-    with torch.no_grad():
-        probe(torch.zeros(1, 3, *frame, device="meta"))
+    def note(module, inputs, output):
+        if isinstance(module, (Layer, Attention)):
+            area[module] = output.shape[-2:].numel()
+    with torch.no_grad(), register_module_forward_hook(note):
+        net.eval()(torch.zeros(1, 3, *frame))
     return area
 
 
@@ -588,9 +617,8 @@ def macs_of(area, counts):
 
     total = 0
     for layer, positions in area.items():                       # sum_l o'_l i'_l k_l^2 t_l t'_l
-        if isinstance(layer, Attention):                        # q k^T, and its product with v
-            pairs = positions ** 2                              # (N, N) of a head
-            total += left(((layer.heads, layer.KEY + layer.VALUE),)) * pairs
+        if isinstance(layer, Attention):                        # (N, N) pairs of positions a head
+            total += left(layer.products) * positions ** 2
         else:
             # OURS: i' for the paper's i: a layer reads no more than what the one before has left.
             inputs = 1 if layer.depthwise else left(layer.into)
@@ -610,8 +638,7 @@ def widths_left(net):
 
 def share_left(net, area):
     """MACs that b leaves, as a share of the dense network's."""
-    counts = {net.masks[name]: n for name, n in widths_left(net).items()}
-    return macs_of(area, counts) / macs_of(area, {})
+    return macs_of(area, counts_left(net)).item() / macs_of(area, {})
 
 
 def regularizer(net, area, target):
@@ -655,19 +682,20 @@ def task_loss(forward, images, labels, cfg):
 #   (12)  grad2_sw L = diag(F' a'(w))                      approximation 3: diagonal
 #   (13)  dL_m/ds = grad_s L_m - lambda (F' a') (b F' a')  the second factor is grad_w L_m
 #   (14)  F' a' = grad_w L_m where b = 1                   no copy of the gradients is needed
-#   (15)  dL_m/ds = grad_s L_m - lambda b [grad_w L_m]^2   first + pull - second   (C,)
+#   (15)  dL_m/ds = grad_s L_m - lambda b [grad_w L_m]^2   first - second + pull   (C,)
 #         [grad_w L_m]^2 summed over i, k, k               squared_gradients       (C,)
 #         grad_s (beta L_reg)                              pull                    (C,)
 #
 # Approximations. 1: L is piecewise linear in w. 2: in the channel's output too. (Eq. (25) should
 # read diag(w*) times the second derivative; it vanishes either way.) 3: a mask meets the weights of
 # its own channel alone. In a network it also meets those that make the channel's inputs and those
-# that read it; their terms can be as large (test_bilevel_what_the_diagonal_leaves_out). 4, Eq. (3):
-# grad_s = grad_b. 5: w is what a few steps have reached, not w*. 6 (OURS): those steps decay w by
-# --weight-decay, not by the 1 / lambda of Eq. (7): a decay of 10 would leave no network to prune.
-# lambda weighs the second term alone. 7: what is squared is the gradient of a minibatch. Its mean
-# square is (grad_w L)^2 plus the variance of the batches, which near w* is nearly all of it; the
-# term shrinks as batches grow, and over several processes the mean gradient is squared.
+# that read it; their terms can be as large
+# (test_bilevel_implicit_gradient_is_exact_but_for_the_diagonal). 4, Eq. (3): grad_s = grad_b. 5: w
+# is what a few steps have reached, not w*. 6 (OURS): those steps decay w by --weight-decay, not by
+# the 1 / lambda of Eq. (7): a decay of 10 would leave no network to prune. lambda weighs the second
+# term alone. 7: what is squared is the gradient of a minibatch. Its mean square is (grad_w L)^2
+# plus the variance of the batches, which near w* is nearly all of it; the term shrinks as batches
+# grow, and over several processes the mean gradient is squared.
 #
 # Eq. (14) prints 0 where b = 0. F' a' is not 0 there, but Eq. (13) multiplies it by grad_w L_m,
 # which is 0.
@@ -680,8 +708,8 @@ def task_loss(forward, images, labels, cfg):
 #
 # At w* without decay of gamma and beta dL/dgamma and dL/dbeta vanish: the first term is noise
 # around zero for every kept channel, and a mask learns only by falling below tau and being called
-# back. With the decay mu of Eq. (7) it is -mu (gamma^2 + beta^2): an importance. Hence
-# --decay-norms (PAPER).
+# back. With the decay mu of Eq. (7) it is -mu (gamma^2 + beta^2): an importance. Hence gamma and
+# beta decay with the filters (PAPER).
 #
 # What the second term says: a mask rises by lambda times the squared gradients of its weights.
 # Channels that the loss still works on are kept. At w* grad_w L = -w / lambda, and for a(w) linear
@@ -697,43 +725,40 @@ def squared_gradients(net):
 
 
 def mask_gradient(net, loss, reg, lam):
-    """The parts of Eq. (15), each a list of (n,), one for each mask: dL_m/ds = first + pull -
-    second. One backward pass of L gives `first` and `second`."""
-    masks = list(masks_of(net).values())
+    """The parts of Eq. (15), each (M,), the M elements of all masks one after another: dL_m/ds =
+    first - second + pull. One backward pass of L gives `first` and `second`."""
+    masks = masks_of(net).values()
     pull = torch.autograd.grad(reg, [mask.s for mask in masks])         # grad_s (beta L_reg)
     net.zero_grad()
     loss.backward()                                                     # grad_s L and grad_w L
-    common.average_gradients(list(net.parameters()))                    # before they are squared
+    common.average_gradients(net.parameters())                          # before they are squared
     squares = squared_gradients(net)
+    first = torch.cat([mask.s.grad for mask in masks])
     # lambda b [grad_w L]^2: where b = 0 the gradient is 0 already, so b need not be written.
-    second = [lam * squares[mask] for mask in masks]
-    return [mask.s.grad for mask in masks], second, pull
+    second = lam * torch.cat([squares[mask] for mask in masks])
+    return first, second, torch.cat(pull)
 
 
-def mask_rates(masks, area, target, steps, cfg):
-    """The step size of each mask. OURS, twice; the paper gives no step size for s.
+def mask_rates(net, area, target, steps, cfg):
+    """The step size of each element of all masks, (M,). s is 1. OURS, twice; the paper gives no
+    step size for s.
 
-    - It goes with 1 / cost^--cost-power; the cost is the MACs of one element. In tiny a channel of
-      c2, at half resolution, costs 300 times one of mlp0: under one rate for all, the pull would
-      prune c2 before the loss can speak. Divided by the cost itself, one noisy gradient would
-      decide about the cheap ones.
+    - It goes with 1 / cost^--cost-power. The cost is the MACs of one element, with which goes the
+      pull of Eq. (5). In tiny a channel of c2, at half resolution, costs 300 times one of mlp0:
+      under one rate for all, the pull would prune c2 before the loss can speak. Divided by the cost
+      itself, one noisy gradient would decide about the cheap ones.
     - Unless --mask-lr says how large: a mask of mean cost that the loss ignores falls from 1 to tau
       in a third of the mask steps, however many, if Eq. (5) goes on pulling as in the first. So
       beta weighs the MACs against the loss, and does not set the pace.
     """
-    dense = macs_of(area, {})
-    unit = dense / DENSE_UNITS
-    costs = [dense - macs_of(area, {mask: mask.n - 1}) for mask in masks]       # of one element
-    elements = sum(mask.n for mask in masks)
-    mean = sum(cost * mask.n for cost, mask in zip(costs, masks)) / elements
-    # The rate goes with 1 / gap: a target next to the dense would make it huge.
-    gap = max(dense - target, 0.1 * dense)
+    target = min(target, 0.9 * macs_of(area, {}))       # next to the dense the rate would be huge
+    reg = regularizer(net, area, target)
+    pull = torch.cat(torch.autograd.grad(reg, list(net.masks.parameters())))
     beta = cfg.beta or 0.01                             # no pull: at the pace of the paper's beta
-    pull = beta * 2 * (gap / unit) * (mean / unit)      # beta dL_reg/ds, s of mean cost, Eq. (5)
-    # Under a steady pull, SGD of momentum m moves s by rate pull / (1 - m) a step.
-    fall = pull / (1 - cfg.momentum) * steps / 3        # in a third of the steps, at rate 1
-    rate = cfg.mask_lr or (1 - cfg.tau) / max(fall, 1e-12)
-    return [rate * (mean / cost) ** cfg.cost_power for cost in costs]
+    # Under a steady pull, SGD of momentum m moves s by rate beta pull / (1 - m) a step.
+    fall = beta * pull.mean() / (1 - MOMENTUM) * steps / 3      # in a third of them, at rate 1
+    rate = cfg.mask_lr or (1 - cfg.tau) / fall
+    return rate * (pull.mean() / pull) ** cfg.cost_power
 
 
 # ---------------------------------------------------------------------------------------------
@@ -751,10 +776,9 @@ def mask_rates(masks, area, target, steps, cfg):
 # The paper's two steps are the two inner loops of learn(); w is a few steps of SGD away from w*
 # (approximation 5), and its momentum goes on from iteration to iteration.
 #
-# Both optimizers are SGD with momentum (the weights' may be AdamW) under one poly schedule (PAPER
-# 5.2). The mask step takes the next batch of the training set (OURS; the paper sets no pictures
-# aside for the masks). A baseline learns no masks: it trains all its batches, and chooses by
-# another score at the same epoch.
+# Both optimizers are SGD with momentum under one poly schedule (PAPER 5.2). The mask step takes the
+# next batch of the training set (OURS; the paper sets no pictures aside for the masks). A baseline
+# learns no masks: it trains all its batches, and chooses by another score at the same epoch.
 #
 # Soft masks are free to go anywhere: Eq. (5) pulls less and less as the target comes near, and a
 # channel that the loss wants rises. Clamped to [0, 1e9] the quick search did no better.
@@ -769,13 +793,15 @@ def mask_rates(masks, area, target, steps, cfg):
 def learn(run, net, loader, area, target, score):
     """Sections 3 and 4: trains the weights, learns the masks, chooses channels.
 
-    run: of run_of_search(); net: the dense network, its masks started; score(net) -> mIoU, for the
-    log.
+    run: of run_of_search(); net: the dense network, its masks started; score(net) -> mIoU.
     """
-    cfg, schedule, masks = run.cfg, run.parts["schedule"], list(masks_of(net).values())
+    cfg, soft = run.cfg, list(net.masks.parameters())
     weight_sgd, mask_sgd = run.parts["optimizer"], run.parts["mask_optimizer"]
+    schedule = run.parts["schedule"]
     forward = common.training_form(net.train(), cfg)
-    direction = None
+    mask_steps = chosen_after(cfg) * (len(loader) // (cfg.weight_steps + 1))
+    rates = mask_rates(net, area, target, mask_steps, cfg)              # (M,)
+    before = torch.zeros_like(rates)                    # first - second of the mask step before
     for epoch in run.epochs():
         deciding = epoch < chosen_after(cfg)
         batches, rows = run.batches(loader), []
@@ -787,7 +813,7 @@ def learn(run, net, loader, area, target, score):
                 # Eq. (7): L(w, s) here, its |w|^2 as the optimizer's weight decay.
                 terms = {"loss": task_loss(forward, images, labels, cfg)}
                 if deciding and cfg.method == "slimming":
-                    terms["l1"] = cfg.slim_l1 * sum(n.weight.abs().sum() for n in norms_of(net))
+                    terms["l1"] = SLIM_L1 * sum(n.weight.abs().sum() for n in norms_of(net))
                 with pruned_weights_kept(net):
                     run.descend(weight_sgd, **terms)
                 schedule.step()
@@ -799,76 +825,57 @@ def learn(run, net, loader, area, target, score):
                 loss = task_loss(forward, images, labels, cfg)
                 reg = cfg.beta * regularizer(net, area, target)                 # Eqs. (4), (5)
                 first, second, pull = mask_gradient(net, loss, reg, cfg.lam * cfg.implicit)
-                run.check(loss=loss, reg=reg, mask_gradient=norm(first) + norm(second))
+                run.check(loss=loss, reg=reg, mask_gradient=first.norm() + second.norm())
+                step = rates * (first - second + pull)                          # Eq. (15)
+                for s, part in zip(soft, step.split([len(s) for s in soft])):
+                    s.grad = part
                 # One schedule for both: (1 - step / steps)^0.9. A scheduler of the masks' own would
                 # have to count the weight steps too.
-                fall = schedule.get_last_lr()[0] / cfg.lr
-                # first[k] is the old s.grad: the sum is a new tensor, so that forces() sees both.
-                for k, group in enumerate(mask_sgd.param_groups):
-                    masks[k].s.grad = first[k] - second[k] + pull[k]            # Eq. (15)
-                    group["lr"] = group["rate"] * fall
+                mask_sgd.param_groups[0]["lr"] = schedule.get_last_lr()[0] / cfg.lr
                 mask_sgd.step()
-                direction, row = forces(mask_sgd, first, second, pull, direction)
+                row = forces(rates, first, second, pull, before)
                 rows.append(row | {"macs": share_left(net, area)})
+                before = first - second
                 schedule.step()
 
         if epoch + 1 == chosen_after(cfg):              # from here on b is fixed, only w moves
-            run.values["by_masks"] = share_left(net, area)
             choose(net, scores_of(cfg.method, net), area, target, cfg)
         miou, share = score(net), share_left(net, area)
-        run.end_epoch(note=f" | {100 * share:.1f}% of the MACs, masked mIoU {100 * miou:.2f}",
+        run.end_epoch(note=f" | {share:.1%} of the MACs, masked mIoU {miou:.2%}",
                       masked_miou=miou, macs=share, mask_steps=rows, widths=widths_left(net))
 
 
-def run_of_search(cfg, net, loader, area, target, folder):
+def run_of_search(cfg, net, loader, folder):
     """The Run of a search: starts the masks of the dense network; SGD with momentum for the
-    weights, and for the masks, each with a `rate` of its own."""
+    weights, and for the masks, whose gradients come times the rate of each."""
     for mask, least in prunable(net, cfg).items():
         mask.start(cfg.tau, least)                                      # s = 1: the dense network
-    masks = list(masks_of(net.to(cfg.device)).values())
-    optimizer, schedule = optimizer_for(net, cfg, cfg.search_epochs * len(loader))
-    mask_steps = chosen_after(cfg) * (len(loader) // (cfg.weight_steps + 1))
-    rates = mask_rates(masks, area, target, mask_steps, cfg)
-    groups = [{"params": [mask.s], "rate": rate} for mask, rate in zip(masks, rates)]
-    mask_optimizer = torch.optim.SGD(groups, 0.0, cfg.momentum)
-    return common.Run("search", "search", cfg, folder, cfg.search_epochs, stale=STALE, model=net,
-                      optimizer=optimizer, schedule=schedule,
-                      mask_optimizer=mask_optimizer)
+    optimizer, schedule = optimizer_for(net.to(cfg.device), cfg, cfg.search_epochs * len(loader))
+    return common.Run("search", "search", cfg, folder, cfg.search_epochs, stale=STALE,
+                      model=net, optimizer=optimizer, schedule=schedule,
+                      mask_optimizer=torch.optim.SGD(net.masks.parameters(), 1.0, MOMENTUM))
 
 
-def norm(parts):
-    """Length of the tensors of a list, taken as one vector."""
-    return torch.cat(list(parts)).norm()
-
-
-def forces(mask_sgd, first, second, pull, before):
-    """What decides in a mask step, for the log: (the loss's own mask gradient, first - second, of
-    all masks (M,), a dict of shares). before: that of the mask step before, None at the first.
+def forces(rates, first, second, pull, before):
+    """What decides in a mask step, for the log: a dict of shares. All arguments (M,).
 
     second / first: lengths of the terms of Eq. (15). pull: the share of the MACs term in the step.
-    cosine: of the gradients of two batches, 0 where there is no `before`; near 0 noise decides.
+    cosine: of first - second and `before`, that of the mask step before, of another batch; near 0
+    noise decides.
     """
-    now = torch.cat([f - s for f, s in zip(first, second)])
-    rates = [group["rate"] for group in mask_sgd.param_groups]
-    moves = torch.stack([norm(rate * x for rate, x in zip(rates, part))
-                         for part in (first, second, pull)])
-    cosine = 0.0 if before is None else float(F.cosine_similarity(now, before, dim=0))
-    return now, {"second / first": float(norm(second) / norm(first)),
-                 "pull": float(moves[2] / moves.sum()), "cosine": cosine}
+    moves = torch.stack([(rates * part).norm() for part in (first, second, pull)])
+    cosine = F.cosine_similarity(first - second, before, dim=0)
+    return {"second / first": float(second.norm() / first.norm()),
+            "pull": float(moves[2] / moves.sum()), "cosine": float(cosine)}
 
 
 def optimizer_for(net, cfg, steps):
-    """(optimizer of the weights, poly schedule over `steps`).
+    """(SGD for the weights, its poly schedule over `steps`).
 
     Eq. (7) decays all of w. Sparing BN's scales and shifts, as is usual, would take all meaning
     from the first term of Eq. (15) for kept channels: Euler's identity in section 5.
     """
-    weights = weights_of(net)
-    groups = [{"params": [p for p in weights if p.ndim > 1], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in weights if p.ndim == 1],
-               "weight_decay": cfg.weight_decay * cfg.decay_norms}]
-    optimizer = (torch.optim.SGD(groups, cfg.lr, cfg.momentum) if cfg.optimizer == "sgd" else
-                 torch.optim.AdamW(groups, cfg.lr))
+    optimizer = torch.optim.SGD(weights_of(net), cfg.lr, MOMENTUM, weight_decay=cfg.weight_decay)
     return optimizer, common.poly(optimizer, steps)
 
 
@@ -878,17 +885,18 @@ def chosen_after(cfg):
 
 
 def search(cfg, folder=None):
-    """--search: learn masks and weights, choose, cut, write. Returns its numbers."""
+    """--search: learn masks and weights, choose, cut, write. Returns what finish() does."""
     images, loader = open_loader(cfg, "train", train=True)
     if cfg.method == "bilevel" and len(loader) <= cfg.weight_steps:
         raise InputError(f"{len(loader)} batches an epoch are too few for --weight-steps "
                          f"{cfg.weight_steps} and a mask step; lower it, or --batch-size")
-    net, score = dense_network(cfg, images.num_classes), common.scorer(cfg)
+    score = common.scorer(cfg)
+    net = dense_network(cfg, images.num_classes)
     area = areas(net, cfg.frame)
     target = target_of(cfg, net, area)                  # refused now, not after hours
     start(cfg, net)
     torch.manual_seed(cfg.seed)
-    run = run_of_search(cfg, net, loader, area, target, folder or folder_of(cfg))
+    run = run_of_search(cfg, net, loader, folder or folder_of(cfg))
     learn(run, net, loader, area, target, score)
     return finish(run, net, area, target, score)
 
@@ -917,19 +925,14 @@ def search(cfg, folder=None):
 
 def target_of(cfg, net, area):
     """C of Eq. (5), MACs for one picture of --frame; InputError if no masks can meet it."""
-    dense = macs_of(area, {})
-    target, floor = cfg.target * dense, prunable(net, cfg)
     if cfg.widths:
-        counts = counts_from(cfg.widths, net)
-        if any(counts[mask] < least for mask, least in floor.items()):
-            raise InputError(f"{cfg.widths} leaves fewer than --round-to {cfg.round_to} channels "
-                             "somewhere; give the --round-to it was found with")
-        target = macs_of(area, counts)
-    least = macs_of(area, floor)
+        return macs_of(area, counts_from(cfg.widths, net))
+    dense = macs_of(area, {})
+    target, least = cfg.target * dense, macs_of(area, prunable(net, cfg))
     if target < least:
-        raise InputError(f"the target of {target / 1e9:.4g} GMACs is below the {least / 1e9:.4g} "
-                         "that are left with the fewest channels in every layer; raise --target, "
-                         "or try --scope all or a smaller --round-to")
+        raise InputError(f"{least / dense:.4f} of the MACs are left with the fewest channels in "
+                         "every layer; raise --target above it, or try --scope all or a smaller "
+                         "--round-to")
     return target
 
 
@@ -946,10 +949,8 @@ def best_counts(scores, area, target):
 
     A unit is --round-to channels (the last of a mask may be smaller) or one head; it stays or goes
     as a whole, by its mean score, and the best unit of a mask always stays. Down the ranking every
-    unit is kept that still fits. Each unit adds MACs, so if the next `many` fit together, one by
-    one they would have fitted too; if they do not, half as many are tried. Behind a single unit
-    that does not fit, the rest of its mask goes too: a mask keeps its best channels, so none of
-    the others can stay without that unit.
+    unit is kept that still fits. Behind one that does not, the rest of its mask goes too: a mask
+    keeps its best channels, so none of the others can stay without that unit.
     """
     counts, units = {}, []
     for mask, score in scores.items():
@@ -957,18 +958,13 @@ def best_counts(scores, area, target):
         counts[mask] = len(parts[0])
         units += [(part.mean().item(), mask, len(part)) for part in parts[1:]]
     units.sort(key=lambda unit: -unit[0])               # stable: of equals the first mask's
-    many = len(units)
-    while units:
-        more = counts.copy()
-        for _, mask, size in units[:many]:
-            more[mask] += size
-        if macs_of(area, more) <= target:
-            counts, units = more, units[many:]
-        elif many > 1:
-            many //= 2
-        else:                                           # one, and still too many
-            units = [unit for unit in units if unit[1] is not units[0][1]]
-            many = len(units)
+    closed = set()
+    for _, mask, size in units:
+        more = counts | {mask: counts[mask] + size}
+        if mask in closed or macs_of(area, more) > target:
+            closed.add(mask)
+        else:
+            counts = more
     return counts
 
 
@@ -978,7 +974,7 @@ def choose(net, scores, area, target, cfg):
     For the paper's method the score is s, so this moves the threshold from tau to where the target
     is met.
     """
-    counts = (counts_from(cfg.widths, net) if cfg.widths else best_counts(scores, area, target))
+    counts = counts_from(cfg.widths, net) if cfg.widths else best_counts(scores, area, target)
     for mask, score in scores.items():
         mask.choose(score.argsort(descending=True, stable=True)[:counts[mask]])
 
@@ -986,11 +982,9 @@ def choose(net, scores, area, target, cfg):
 def prune(net):
     """The network without the channels whose b is 0; same output, Eq. (16): what b multiplies by 0
     meets only columns that go with it. BN works channel by channel, so it is narrowed alike."""
-    device = weights_of(net)[0].device
     small = build(net.name, net.num_classes, widths_left(net))
     for layer, cut in zip(layers_of(net), layers_of(small)):
-        out = gate(layer.out, device).nonzero()[:, 0]                   # indices that stay
-        into = gate(layer.into, device).nonzero()[:, 0]
+        out, into = left_of(layer)
         cut.conv = narrowed(layer.conv, out, into)
         if norms_of(layer):
             cut.norm = narrowed(layer.norm, out)
@@ -1003,46 +997,45 @@ def load_arch(path):
     # It may have been edited by hand: every number is checked before a network is built from it.
     name, classes, widths = (value.get(key) for key in ("network", "classes", "widths"))
     if name not in NETWORKS or classes not in range(2, 255) or not isinstance(widths, dict):
-        raise InputError(f"{path} is no arch.json of this program: it needs network (one of "
-                         f"{', '.join(NETWORKS)}), classes (2 to 254) and widths")
+        raise InputError(f"{path} is no arch.json of this program: it needs network (a --network), "
+                         "classes (2 to 254) and widths")
     with torch.device("meta"):
         dense = build(name, classes).widths()
     for key in {**dense, **widths}:
         n, full = widths.get(key), dense.get(key, 0)
-        if type(n) is not int or not 1 <= n <= full:
+        if n not in range(1, full + 1):
             raise InputError(f"{path} does not fit {name}: '{key}' is {n}, not 1 to {full}")
     return name, classes, widths
 
 
-def write_arch(net, folder, **about):
+def write_arch(net, folder):
     common.write_json(Path(folder) / "arch.json", {
-        "network": net.name, "classes": net.num_classes, "parameters": count_params(net), **about,
+        "network": net.name, "classes": net.num_classes, "parameters": count_params(net),
         "widths": net.widths()})
 
 
 def finish(run, net, area, target, score):
-    """Cut the network, score it, write it, report. Returns its numbers."""
+    """Cut the network, score it, write it, report. Returns its numbers, a row of --sweep."""
     cfg, folder, small = run.cfg, run.folder, prune(net)
-    dense, by_masks = macs_of(area, {}), run.values["by_masks"]
-    macs = round(share_left(net, area) * dense)
-    masked_miou, pruned_miou = score(net), score(small)         # equal, but for rounding
-    run.save("pruned.pt", model=small.state_dict())
-    write_arch(small, folder, method=cfg.method, frame=list(cfg.frame), macs=macs)
     steps = sum((record["mask_steps"] for record in common.read_log(folder, "search")), [])
-    draw_search(net, small, steps, target / dense, folder)
+    by_masks = steps[-1]["macs"] if steps else 1.0
+    share = share_left(net, area)
+    wanted = target / macs_of(area, {})
+    pruned_miou = score(small)                          # the last masked mIoU, but for rounding
+    run.save("pruned.pt", model=small.state_dict())
+    write_arch(small, folder)
+    draw_search(net, small, steps, folder)
     report_masks(net, steps)
-    off = macs / target - 1
+    off = share / wanted - 1
     met = "met" if abs(off) <= 0.01 else "NOT met"
     print(f"MACs of the dense network: by themselves the masks left {by_masks:.1%}, the "
-          f"ranking {macs / dense:.1%}\n"
-          f"target {target / 1e9:.4f} GMACs, {macs / 1e9:.4f} are left "
-          f"({off:+.2%}): {met} within 1%\n"
-          f"masked mIoU {masked_miou:.2%}, pruned mIoU, no fine-tuning, {pruned_miou:.2%}\n"
+          f"ranking {share:.2%}\n"
+          f"target {wanted:.2%} ({off:+.2%}): {met} within 1%\n"
+          f"pruned mIoU, no fine-tuning, {pruned_miou:.2%}\n"
           f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, *.png\n"
           + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
     common.barrier()
-    return {"pruned_miou": pruned_miou, "parameters": count_params(small), "macs": macs,
-            "target": target, "by_masks": by_masks * dense}
+    return f"{pruned_miou:.2%} | {count_params(small):,} | {by_masks:.1%} | {share:.1%}"
 
 
 def report_masks(net, steps):
@@ -1052,13 +1045,12 @@ def report_masks(net, steps):
         soft = torch.cat([mask.s.detach() for mask in masks.values()])
         mean = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
         print(f"{len(soft)} masks from {soft.min():.2f} to {soft.max():.2f}, all began at 1; mean "
-              f"over the mask steps: second / first term {mean['second / first']:.2f}, pull of the "
-              f"MACs {mean['pull']:.2f} of what moves them, cosine of two batches "
-              f"{mean['cosine']:.2f}")
+              "over the mask steps:", ", ".join(f"{key} {x:.2f}" for key, x in mean.items()))
         if 0 < mean["second / first"] < 0.5:            # 0: --no-implicit
             print("undecided: the second term is the smaller one, and the first is mostly noise of "
                   "the batch; another seed will choose other channels (raise --lam)")
-    floor = [name for name, mask in masks.items() if mask.binary().sum() <= mask.least < mask.n]
+    floor = [name for name, mask in masks.items()
+             if mask.binary().sum() <= mask.least < mask.n]
     if floor:
         print(f"at their floor, --round-to or one head: {', '.join(floor)}")
 
@@ -1072,45 +1064,39 @@ def report_masks(net, steps):
 # baselines get more weight steps.
 
 
-def uniform(net):
-    """The same share of every mask: a channel's rank by L1 norm within its mask."""
-    return {mask: -s.argsort(descending=True, stable=True).argsort() / len(s)
-            for mask, s in magnitude(net).items()}
-
-
-def magnitude(net):
-    """L1 norm of the filter (Li et al., ICLR 2017); the mean of its layer is 1, for one ranking."""
-    def norms(layer):
-        norm = layer.conv.weight.abs().flatten(1).mean(1)      # (C',)
-        return norm / norm.mean()
-    return mean_by_mask(layers_of(net), norms)
-
-
-def slimming(net):
-    """|BN scale| after training under an L1 penalty (Liu et al., ICCV 2017)."""
-    return mean_by_mask([layer for layer in layers_of(net) if norms_of(layer)],
-                        lambda layer: layer.norm.weight.abs())
-
-
-def mean_by_mask(layers, value):
-    """{Mask: (n,)}: mean over the layers that write it."""
-    return {mask: rows.mean(0) for mask, rows in by_mask(layers, value).items()}
-
-
 def norms_of(module):
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
+def filter_norms(layer):
+    """L1 norm of each filter, (C',) (Li et al., ICLR 2017); the mean of its layer is 1, for one
+    ranking of all."""
+    norms = layer.conv.weight.abs().flatten(1).mean(1)
+    return norms / norms.mean()
+
+
+def norm_scales(layer):
+    """|BN scale|, (C',), after training under an L1 penalty (Liu et al., ICCV 2017)."""
+    return layer.norm.weight.abs()
+
+
 @torch.no_grad()
 def scores_of(method, net):
-    """{Mask: (n,)}, higher stays. A random score is drawn on the CPU: the same on all ranks."""
+    """{Mask: (n,)}, higher stays. Of a mask that several layers write, their mean."""
     masks = masks_of(net).values()
     if method == "bilevel":
         return {mask: mask.s for mask in masks}
-    if method == "random":
+    if method == "random":                      # drawn on the CPU: the same on all ranks
         return {mask: torch.rand(mask.n).to(mask.s) for mask in masks}
-    scores = {"uniform": uniform, "magnitude": magnitude, "slimming": slimming}[method](net)
-    return {mask: scores[mask] for mask in masks}
+    layers, value = layers_of(net), filter_norms
+    if method == "slimming":
+        layers = [layer for layer in layers if norms_of(layer)]
+        value = norm_scales
+    scores = {mask: rows.mean(0) for mask, rows in by_mask(layers, value).items()}
+    if method == "uniform":                     # the same share of every mask: a filter's rank
+        scores = {mask: -score.argsort(descending=True, stable=True).argsort() / mask.n
+                  for mask, score in scores.items()}
+    return scores
 
 
 # Published TopFormer files -> names here. Older files use the second name of each pair. The first
@@ -1138,34 +1124,26 @@ def our_name(key):
 
 
 def load_published(net, path):
-    """Load a TopFormer file into the dense network; say what did not match.
+    """Load a TopFormer file into the dense network; say what stays random.
 
     Pyramid and transformer must be there and fit, else InputError; injection and head may be
-    missing (classification files), the classifier may have other classes.
+    missing (classification files) or of other widths, the classifier may have other classes.
     """
     theirs = {our_name(key): value for key, value in common.load_state_dict(path).items()}
     own = net.state_dict()
     fit = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
-    random = [key for key in own if key not in fit and not key.endswith("num_batches_tracked")]
-    for key in random:
-        if key.startswith(("stem", "rows", "blocks")) or (
-                key in theirs and not key.startswith("classify")):
-            raise InputError(f"{path} is not of TopFormer-{net.name}: '{key}' is missing or has "
-                             "another shape; choose another --network")
+    random = [key for key in own if key not in fit]
+    if any(key.startswith(("stem", "rows", "blocks")) for key in random):
+        raise InputError(f"{path} does not fit TopFormer-{net.name}; choose another --network")
     net.load_state_dict(own | fit)
-    unused = sorted(theirs.keys() - own.keys())
-    print(f"{path}: {len(fit)} of {len(own)} tensors loaded; random: "
-          f"{', '.join(random[:3]) or 'none'}; not used: {', '.join(unused[:3]) or 'none'}")
+    print(f"{path} is loaded; random: {', '.join(random[:3]) or 'nothing'}")
 
 
 def load_mobilenet(net, init):
-    """Copy torchvision's MobileNet-V2 into the encoder, layer by layer in the order of the net."""
-    features = common.classifier("mobilenet_v2", init).features[:-1]    # not the last 1x1
-    pairs = [m for m in features.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    layers = layers_of(nn.ModuleList([net.stem, net.rows]))
-    for layer, conv, norm in zip(layers, pairs[::2], pairs[1::2]):
-        layer.conv.load_state_dict(conv.state_dict())
-        layer.norm.load_state_dict(norm.state_dict())
+    """Copy torchvision's MobileNet-V2 into the encoder, whose tensors have the same order."""
+    theirs = common.classifier("mobilenet_v2", init).features[:-1]      # not the last 1x1
+    encoder = nn.ModuleList([net.stem, net.rows])
+    encoder.load_state_dict(dict(zip(encoder.state_dict(), theirs.state_dict().values())))
 
 
 def dense_network(cfg, num_classes):
@@ -1192,7 +1170,7 @@ def folder_of(cfg):
     return Path(cfg.out) / ("no_implicit" if ablation else cfg.method.replace("bilevel", ""))
 
 
-def training_of(cfg, net, name, stage, folder, **about):
+def training_of(cfg, net, name, stage, folder):
     """(Run, loss_terms, loader, score) of a network without masks, for common.fit."""
     _, loader = open_loader(cfg, "train", train=True)
     common.place(net, cfg)
@@ -1201,7 +1179,7 @@ def training_of(cfg, net, name, stage, folder, **about):
     def loss_terms(forward, images, labels):
         return {"loss": task_loss(forward, images, labels, cfg)}
 
-    run = common.Run(name, stage, cfg, folder, cfg.epochs, about=about, model=net,
+    run = common.Run(name, stage, cfg, folder, cfg.epochs, model=net,
                      optimizer=optimizer, schedule=schedule)
     return run, loss_terms, loader, common.scorer(cfg)          # val chooses best.pt
 
@@ -1223,7 +1201,7 @@ def found_network(cfg, classes):
     classes than `classes`, unless these are None."""
     path = Path(cfg.arch or folder_of(cfg) / "arch.json")
     name, found, widths = load_arch(path)
-    if classes not in (None, found):
+    if classes and classes != found:
         raise InputError(f"{path} is for {found} classes, the data set has {classes}")
     torch.manual_seed(cfg.seed)
     return build(name, found, widths, cfg.drop_path), path
@@ -1235,18 +1213,20 @@ def train(cfg):
     if cfg.method == "dense":
         start(cfg, dense_network(cfg, classes))
         return
-    (net, arch), folder = found_network(cfg, classes), folder_of(cfg) / "retrained"
+    net, arch = found_network(cfg, classes)
+    folder = folder_of(cfg) / "retrained"
     if cfg.finetune:
         load_file(net, arch.parent / "pruned.pt")
-    best = common.fit(*training_of(cfg, net, "retrained", "train", folder, widths=net.widths()))
-    print(f"retrained: best mIoU on val {100 * best:.2f} -> {folder}/best.pt\n"
+    best = common.fit(*training_of(cfg, net, "retrained", "train", folder))
+    print(f"retrained: best mIoU on val {best:.2%} -> {folder}/best.pt\n"
           + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
 
 
 def trained_network(cfg, classes):
     """(its kind, the network of --method in eval mode): the dense one, or the found one, retrained
     if --train has done so."""
-    (net, arch), folder = found_network(cfg, classes), folder_of(cfg)
+    net, arch = found_network(cfg, classes)
+    folder = folder_of(cfg)
     for kind, path in (("dense", folder / "best.pt"), ("retrained", folder / "retrained/best.pt"),
                        ("pruned", arch.parent / "pruned.pt")):
         if path.exists():
@@ -1286,26 +1266,24 @@ def bench(cfg):
     print("parameters and MACs, ours | printed in the paper (150 classes, 512x512; deeplab and "
           "base_cityscapes 19, 512x1024)")
     for name, printed in PRINTED.items():
-        classes, size = 150, (512, 512)                                 # ADE20K
-        if name in ("deeplab", "base_cityscapes"):
-            classes, size = 19, (512, 1024)
-        net = build(name, classes)
-        print(f"  {name:15s} {count_params(net):11,d} {count_macs(net, size):15,d} | {printed}")
-    nets = {"dense": build(cfg.network, 19).eval()}
+        cityscapes = name in ("deeplab", "base_cityscapes")             # else ADE20K
+        net = build(name, 19 if cityscapes else 150)
+        macs = count_macs(net, (512, 1024 if cityscapes else 512))
+        print(f"  {name:15s} {count_params(net):11,d} {macs:15,d} | {printed}")
+    nets = {"dense": build(cfg.network, 19)}
     if cfg.arch or (folder_of(cfg) / "arch.json").exists():
         found, _ = found_network(cfg, None)
-        nets = {"dense": build(found.name, found.num_classes).eval(), "found": found.eval()}
+        nets = {"dense": build(found.name, found.num_classes), "found": found}
     about, rows = latency.compare(nets, cfg.frame, cfg)
     latency.write_bench(cfg, about, rows)
 
 
 def kept_in(folder):
-    """{name of a mask: (n,) bool} of the channels that the search in `folder` has kept."""
+    """[(n,) bool for each mask]: the channels that the search in `folder` has kept."""
     path = Path(folder) / "last.pt"
     state = load_checkpoint(path)["model"]
-    kept = {key: tau == -math.inf for key, tau in state.items()
-            if key.startswith("masks.") and key.endswith(".tau")}       # Attention has some, too
-    if not any(b.any() for b in kept.values()):
+    kept = [tau == -math.inf for key, tau in state.items() if key.endswith(".tau")]
+    if not any(b.any() for b in kept):
         raise InputError(f"{path} is of no finished search")
     return kept
 
@@ -1313,13 +1291,14 @@ def kept_in(folder):
 def agreement(one, other):
     """Cohen's kappa of two choices, mask by mask: the overlap beyond that of random choices of the
     same widths, over the largest possible."""
-    if {key: len(b) for key, b in one.items()} != {key: len(b) for key, b in other.items()}:
+    if [len(a) for a in one] != [len(b) for b in other]:
         raise InputError("the two searches are of different networks")
-    pairs = [(kept, other[key]) for key, kept in one.items()]
-    overlap = sum(int((a & b).sum()) for a, b in pairs)
-    chance = sum(int(a.sum()) * int(b.sum()) / len(a) for a, b in pairs)
-    largest = sum(min(int(kept.sum()) for kept in pair) for pair in pairs)
-    return (overlap - chance) / (largest - chance or 1)         # nothing pruned: 0
+    overlap = chance = largest = 0
+    for a, b in zip(one, other):
+        overlap += (a & b).sum()
+        chance += a.sum() * b.sum() / len(a)
+        largest += min(a.sum(), b.sum())
+    return float((overlap - chance) / (largest - chance or 1))          # nothing pruned: 0
 
 
 SWEEP = {"beta": (0.001, 0.01, 0.1, 1.0), "lam": (0.01, 0.1, 1.0),        # PAPER Apps. I, J
@@ -1328,30 +1307,30 @@ SWEEP = {"beta": (0.001, 0.01, 0.1, 1.0), "lam": (0.01, 0.1, 1.0),        # PAPE
 
 def sweep(cfg):
     """--sweep, Apps. I and J: a search for each value; sweep.md, written anew after each."""
-    lines = ["| swept | value | pruned mIoU | parameters | target GMACs | by the masks alone | "
-             "after the ranking |", "|---|---|---|---|---|---|---|"]
+    lines = ["| swept | value | pruned mIoU | parameters | MACs, by the masks alone | "
+             "after the ranking |", "|---|---|---|---|---|---|"]
     for name, values in SWEEP.items():
         for value in values:
             folder = Path(cfg.out) / "sweep" / f"{name}{value:g}"
             row = search(replace(cfg, **{name: value}), folder)
-            macs = [f"{row[key] / 1e9:.4f}" for key in ("target", "by_masks", "macs")]
-            lines.append(f"| {name} | {value:g} | {100 * row['pruned_miou']:.2f} | "
-                         f"{row['parameters']:,} | {' | '.join(macs)} |")
+            lines.append(f"| {name} | {value:g} | {row} |")
             common.write_text(Path(cfg.out) / "sweep.md", "\n".join(lines) + "\n")
     print("\n".join(lines) + f"\nin {cfg.out}: sweep.md")
 
 
-def draw_search(net, small, rows, target, folder):
+def draw_search(net, small, rows, folder):
     """widths.png; masks.png, the soft masks; from the log search.png, what moved them."""
-    widths, masks = small.widths(), masks_of(net)
-    common.draw_bars(folder / "widths.png", f"Channels before and after, {net.name}",
+    widths = small.widths()
+    masks = masks_of(net)
+    common.draw_bars(folder / "widths.png", "Channels before and after",
                      {name: (widths[name], n) for name, n in net.widths().items()})
     if rows:
-        shares = torch.linspace(0, 1, 21)
-        soft = torch.stack([mask.s.detach().cpu().quantile(shares) for mask in masks.values()])
+        percent = torch.arange(0, 101, 5)
+        soft = torch.stack([mask.s.detach().cpu().quantile(percent / 100)
+                            for mask in masks.values()])
         common.draw_heat_map(folder / "masks.png", "Soft masks, sorted: 0 white, 1 and more blue",
-                             list(masks), [f"{100 * share:.0f}%" for share in shares], soft)
-        common.draw_lines(folder / "search.png", f"What moved the masks; target {target:.2f}",
+                             list(masks), percent.tolist(), soft)
+        common.draw_lines(folder / "search.png", "What moved the masks",
                           "mask step", "share", {key: list(enumerate(row[key] for row in rows))
                                                  for key in rows[0]})
 
@@ -1369,48 +1348,33 @@ STAGES = {"search": "learn masks and weights, cut the small network out; writes 
 
 def check(cfg, stages):
     """InputError on settings that do not go together."""
+    searching = stages & {"search", "sweep"}
     dense = cfg.method == "dense"
-    for wrong, message in (
-            ("search" in stages and dense, "--search --method dense prunes nothing; use --train, "
-             f"or choose from {', '.join(METHODS[:-1])}"),
-            (stages & {"search", "sweep"} and cfg.arch,
-             "--search finds an architecture, --arch names one; leave one of them out"),
-            (dense and cfg.arch, "--method dense is the network of --network, --arch another"),
-            ("sweep" in stages and (cfg.method != "bilevel" or cfg.widths),
-             "--sweep is of the paper's method; leave out --method and --widths"),
-            (cfg.widths and cfg.method in ("bilevel", "dense"),
-             "--widths is a control: give --method random, magnitude or slimming too")):
-        if wrong:
-            raise InputError(message)
+    if searching and dense:
+        raise InputError("--method dense prunes nothing; use --train, or another --method")
+    if cfg.arch and (searching or dense):
+        raise InputError("--search finds a network and --method dense is one; leave --arch out")
+    if cfg.widths and cfg.method == "bilevel":
+        raise InputError("--widths is a control: give --method random, magnitude or slimming too")
     if cfg.against:
         kept_in(cfg.against)                                # missing? say so before the search
-
-
-def check_batches(cfg, pictures):
-    """BN needs two values a channel: on the tokens, or in the image pooling of deeplab.
-
-    pictures: of the training set, which may have fewer than a batch.
-    """
     processes = common.world_size()
     if cfg.batch_size % processes:
         raise InputError(f"--batch-size {cfg.batch_size} does not divide over {processes} "
                          "processes")
-    share = min(cfg.batch_size, pictures) // processes
+    # BN needs two values a channel: on the tokens, or in the image pooling of deeplab.
     tokens = math.prod(math.ceil(side / 64) for side in cfg.size)
-    if share * (1 if cfg.network == "deeplab" else tokens) < 2:
-        raise InputError(f"--size {cfg.size[0]} {cfg.size[1]} and batches of {share} pictures "
-                         "leave BN a single value; take a larger crop or batch, or more pictures")
+    if cfg.batch_size // processes * (1 if cfg.network == "deeplab" else tokens) < 2:
+        raise InputError("crop and batch leave BN a single value; take a larger --size or "
+                         "--batch-size")
 
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "bilevel_prune", STAGES, QUICK, __doc__, argv)
-    check(cfg, stages)
     common.setup(cfg)
+    check(cfg, stages)
     if "eval" in stages:                                    # missing? say so before hours of work
         open_split(cfg, cfg.split)
-    if stages & {"train", "search", "sweep"}:
-        open_split(cfg, "val")
-        check_batches(cfg, len(open_split(cfg, "train")))
     common.write_config(cfg, stages)
     for stage, run in (("search", search), ("train", train), ("sweep", sweep),
                        ("eval", evaluate_network), ("bench", bench)):
@@ -1418,11 +1382,10 @@ def main(argv=None):
             run(cfg)
     if cfg.against:
         kappa = agreement(kept_in(folder_of(cfg)), kept_in(cfg.against))
-        print(f"kept channels of {folder_of(cfg)} and {cfg.against}: kappa {kappa:.2f} (0: no "
-              "better than chance, 1: the same)")
+        print(f"kept channels, these and those of {cfg.against}: kappa {kappa:.2f} (0: no better "
+              "than chance, 1: the same)")
     if cfg.export:
-        classes = open_split(cfg, cfg.split).num_classes
-        _, net = trained_network(cfg, classes)
+        _, net = trained_network(cfg, None)
         common.export(net, cfg.frame, cfg.export)
 
 
