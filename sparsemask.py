@@ -100,9 +100,6 @@ class Config(BaseConfig):
     lr_w: float = opt(0.0, "SGD, w; 0 = the decoder's (OFFICIAL-CODE)", "search")
     momentum: float = opt(0.9, "of SGD (PAPER 4.1)", "search", high=0.999)
     weight_decay: float = opt(4e-5, "of SGD (PAPER 4.1), on w too (OFFICIAL-CODE)", "search")
-    # OURS: with 3e-4 a short run would never get away from the initial statistics.
-    bn_momentum: float = opt(0.0, "of running BN statistics; 0 = 3e-4 (OFFICIAL-CODE), or "
-                             "10 / steps where that is more", "search", high=1)
     network: str = opt("found", "what --train, --eval and --export work on: found is --arch; "
                        "random_like is random, of about the size of --arch", "train", NETWORKS)
     arch: str = opt("", "arch.json [<out>/arch.json]", "train")
@@ -164,10 +161,8 @@ def fully_dense(L):
 def unet(L):
     """Table 1's U-Net: D_l reads E_l and D_{l+1}; the deepest stage reads E_L only (no G), which
     gives the 0.16 M parameters that the paper prints."""
-    decoder = {f"D{L}": (f"E{L}",)}
-    for l in range(L - 1, 0, -1):
-        decoder[f"D{l}"] = (f"E{l}", f"D{l + 1}")
-    return decoder
+    decoder = {f"D{l}": (f"E{l}", f"D{l + 1}") for l in range(L, 0, -1)}
+    return {**decoder, f"D{L}": (f"E{L}",)}
 
 
 def sparse_acn(L):
@@ -175,10 +170,8 @@ def sparse_acn(L):
 
     OURS: the only simple logarithmic pattern that gives Table 1's 0.72 M parameters.
     """
-    decoder = {}
-    for stage, every in fully_dense(L).items():
-        decoder[stage] = tuple(every[-back] for back in (16, 8, 4, 2, 1) if back <= len(every))
-    return decoder
+    return {stage: tuple(every[-back] for back in (16, 8, 4, 2, 1) if back <= len(every))
+            for stage, every in fully_dense(L).items()}
 
 
 # The release's, 15 connections. Figure 3 draws it without E8 -> D1; the 0.56 M need all 15.
@@ -194,7 +187,7 @@ def drop_useless(connectivity):
     by the classifier. {} if nothing reaches D_1.
     """
     while True:
-        read = {t for inputs in connectivity.values() for t in inputs} | {"D1"}
+        read = {"D1"}.union(*connectivity.values())
         kept = {}
         for stage, inputs in connectivity.items():
             if inputs and stage in read:                                    # rules (2) and (3)
@@ -221,14 +214,14 @@ def drop_repeated(connectivity, L):
     for deep, fine in pairs:                                # from the deepest stages on
         if deep in kept and fine in kept and kept[deep] == kept[fine]:
             for reader in readers(fine):
-                kept[reader] = (kept[reader] - {fine}) | {deep}
+                kept[reader].remove(fine)
+                kept[reader].add(deep)
             del kept[fine]
     for deep, fine in sorted(pairs, key=lambda pair: level(pair[1])):       # from D_2 on
         if deep in kept and fine in kept:
-            covered = kept[deep] <= kept[fine] and readers(deep) <= readers(fine)       # <=: subset
-            if covered:
+            if kept[deep] <= kept[fine] and readers(deep) <= readers(fine):     # <=: subset
                 for reader in readers(deep):
-                    kept[reader] = kept[reader] - {deep}
+                    kept[reader].remove(deep)
                 del kept[deep]
     return in_order(kept, L)
 
@@ -247,9 +240,9 @@ def check_connectivity(value, L, where):
                          'as {"D1": ["E1", "G"]}, are expected')
     for stage, inputs in value.items():
         # Finer inputs, unknown ones, and those that would close a cycle: none is in T_l.
-        if stage not in known or not set(map(str, inputs)) <= set(known[stage]):
-            raise InputError(f"{where}: {stage} cannot read {', '.join(map(str, inputs))}; with "
-                             f"this encoder D1 to D{L} read E_i (i >= l), G and D_i (i > l)")
+        if stage not in known or any(t not in known[stage] for t in inputs):
+            raise InputError(f"{where}: {stage} cannot read {inputs}; with this encoder D1 to D{L} "
+                             "read E_i (i >= l), G and D_i (i > l)")
     connectivity = in_order(value, L)
     if drop_useless(connectivity) != connectivity or not connectivity:
         raise InputError(f"{where}: nothing reaches D1, or a stage has no inputs or no reader; "
@@ -309,7 +302,7 @@ def link_params(connectivity, encoder, width=64):
     """Weights of the connections' 1x1 convolutions. They are nearly all of a decoder: the 1,280
     channels of E_9 and G make a connection from there cost as much as 20 between stages."""
     channels = feature_channels(ENCODERS[encoder][1])
-    read = [t for inputs in connectivity.values() for t in inputs]
+    read = itertools.chain(*connectivity.values())
     return sum(width * channels.get(t, width) for t in read)
 
 
@@ -420,11 +413,8 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.name, (self.strides, self.channels) = name, ENCODERS[name]
         self.act = nn.ReLU6() if name == "mobilenet_v2" else nn.ReLU()
+        # forward runs the stages 1 .. last; G needs all. The others stay, as the paper counts them.
         self.last = len(stages)
-
-    def read_until(self, last):
-        """Run the stages 1 .. last only; G needs all. The others stay, as the paper counts them."""
-        self.last = last
 
     def forward(self, images):
         features, x = {}, images                        # (B, 3, H, W)
@@ -485,16 +475,12 @@ class Decoder(nn.Module):
         first = self.width * self.readers[t].index(stage)
         return slice(first, first + self.width)
 
-    def position(self, stage, t):
-        """Which element of w[stage] is w_l^t."""
-        return self.connectivity[stage].index(t)
-
     def links(self, t, x, w):
         """w_l^t bn_l^t(conv_l^t(t)) for every reader l of t: {stage: (B, width, H_t, W_t)}."""
         readers = self.readers[t]
         z = self.conv[t](self.act(x))                   # (B, width * readers, H_t, W_t)
         if w is not None:
-            w_t = torch.stack([w[l][self.position(l, t)] for l in readers])     # (readers,)
+            w_t = torch.stack([w[l][self.connectivity[l].index(t)] for l in readers])   # (readers,)
             # `width` channels a reader; bn_l^t of all readers are one BN, as BN is per channel.
             w_of_channel = w_t.repeat_interleave(self.width)[:, None, None]
             z = w_of_channel * self.link_norm[t](z)     # Eq. (4): w_l^t bn_l^t(conv_l^t(t))
@@ -535,11 +521,11 @@ class SparseMaskNet(nn.Module):
         super().__init__()
         L = len(encoder.channels)
         connectivity = check_connectivity(connectivity, L, "connectivity")
-        read = {t for inputs in connectivity.values() for t in inputs}
+        read = set().union(*connectivity.values())
         # Without G the encoder stops at the deepest E_l that is read. Whatever feeds D_l comes from
         # an E_i, i >= l, so E_l, which gives D_l its size in Decoder.forward, is still computed.
         if "G" not in read:
-            encoder.read_until(max(level(t) for t in read if t[0] == "E"))
+            encoder.last = max(level(t) for t in read if t[0] == "E")
         self.encoder = encoder
         self.decoder = Decoder(connectivity, feature_channels(encoder.channels), encoder.act,
                                width)
@@ -616,7 +602,7 @@ class DeepLabV3(nn.Module):
     def __init__(self, encoder, num_classes=21, width=64):
         super().__init__()
         self.encoder, self.source = encoder, "E8" if encoder.name == "mobilenet_v2" else "E5"
-        encoder.read_until(level(self.source))
+        encoder.last = level(self.source)
         undo_last_stride(encoder)
         self.aspp = torchvision.models.segmentation.deeplabv3.ASPP(
             feature_channels(encoder.channels)[self.source], [6, 12, 18], width)
@@ -633,8 +619,8 @@ class DeepLabV3(nn.Module):
 def undo_last_stride(encoder):
     """The halving to 1/32 is left out, and the 3x3 convolutions behind it look twice as far."""
     undone = False
-    deepest = [s for s, stride in zip(encoder.stages, encoder.strides) if stride == 32]
-    for module in (m for stage in deepest for m in stage.modules()):
+    first = encoder.strides.index(32)                       # the first of the stages at 1/32
+    for module in encoder.stages[first:].modules():
         if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
             module.stride, undone = (1, 1), True
         elif isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and undone:
@@ -738,11 +724,8 @@ def task_loss(logits, labels, task="segmentation"):
     """
     if task != "edges":
         return common.cross_entropy(logits, labels)
-    halves = []
-    for k in (0, 1):
-        of_class = torch.where(labels == k, labels, IGNORE)
-        halves.append(common.cross_entropy(logits, of_class))
-    return sum(halves) / 2
+    other, edge = (torch.where(labels == k, labels, IGNORE) for k in (0, 1))
+    return (common.cross_entropy(logits, other) + common.cross_entropy(logits, edge)) / 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -856,7 +839,7 @@ def inherit(net, connectivity):
     for stage, inputs in connectivity.items():
         new.norm[stage].load_state_dict(old.norm[stage].state_dict())
         for t in inputs:
-            w, slot = used[stage][old.position(stage, t)], old.slot(stage, t)
+            w, slot = used[stage][old.connectivity[stage].index(t)], old.slot(stage, t)
             weight = w * old.conv[t].weight[slot]                           # (width, C_t, 1, 1)
             if isinstance(old.link_norm[t], nn.BatchNorm2d):                # not with --no-bn
                 a, b = scale_and_shift(old.link_norm[t], slot)              # (width,) each
@@ -966,7 +949,7 @@ def draw_connectivity(path, connectivity, encoder, title):
                 pen.arc((x0 + 34 - bulge, y1, x0 + 34 + bulge, y0), -90, 90, "#288c46", 2)
             else:
                 pen.line((x0 + 34, y0, x1 - 34, y1), "#c8781e" if t == "G" else "#3c6ebe", 2)
-    used = {t for inputs in connectivity.values() for t in inputs} | set(connectivity)
+    used = {"D1"}.union(*connectivity.values())
     for name, (x, y) in centre.items():
         colour = common.INK if name in used else common.FAINT
         pen.rounded_rectangle((x - 34, y - 14, x + 34, y + 14), 6, "white", colour, 2)
@@ -1005,12 +988,13 @@ def poly_sgd(net, cfg, steps):
     The encoder knows something already, so its rate is a tenth of the decoder's. The rate of w
     decides how far w comes: lambda times the slope of the binary half, log((1 - w) / w) / |T_l|,
     is so small that at the paper's rates a w needs thousands of steps from 1/2 to 0.
-    Also sets the momentum of the BN statistics (OURS: in the training too, the release's value
-    being known for the search). Returns (optimizer, schedule, one step a batch).
+    Also sets the momentum of the running BN statistics: 3e-4 (OFFICIAL-CODE for the search; OURS:
+    in the training too), or 10 / steps where that is more (OURS: with 3e-4 a short run would never
+    get away from the initial statistics). Returns (optimizer, schedule, one step a batch).
     """
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = cfg.bn_momentum or min(0.1, max(3e-4, 10 / steps))
+            module.momentum = min(0.1, max(3e-4, 10 / steps))
     rates = {"encoder": cfg.lr_encoder, "w": cfg.lr_w or cfg.lr_decoder}
     groups = [{"params": [parameter], "lr": rates.get(name.split(".")[0], cfg.lr_decoder)}
               for name, parameter in net.named_parameters() if parameter.requires_grad]
@@ -1042,11 +1026,11 @@ def folder_of(cfg):
 
 def start_from(net, path):
     """--init: the weights of an earlier step; a classifier for other classes starts anew."""
-    state, own = dict(common.load_checkpoint(path)["model"]), net.state_dict()
-    old, new = state.get("classifier.bias"), own["classifier.bias"]
-    if old is not None and len(old) != len(new):
-        print(f"{path} was trained for {len(old)} classes: the classifier starts anew")
-        state |= {"classifier.weight": own["classifier.weight"], "classifier.bias": new}
+    state = dict(common.load_checkpoint(path)["model"])
+    for name, fresh in net.classifier.state_dict(prefix="classifier.").items():
+        if name in state and len(state[name]) != len(fresh):
+            state[name] = fresh
+            print(f"{path} was trained for other classes: {name} starts anew")
     common.load_weights(net, state, path)
 
 
@@ -1220,8 +1204,8 @@ def check(cfg, stages):
     if cfg.task == "edges" and cfg.image_scale != 1:
         raise InputError("--image-scale does not go with --task edges: an edge map has no other "
                          "resolution than its picture")
-    share = cfg.batch_size / common.world_size()
-    if stages & {"search", "train"} and (share < 2 or share % 1):
+    trains, share = stages & {"search", "train"}, cfg.batch_size / common.world_size()
+    if trains and (share < 2 or share % 1):
         raise InputError(f"--batch-size {cfg.batch_size} over {common.world_size()} processes: "
                          "each needs the same number, 2 or more: BN sees one value a picture at G")
     if cfg.arch and ("search" in stages or cfg.network not in ("found", "random_like")):
@@ -1233,7 +1217,7 @@ def check(cfg, stages):
         raise InputError("--init is where --train starts; add --train, or leave it out")
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
-    if stages & {"search", "train"} and any(side % 32 != 1 for side in cfg.size):
+    if trains and any(side % 32 != 1 for side in cfg.size):
         print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up "
               "to a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
 
