@@ -70,8 +70,9 @@ class Config(BaseConfig):
     network: str = opt("deeplabv3_resnet101", "which network to prune", "dense", (
         "deeplabv3_resnet18", "deeplabv3_resnet50", "deeplabv3_resnet101", "bisenet_resnet18",
         "pspnet_resnet50"))
-    backbone: str = opt("imagenet", "where training starts: imagenet (torchvision's weights), "
-                        "none, or a file with a classifier's state_dict", "dense")
+    backbone: str = opt("imagenet", "where training starts: imagenet (torchvision's weights; "
+                        "none fit PSPNet's deep stem), none, or a file with a classifier's "
+                        "state_dict", "dense")
     cls_dataset: str = opt("synthetic", "classification set of task 1; ImageNet is an imagefolder",
                            "dense", data.set_names("classification"))
     cls_root: str = opt("", "its folder: {train,val}/<class>/*.jpg", "dense")
@@ -443,14 +444,14 @@ def deployed(net):
 class Group(NamedTuple):
     """Channels that live or die together, and every layer that must be told.
 
-    makers: ((convolution, its BN or None), ...), whose outputs are added or multiplied channel by
-    channel, mostly one; readers: ((convolution, first input channel), ...), the second being the
+    makers: [(convolution, its BN or None), ...], whose outputs are added or multiplied channel by
+    channel, mostly one; readers: [(convolution, first input channel), ...], the second being the
     place in a concatenation. name, of the first maker, stands in arch.json.
     """
     part: str                   # "backbone" or "decoder"
     width: int
-    makers: tuple
-    readers: tuple
+    makers: list
+    readers: list
 
     @property
     def name(self):
@@ -465,20 +466,20 @@ def groups_of(net):
     they are. OURS: in the decoder every convolution with BN, training heads excepted; not the
     classifier, whose outputs are the classes.
     """
-    rows = []                   # part, [(convolution, BN)], [(reader, first input)]
+    groups = []
+
+    def add(part, makers, readers):
+        width = net.get_submodule(makers[0][0]).out_channels
+        groups.append(Group(part, width, makers, readers))
+
     for path, block in net.backbone.named_modules(prefix="backbone"):
-        convs = [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
-        # The ResNet itself comes by too; its only conv is the stem, so convs[:-1] is empty.
-        for i in convs[:-1]:
-            makers = [(f"{path}.conv{i}", f"{path}.bn{i}")]
-            rows.append(("backbone", makers, [(f"{path}.conv{i + 1}", 0)]))
+        for i in (1, 2):                                # the ResNet itself has no conv2
+            if hasattr(block, f"conv{i + 1}"):
+                makers = [(f"{path}.conv{i}", f"{path}.bn{i}")]
+                add("backbone", makers, [(f"{path}.conv{i + 1}", 0)])
     for makers, readers in net.decoder.links() if hasattr(net, "decoder") else ():
         makers = [(f"decoder.{conv}", bn and f"decoder.{bn}") for conv, bn in makers]
-        rows.append(("decoder", makers, [(f"decoder.{conv}", start) for conv, start in readers]))
-    groups = []
-    for part, makers, readers in rows:
-        width = net.get_submodule(makers[0][0]).out_channels
-        groups.append(Group(part, width, tuple(makers), tuple(readers)))
+        add("decoder", makers, [(f"decoder.{conv}", start) for conv, start in readers])
     return groups
 
 
@@ -1086,14 +1087,13 @@ def start_from(cfg, net, cls_classes):
 
     InputError if the head is left random and Eq. (1) is not solved: its gradients would spoil W1.
     """
-    kind, head = NETWORKS[cfg.network], {}
-    if cfg.backbone == "imagenet" and kind.deep_stem:
-        raise InputError("torchvision has no ImageNet weights for PSPNet's deep stem; give "
-                         "--backbone a file, or none with --dense-cls-epochs")
-    if cfg.backbone != "none":
-        state = (common.classifier(kind.resnet, "imagenet").state_dict()
-                 if cfg.backbone == "imagenet" else common.load_state_dict(cfg.backbone))
-        head = {key: state.pop(f"fc.{key}") for key in ("weight", "bias") if f"fc.{key}" in state}
+    state = {}
+    if cfg.backbone == "imagenet":
+        state = common.classifier(NETWORKS[cfg.network].resnet, "imagenet").state_dict()
+    elif cfg.backbone != "none":
+        state = common.load_state_dict(cfg.backbone)
+    head = {key: state.pop(f"fc.{key}") for key in ("weight", "bias") if f"fc.{key}" in state}
+    if state:
         load_weights(net.backbone, state, cfg.backbone)
     if [len(w) for w in head.values()] == [cls_classes] * 2:
         net.head.load_state_dict(head)
@@ -1238,14 +1238,13 @@ def sparse_stage(tasks, groups, cfg):
 def report_dose(name, task, groups, alpha, lr, cfg):
     """Before the sparse training: can the l1 term bring a gamma to zero, and will it spare some?
     Prints the dose and |dl/dgamma| (section 6), the mean over 50 batches, and warns."""
-    net, mean, count = copy.deepcopy(task.net).train(), 0, 0
+    net, mean, count = copy.deepcopy(task.net).train(), 0, min(50, cfg.inner_steps)
     scales = gammas(net, groups)
     task.batches.sampler.set_epoch(0)
-    for images, labels in itertools.islice(task.batches, 50):
+    for images, labels in itertools.islice(task.batches, count):
         loss = task.loss(net, *common.to_device(images, labels, cfg))
-        mean = mean + torch.cat(torch.autograd.grad(loss, scales))          # (channels,)
-        count += 1
-    mean = sum_over_ranks(mean) / count / world_size()
+        mean = mean + torch.cat(torch.autograd.grad(loss, scales)) / count  # (channels,)
+    mean = sum_over_ranks(mean) / world_size()
     levels = torch.tensor([0.1, 0.5, 0.9, 0.99], device=cfg.device)
     quantiles = mean.abs().quantile(levels).tolist()
     steps, size = cfg.rounds * cfg.inner_steps, float(torch.cat(scales).detach().abs().mean())
