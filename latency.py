@@ -162,7 +162,7 @@ def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
     """
     about, ms = conditions(device, torch.float32, frame), {}
     # One file for each kind of conditions.
-    code = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    code = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     path = Path(folder) / f"latency_{frame[0]}x{frame[1]}_{code}.json"
     if rank() == 0:
         if path.exists():

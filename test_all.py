@@ -1137,13 +1137,25 @@ def test_latency_on_a_gpu_is_taken_by_its_own_events():
     """Stand-ins for CUDA's; each sample says 0.5 ms, so calls are made by twos."""
     cuda = mock.MagicMock()
     cuda.Event().elapsed_time.return_value = 0.5
-    with mock.patch.multiple(torch.cuda, Event=cuda.Event, device=cuda.device):
+    with (mock.patch.multiple(torch.cuda, Event=cuda.Event, device=cuda.device),
+          torch.backends.cudnn.flags(benchmark=False)):
         found = latency.measure({"a": cuda.call}, "cuda:1", rounds=3)
+        assert torch.backends.cudnn.benchmark
     assert found["a"]["median"] == 0.25 and cuda.call.call_count == 10 + 3 * 2
     cuda.device.assert_called_once_with(torch.device("cuda:1"))
     done = [name.replace("Event().", "") for name, *_ in cuda.mock_calls]
     assert done[-7:-1] == ["record", "call", "call", "record", "synchronize", "elapsed_time"]
     assert done[-1] == "device().__exit__"
+
+
+def test_latency_on_a_gpu_is_that_of_a_graph():
+    """Stand-ins for CUDA's: after a warm-up the call is captured once, and then only replayed."""
+    cuda, names = mock.MagicMock(), ("Stream", "current_stream", "stream", "CUDAGraph", "graph")
+    with mock.patch.multiple(torch.cuda, **{name: getattr(cuda, name) for name in names}):
+        latency.captured(cuda.call)()
+    kinds = "call", "graph().__enter__", "CUDAGraph().replay"
+    done = [name for name, *_ in cuda.mock_calls if name in kinds]
+    assert done == ["call", "call", "call", "graph().__enter__", "call", "CUDAGraph().replay"]
 
 
 def test_latency_conditions_and_what_is_measured():
@@ -1157,6 +1169,7 @@ def test_latency_conditions_and_what_is_measured():
     assert torch.allclose(seen, copy.deepcopy(net).double().eval()(x), atol=1e-5)
     assert seen.dtype == torch.float64 and seen.shape == (2, 4, 7, 7) and net.training
     assert seen.is_contiguous(memory_format=torch.channels_last)
+    assert latency.prepare(net, [(2, 3, 9, 9)], "cpu")().is_contiguous()
     with mock.patch.object(latency, "device_name", str):
         for device, allowed, dtype in (("cuda", True, "tf32"), ("cuda", False, "float32"),
                                        ("cpu", True, "float32")):
