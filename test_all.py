@@ -1008,7 +1008,11 @@ def test_evaluation_at_the_labels_resolution():
 
     expect(logits(image))
     expect(both(image), flip=True)
-    expect(both(image) + both(half), flip=True, scales=(1.0, 0.75))
+    four = both(image) + both(half)
+    expect(four, flip=True, scales=(1.0, 0.75))
+    with torch.no_grad():
+        mean = common.probabilities(copy.deepcopy(net).eval(), image, (70, 80), (1.0, 0.75), True)
+    assert torch.allclose(mean, four / 4, atol=1e-6)
     assert net.training
     on_two_ranks(lambda rank: expect(logits(image), 1 + rank, total=3))
 
