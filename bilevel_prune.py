@@ -1328,11 +1328,13 @@ def draw_search(net, small, rows, folder):
         percent = torch.arange(0, 101, 5)
         soft = torch.stack([mask.s.detach().cpu().quantile(percent / 100)
                             for mask in masks.values()])
-        common.draw_heat_map(folder / "masks.png", "Soft masks, sorted: 0 white, 1 and more blue",
-                             list(masks), percent.tolist(), soft)
-        common.draw_lines(folder / "search.png", "What moved the masks",
-                          "mask step", "share", {key: list(enumerate(row[key] for row in rows))
-                                                 for key in rows[0]})
+        common.draw_heat_map(folder / "masks.png", "Soft masks, sorted, column: %; 0 white, 1 and "
+                             "more blue", list(masks), percent.tolist(), soft)
+        series = {key: [row[key] for row in rows] for key in ("pull", "cosine", "macs")}
+        ratios = [row["second / first"] for row in rows]        # one large one would hide the rest
+        series["second of both"] = [ratio / (1 + ratio) for ratio in ratios]
+        common.draw_lines(folder / "search.png", "What moved the masks", "mask step", "share",
+                          {key: list(enumerate(line)) for key, line in series.items()})
 
 
 # ---------------------------------------------------------------------------------------------
