@@ -1,6 +1,6 @@
 """All tests: `python test_all.py`, or `python test_all.py WORD` for those with WORD in the name.
 
-No network, no data set, no GPU; a minute and a half to three on two CPU cores. Each test compares
+No network, no data set, no GPU; one to three minutes on two CPU cores. Each test compares
 with something that does not share code with what it tests: loops, brute force, torchvision, an
 identity, counts from the papers.
 
