@@ -598,7 +598,8 @@ DENSE_UNITS = 8.2
 
 
 def areas(net, frame):
-    """{layer: t t', the positions of its output} for a picture of `frame`, a black one."""
+    """{layer: t t', the positions of its output} for a picture of `frame`, a black one. Leaves the
+    network in eval mode."""
     area = {}
 
     def note(module, inputs, output):
@@ -1003,7 +1004,7 @@ def load_arch(path):
         dense = build(name, classes).widths()
     for key in {**dense, **widths}:
         n, full = widths.get(key), dense.get(key, 0)
-        if n not in range(1, full + 1):
+        if type(n) is not int or not 1 <= n <= full:
             raise InputError(f"{path} does not fit {name}: '{key}' is {n}, not 1 to {full}")
     return name, classes, widths
 
@@ -1124,19 +1125,24 @@ def our_name(key):
 
 
 def load_published(net, path):
-    """Load a TopFormer file into the dense network; say what stays random.
+    """Load a TopFormer file into the dense network; say what did not match.
 
     Pyramid and transformer must be there and fit, else InputError; injection and head may be
-    missing (classification files) or of other widths, the classifier may have other classes.
+    missing (classification files), the classifier may have other classes.
     """
     theirs = {our_name(key): value for key, value in common.load_state_dict(path).items()}
     own = net.state_dict()
     fit = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
-    random = [key for key in own if key not in fit]
-    if any(key.startswith(("stem", "rows", "blocks")) for key in random):
-        raise InputError(f"{path} does not fit TopFormer-{net.name}; choose another --network")
+    random = [key for key in own if key not in fit and not key.endswith("num_batches_tracked")]
+    for key in random:
+        if key.startswith(("stem", "rows", "blocks")) or (
+                key in theirs and not key.startswith("classify")):
+            raise InputError(f"{path} is not of TopFormer-{net.name}: '{key}' is missing or has "
+                             "another shape; choose another --network")
     net.load_state_dict(own | fit)
-    print(f"{path} is loaded; random: {', '.join(random[:3]) or 'nothing'}")
+    unused = sorted(theirs.keys() - own.keys())
+    print(f"{path}: {len(fit)} of {len(own)} tensors loaded; random: "
+          f"{', '.join(random[:3]) or 'none'}; not used: {', '.join(unused[:3]) or 'none'}")
 
 
 def load_mobilenet(net, init):
@@ -1295,10 +1301,10 @@ def agreement(one, other):
         raise InputError("the two searches are of different networks")
     overlap = chance = largest = 0
     for a, b in zip(one, other):
-        overlap += (a & b).sum()
-        chance += a.sum() * b.sum() / len(a)
-        largest += min(a.sum(), b.sum())
-    return float((overlap - chance) / (largest - chance or 1))          # nothing pruned: 0
+        overlap += int((a & b).sum())
+        chance += int(a.sum()) * int(b.sum()) / len(a)
+        largest += min(int(a.sum()), int(b.sum()))
+    return (overlap - chance) / (largest - chance or 1)         # nothing pruned: 0
 
 
 SWEEP = {"beta": (0.001, 0.01, 0.1, 1.0), "lam": (0.01, 0.1, 1.0),        # PAPER Apps. I, J
@@ -1356,19 +1362,28 @@ def check(cfg, stages):
         raise InputError("--method dense prunes nothing; use --train, or another --method")
     if cfg.arch and (searching or dense):
         raise InputError("--search finds a network and --method dense is one; leave --arch out")
-    if cfg.widths and cfg.method == "bilevel":
+    if "sweep" in stages and (cfg.method != "bilevel" or cfg.widths):
+        raise InputError("--sweep is of the paper's method; leave out --method and --widths")
+    if cfg.widths and cfg.method in ("bilevel", "dense"):
         raise InputError("--widths is a control: give --method random, magnitude or slimming too")
     if cfg.against:
         kept_in(cfg.against)                                # missing? say so before the search
+
+
+def check_batches(cfg, pictures):
+    """BN needs two values a channel: on the tokens, or in the image pooling of deeplab.
+
+    pictures: of the training set, which may have fewer than a batch.
+    """
     processes = common.world_size()
     if cfg.batch_size % processes:
         raise InputError(f"--batch-size {cfg.batch_size} does not divide over {processes} "
                          "processes")
-    # BN needs two values a channel: on the tokens, or in the image pooling of deeplab.
+    share = min(cfg.batch_size, pictures) // processes
     tokens = math.prod(math.ceil(side / 64) for side in cfg.size)
-    if cfg.batch_size // processes * (1 if cfg.network == "deeplab" else tokens) < 2:
-        raise InputError("crop and batch leave BN a single value; take a larger --size or "
-                         "--batch-size")
+    if share * (1 if cfg.network == "deeplab" else tokens) < 2:
+        raise InputError(f"--size {cfg.size[0]} {cfg.size[1]} and batches of {share} pictures "
+                         "leave BN a single value; take a larger crop or batch, or more pictures")
 
 
 def main(argv=None):
@@ -1377,6 +1392,8 @@ def main(argv=None):
     check(cfg, stages)
     if "eval" in stages:                                    # missing? say so before hours of work
         open_split(cfg, cfg.split)
+    if stages & {"train", "search", "sweep"}:
+        check_batches(cfg, len(open_split(cfg, "train")))
     common.write_config(cfg, stages)
     for stage, run in (("search", search), ("train", train), ("sweep", sweep),
                        ("eval", evaluate_network), ("bench", bench)):
@@ -1387,7 +1404,7 @@ def main(argv=None):
         print(f"kept channels, these and those of {cfg.against}: kappa {kappa:.2f} (0: no better "
               "than chance, 1: the same)")
     if cfg.export:
-        _, net = trained_network(cfg, None)
+        _, net = trained_network(cfg, open_split(cfg, cfg.split).num_classes)
         common.export(net, cfg.frame, cfg.export)
 
 

@@ -208,7 +208,7 @@ def world_size():
 
 
 def setup(cfg):
-    """Join torchrun's processes if there are any, seed everything; cfg.device becomes its name.
+    """Join torchrun's processes if there are any, seed everything, name the device in cfg.device.
 
     Every rank gets the same seed, so that weights start equal and architecture samples stay equal
     without being sent; drop-path masks coincide too, which is harmless. Data differ by rank through
@@ -782,12 +782,12 @@ def open_loader(cfg, split, train=False, images=None, transform=None):
         cfg.workers, cfg.seed, rank(), world_size())
 
 
-def scorer(cfg):
-    """score(net) -> mIoU on val, a number in [0, 1]."""
-    images, loader = open_loader(cfg, "val")
+def scorer(cfg, task="segmentation", form=lambda net: net):
+    """score(net) -> mIoU of form(net) on val, a number in [0, 1]."""
+    images, loader = open_loader(cfg, "val", images=open_split(cfg, "val", task))
 
     def score(net):
-        return evaluate(net, loader, images.num_classes, cfg).miou()
+        return evaluate(form(net), loader, images.num_classes, cfg).miou()
     return score
 
 

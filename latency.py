@@ -167,8 +167,10 @@ def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
     if rank() == 0:
         if path.exists():
             stored = read_json(path, "latency table")
-            ms = stored.get("ms", {})
-            if stored.get("about") != about or not all(v > 0 for v in ms.values()):
+            ms = stored.get("ms")
+            valid = isinstance(ms, dict) and all(isinstance(v, float) and v > 0
+                                                 for v in ms.values())
+            if stored.get("about") != about or not valid:
                 raise InputError(f"{path} is damaged, or of other conditions than its name says; "
                                  "delete it to measure again")
         missing = [key for key in entries if key not in ms]

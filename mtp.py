@@ -70,9 +70,8 @@ class Config(BaseConfig):
     network: str = opt("deeplabv3_resnet101", "which network to prune", "dense", (
         "deeplabv3_resnet18", "deeplabv3_resnet50", "deeplabv3_resnet101", "bisenet_resnet18",
         "pspnet_resnet50"))
-    backbone: str = opt("imagenet", "where training starts: imagenet (torchvision's weights; "
-                        "none fit PSPNet's deep stem), none, or a file with a classifier's "
-                        "state_dict", "dense")
+    backbone: str = opt("imagenet", "where training starts: imagenet (torchvision's weights), "
+                        "none, or a file with a classifier's state_dict", "dense")
     cls_dataset: str = opt("synthetic", "classification set of task 1; ImageNet is an imagefolder",
                            "dense", data.set_names("classification"))
     cls_root: str = opt("", "its folder: {train,val}/<class>/*.jpg", "dense")
@@ -1087,13 +1086,14 @@ def start_from(cfg, net, cls_classes):
 
     InputError if the head is left random and Eq. (1) is not solved: its gradients would spoil W1.
     """
-    state = {}
-    if cfg.backbone == "imagenet":
-        state = common.classifier(NETWORKS[cfg.network].resnet, "imagenet").state_dict()
-    elif cfg.backbone != "none":
-        state = common.load_state_dict(cfg.backbone)
-    head = {key: state.pop(f"fc.{key}") for key in ("weight", "bias") if f"fc.{key}" in state}
-    if state:
+    kind, head = NETWORKS[cfg.network], {}
+    if cfg.backbone == "imagenet" and kind.deep_stem:
+        raise InputError("torchvision has no ImageNet weights for PSPNet's deep stem; give "
+                         "--backbone a file, or none with --dense-cls-epochs")
+    if cfg.backbone != "none":
+        state = (common.classifier(kind.resnet, "imagenet").state_dict()
+                 if cfg.backbone == "imagenet" else common.load_state_dict(cfg.backbone))
+        head = {key: state.pop(f"fc.{key}") for key in ("weight", "bias") if f"fc.{key}" in state}
         load_weights(net.backbone, state, cfg.backbone)
     if [len(w) for w in head.values()] == [cls_classes] * 2:
         net.head.load_state_dict(head)

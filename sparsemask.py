@@ -858,7 +858,7 @@ def search(cfg):
     sgd, schedule = poly_sgd(net, cfg, cfg.search_epochs * len(loader))
     run = common.Run("search", "search", cfg, cfg.out, cfg.search_epochs,
                      stale=("arch.json", "derived.pt"), model=net, optimizer=sgd, schedule=schedule)
-    score = scorer(cfg)
+    score = common.scorer(cfg, cfg.task, Padded)
     connectivity, derived = search_connectivity(net, loader, run, cfg, score)
     w, miou = net.connection_weights(), {"supernet": score(net), "derived": score(derived)}
     arch = {"encoder": cfg.encoder, "connectivity": connectivity, "task": cfg.task,
@@ -973,15 +973,6 @@ def open_data(cfg, split, train=False):
     return images, loader
 
 
-def scorer(cfg):
-    """score(net) -> mIoU on val, a number in [0, 1]."""
-    images, loader = open_data(cfg, "val")
-
-    def score(net):
-        return evaluate(Padded(net), loader, images.num_classes, cfg).miou()
-    return score
-
-
 def poly_sgd(net, cfg, steps):
     """The paper's protocol (4.1): SGD with poly, learning rates for encoder, decoder and w.
 
@@ -1061,7 +1052,7 @@ def train(cfg):
     def loss_terms(forward, images, labels):
         return {"task": task_loss(forward(images), labels, cfg.task)}
 
-    best = common.fit(run, loss_terms, loader, scorer(cfg))
+    best = common.fit(run, loss_terms, loader, common.scorer(cfg, cfg.task, Padded))
     print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
           f"val {100 * best:.2f}, in {folder_of(cfg)}\n"
           + common.next_command(cfg, "sparsemask", "--eval --bench"))
