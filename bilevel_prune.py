@@ -1185,7 +1185,7 @@ def training_of(cfg, net, name, stage, folder):
     def loss_terms(forward, images, labels):
         return {"loss": task_loss(forward, images, labels, cfg)}
 
-    run = common.Run(name, stage, cfg, folder, cfg.epochs, model=net,
+    run = common.Run(name, stage, cfg, folder, cfg.epochs, shared=stage == "dense", model=net,
                      optimizer=optimizer, schedule=schedule)
     return run, loss_terms, loader, common.scorer(cfg)          # val chooses best.pt
 
@@ -1198,7 +1198,7 @@ def start(cfg, net):
         common.place(net, cfg)
         return
     folder = Path(cfg.out) / "dense"
-    common.train_or_load(*training_of(cfg, net, "dense", "dense", folder))
+    common.fit(*training_of(cfg, net, "dense", "dense", folder))
     write_arch(net, folder)
 
 

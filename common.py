@@ -439,17 +439,20 @@ class Run:
     by name; with `values`, a dict of numbers, they are all that the training carries from one epoch
     to the next, and what last.pt holds. Every epoch starts from a random state of its own, the same
     on all ranks, so none has to be stored. about: dict of what else the outcome depends on, e.g. an
-    architecture. stale: files that a new training makes meaningless.
+    architecture. stale: files that a new training makes meaningless. shared: a network that several
+    commands use, such as a teacher, is trained once and from then on taken from here; what was
+    interrupted is continued, as under --resume: it may be hours of work.
 
     A new training replaces an older one when its first epoch is over, not before: interrupted or
     diverged earlier it leaves everything as it was.
     """
 
-    def __init__(self, name, stage, cfg, folder, epochs, steps=0, about=None, stale=(), **parts):
+    def __init__(self, name, stage, cfg, folder, epochs, steps=0, about=None, stale=(),
+                 shared=False, **parts):
         self.name, self.cfg, self.folder = name, cfg, Path(folder)
         self.total, self.steps, self.parts, self.stale = epochs, steps, parts, stale
-        self.settings, self.resume = settings_of(cfg, stage, **(about or {})), cfg.resume
-        self.values, self.terms = {}, {}
+        self.settings = settings_of(cfg, stage, **(about or {}))
+        self.resume, self.values, self.terms = cfg.resume or shared, {}, {}
 
     def epochs(self):
         """Yields the epochs that are left to do: all, or with --resume those after last.pt.
@@ -550,7 +553,7 @@ def fit(run, loss_terms, loader, score, clip=0.0):
 
     loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
     the model, wrapped as the run needs it. score(model) -> number, higher is better, logged as
-    miou; the best epoch is kept as best.pt. Returns the best score.
+    miou; the best epoch is kept as best.pt and is what the model ends with. Returns its score.
     """
     model, optimizer, schedule = (run.parts[k] for k in ("model", "optimizer", "schedule"))
     forward = training_form(model.train(), run.cfg)
@@ -562,20 +565,9 @@ def fit(run, loss_terms, loader, score, clip=0.0):
             schedule.step()
         value = score(model)
         run.end_epoch(value, f" | val {100 * value:.2f}", miou=value)
+    best = run.folder / "best.pt"
+    load_weights(model, load_checkpoint(best)["model"], best)
     return run.values["best"]
-
-
-def train_or_load(run, *how):
-    """A network that several commands share, such as a teacher: fit(run, *how) once, and from then
-    on what this left. run.parts "model" ends with the best epoch's weights. Returns its score.
-
-    What was interrupted is continued, as under --resume: it may be hours of work. InputError if it
-    was made under other settings.
-    """
-    run.resume = True
-    score, path = fit(run, *how), run.folder / "best.pt"
-    load_weights(run.parts["model"], load_checkpoint(path)["model"], path)
-    return score
 
 
 def poly(optimizer, steps, power=0.9):

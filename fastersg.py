@@ -1464,8 +1464,9 @@ def train_network(cfg, teacher=None):
     # The rate falls once an epoch; fit steps the schedule once a batch.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cfg.lr_decay ** (step // len(loader)))
+    # A teacher serves several students: it is trained once. The others anew with each command.
     run = Run(cfg.network, "train", cfg, folder_of(cfg), cfg.epochs, about={"arch": arch.to_json()},
-              model=net, optimizer=optimizer, schedule=schedule)
+              shared=cfg.network == "teacher", model=net, optimizer=optimizer, schedule=schedule)
 
     def loss_terms(forward, images, labels):
         logits, *auxiliary = forward(images)
@@ -1478,9 +1479,7 @@ def train_network(cfg, teacher=None):
             terms["kl"] = distillation(logits, soft)
         return terms
 
-    # A teacher serves several students: it is trained once. The others anew with each command.
-    train = common.train_or_load if cfg.network == "teacher" else common.fit
-    best = train(run, loss_terms, loader, common.scorer(cfg))           # val chooses best.pt
+    best = common.fit(run, loss_terms, loader, common.scorer(cfg))      # val chooses best.pt
     print(f"{cfg.network}: best retrained mIoU on val {100 * best:.2f} -> {run.folder}/best.pt")
     return restore(cfg, run.folder / "best.pt", classes)
 

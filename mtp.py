@@ -182,11 +182,6 @@ def training_head(c_in, num_classes):
     return nn.Sequential(conv_bn_relu(c_in, 256), nn.Conv2d(256, num_classes, 1))
 
 
-def pair(path, first=0):
-    """Names of a convolution and its BN, neighbours in an nn.Sequential."""
-    return f"{path}.{first}", f"{path}.{first + 1}"
-
-
 class DeepLabDecoder(nn.Module):
     """ASPP and classifier of DeepLabV3: what PAPER 2 calls a vanilla decoder, W2.
 
@@ -206,13 +201,16 @@ class DeepLabDecoder(nn.Module):
         return [self.classifier(x)]                     # (B, K, H/16, W/16)
 
     def links(self):
-        """The prunable channels, one row a group: [what makes them], [(reader, first input)]."""
-        branches = [pair(f"aspp.convs.{i}") for i in range(4)]
-        branches.append(pair("aspp.convs.4", 1))        # image pooling comes before its convolution
-        rows = []
-        for i, branch in enumerate(branches):           # side by side in the concatenation
-            rows.append(([branch], [("aspp.project.0", 256 * i)]))
-        return [*rows, ([pair("aspp.project")], [("classifier", 0)])]
+        """The prunable channels, one row a group: ([convolutions that make them], {convolution
+        that reads them: its first input that does})."""
+        return [
+            # side by side in the concatenation
+            (["aspp.convs.0.0"], {"aspp.project.0": 0}),
+            (["aspp.convs.1.0"], {"aspp.project.0": 256}),
+            (["aspp.convs.2.0"], {"aspp.project.0": 512}),
+            (["aspp.convs.3.0"], {"aspp.project.0": 768}),
+            (["aspp.convs.4.1"], {"aspp.project.0": 1024}),     # behind the image pooling, 4.0
+            (["aspp.project.0"], {"classifier": 0})]
 
 
 class Attention(nn.Module):
@@ -246,8 +244,11 @@ class BiSeNetDecoder(nn.Module):
 
     def __init__(self, channels, num_classes):
         super().__init__()
-        self.spatial = nn.Sequential(conv_bn_relu(3, 64, 7, 2), conv_bn_relu(64, 64, 3, 2),
-                                     conv_bn_relu(64, 64, 3, 2), conv_bn_relu(64, 128, 1))
+        self.spatial = nn.Sequential(
+            conv_bn_relu(3, 64, 7, 2),
+            conv_bn_relu(64, 64, 3, 2),
+            conv_bn_relu(64, 64, 3, 2),
+            conv_bn_relu(64, 128, 1))
         self.context = pooled(1, channels, 128)
         self.arms = nn.ModuleList([Attention(channels), Attention(channels // 2)])
         self.refines = nn.ModuleList([conv_bn_relu(128, 128), conv_bn_relu(128, 128)])
@@ -274,29 +275,27 @@ class BiSeNetDecoder(nn.Module):
         return [self.classifier(x), *extra]                     # (B, K, ...) each
 
     def links(self):
-        heads = [[(f"auxiliary.{i}.0.0", 0)] for i in range(len(self.auxiliary))]
-        heads = heads or [[], []]                       # deployed() has dropped them
-        gates = [pair(f"arms.{i}.gate", 1) for i in range(2)]
-        # The gate's outputs multiply those of fuse, so gate.3 must lose the same channels. What
-        # lies between gate.1 and gate.3 need not; OURS: without BN it has no score, so it follows.
-        silent = [("gate.1", None), ("gate.3", None)]
+        extra = [{f"auxiliary.{i}.0.0": 0} for i in range(2)]
+        if not self.auxiliary:                          # deployed() has dropped them
+            extra = [{}, {}]
         return [
             # the spatial path, up to its place in the concatenation
-            ([pair("spatial.0")], [("spatial.1.0", 0)]),
-            ([pair("spatial.1")], [("spatial.2.0", 0)]),
-            ([pair("spatial.2")], [("spatial.3.0", 0)]),
-            ([pair("spatial.3")], [("fuse.0", 0)]),
+            (["spatial.0.0"], {"spatial.1.0": 0}),
+            (["spatial.1.0"], {"spatial.2.0": 0}),
+            (["spatial.2.0"], {"spatial.3.0": 0}),
+            (["spatial.3.0"], {"fuse.0": 0}),
             # H/32: context + arm * gate, so channel by channel one decision for all three
-            ([pair("context", 1), pair("arms.0.conv"), gates[0]],
-             [("refines.0.0", 0), ("arms.0.gate.1", 0)]),
+            (["context.1", "arms.0.conv.0", "arms.0.gate.1"],
+             {"refines.0.0": 0, "arms.0.gate.1": 0}),
             # H/16: refined + arm * gate, likewise
-            ([pair("refines.0"), pair("arms.1.conv"), gates[1]],
-             [("refines.1.0", 0), ("arms.1.gate.1", 0), *heads[0]]),
+            (["refines.0.0", "arms.1.conv.0", "arms.1.gate.1"],
+             {"refines.1.0": 0, "arms.1.gate.1": 0} | extra[0]),
             # H/8: second in the concatenation
-            ([pair("refines.1")], [("fuse.0", 128), *heads[1]]),
-            # x + x * gate(x)
-            ([pair("fuse"), *silent], [("gate.1", 0), ("gate.3", 0), ("head.0", 0)]),
-            ([pair("head")], [("classifier", 0)])]
+            (["refines.1.0"], {"fuse.0": 128} | extra[1]),
+            # x + x * gate(x): gate.3 must lose the channels of fuse. What lies between gate.1 and
+            # gate.3 need not; OURS: without BN it has no score, so it follows.
+            (["fuse.0", "gate.1", "gate.3"], {"gate.1": 0, "gate.3": 0, "head.0": 0}),
+            (["head.0"], {"classifier": 0})]
 
 
 class PSPDecoder(nn.Module):
@@ -323,10 +322,9 @@ class PSPDecoder(nn.Module):
         return [self.classifier(x), *extra]                             # (B, K, H/8, W/8)
 
     def links(self):
-        c, rows = self.channels, []     # the levels come after the backbone's c, each c / 4
-        for i in range(4):
-            rows.append(([pair(f"pyramid.{i}", 1)], [("fuse.0", c + c // 4 * i)]))
-        return [*rows, ([pair("fuse")], [("classifier", 0)])]
+        c = self.channels               # the levels come after the backbone's c, each c / 4
+        rows = [([f"pyramid.{i}.1"], {"fuse.0": c + i * c // 4}) for i in range(4)]
+        return [*rows, (["fuse.0"], {"classifier": 0})]
 
 
 class Network(NamedTuple):
@@ -356,8 +354,8 @@ def dilate(stage, rate, lag):
     """
     for conv in (m for m in stage.modules() if isinstance(m, nn.Conv2d)):
         if conv.kernel_size == (3, 3):
-            halved = lag and conv.stride != (1, 1)
-            conv.dilation = conv.padding = (rate // 2, rate // 2) if halved else (rate, rate)
+            reach = rate // 2 if lag and conv.stride != (1, 1) else rate
+            conv.dilation = conv.padding = (reach, reach)
         conv.stride = (1, 1)
 
 
@@ -368,7 +366,8 @@ def resnet(network, dilated):
     net.fc = nn.Identity()
     if kind.deep_stem:
         conv, bn, _ = conv_bn_relu(64, 128)         # no ReLU: features() applies the ResNet's own
-        net.conv1 = nn.Sequential(conv_bn_relu(3, 64, 3, 2), conv_bn_relu(64, 64), conv, bn)
+        net.conv1 = nn.Sequential(
+            conv_bn_relu(3, 64, 3, 2), conv_bn_relu(64, 64), conv, bn)
         net.bn1 = nn.Identity()                     # that BN is the last one of conv1 now
         first = net.layer1[0]                       # 128 channels go in, not 64
         first.conv1 = nn.Conv2d(128, first.conv1.out_channels, 1, bias=False)
@@ -444,17 +443,24 @@ class Group(NamedTuple):
     """Channels that live or die together, and every layer that must be told.
 
     makers: [(convolution, its BN or None), ...], whose outputs are added or multiplied channel by
-    channel, mostly one; readers: [(convolution, first input channel), ...], the second being the
-    place in a concatenation. name, of the first maker, stands in arch.json.
+    channel, mostly one; readers: {convolution: first input channel}, its place in a concatenation.
+    name, of the first maker, stands in arch.json.
     """
     part: str                   # "backbone" or "decoder"
     width: int
     makers: list
-    readers: list
+    readers: dict
 
     @property
     def name(self):
         return self.makers[0][0]
+
+
+def bn_behind(net, conv):
+    """Name of a convolution's BN, or None: bn1 of conv1, else the next in an nn.Sequential."""
+    path, _, name = conv.rpartition(".")
+    bn = f"{path}.{int(name) + 1}" if name.isdigit() else conv.replace("conv", "bn")
+    return bn if isinstance(net.get_submodule(bn), nn.BatchNorm2d) else None
 
 
 def groups_of(net):
@@ -468,17 +474,17 @@ def groups_of(net):
     groups = []
 
     def add(part, makers, readers):
-        width = net.get_submodule(makers[0][0]).out_channels
-        groups.append(Group(part, width, makers, readers))
+        makers = [f"{part}.{conv}" for conv in makers]
+        groups.append(Group(part, net.get_submodule(makers[0]).out_channels,
+                            [(conv, bn_behind(net, conv)) for conv in makers],
+                            {f"{part}.{conv}": start for conv, start in readers.items()}))
 
-    for path, block in net.backbone.named_modules(prefix="backbone"):
+    for path, block in net.backbone.named_modules():
         for i in (1, 2):                                # the ResNet itself has no conv2
             if hasattr(block, f"conv{i + 1}"):
-                makers = [(f"{path}.conv{i}", f"{path}.bn{i}")]
-                add("backbone", makers, [(f"{path}.conv{i + 1}", 0)])
+                add("backbone", [f"{path}.conv{i}"], {f"{path}.conv{i + 1}": 0})
     for makers, readers in net.decoder.links() if hasattr(net, "decoder") else ():
-        makers = [(f"decoder.{conv}", bn and f"decoder.{bn}") for conv, bn in makers]
-        add("decoder", makers, [(f"decoder.{conv}", start) for conv, start in readers])
+        add("decoder", makers, readers)
     return groups
 
 
@@ -500,11 +506,9 @@ def prune(net, groups, kept):
     outputs, inputs = {}, {}            # {layer: indices of outputs}, {layer: mask of inputs}
     for g in groups:
         stays = kept.get(g.name, torch.arange(g.width))
-        for conv, bn in g.makers:
-            outputs[conv] = stays
-            if bn is not None:
-                outputs[bn] = stays
-        for conv, start in g.readers:
+        for layer in filter(None, itertools.chain(*g.makers)):
+            outputs[layer] = stays
+        for conv, start in g.readers.items():
             # Several groups may share a reader (ASPP's projection has five): each clears and
             # refills its own stretch of the inputs.
             if conv not in inputs:
@@ -700,7 +704,7 @@ def shrink_(gamma, alpha, sgd, cfg):
     lr = sgd.param_groups[1]["lr"]              # group 1 of sparse_sgd: the prunable gammas
     t = lr * alpha / (1 - cfg.momentum)
     for g in gamma:
-        g.copy_(g.sign() * (g.abs() - t).clamp_min(0))
+        g.copy_(F.softshrink(g, t))             # sign(g) max(|g| - t, 0)
 
 
 def pulls(cfg):
@@ -744,15 +748,19 @@ def train_sparse(task1, task2, groups, cfg, folder):
     Eq. (5) is not quite Eq. (4): with W1 = W3 a shared gamma pays alpha1 + alpha2, not alpha1.
     """
     n1, n2 = task1.net.train(), task2.net.train()
-    w1, w3 = list(n1.backbone.parameters()), list(n2.backbone.parameters())
-    gamma1, gamma3 = (gammas(net, part_of(groups, "backbone")) for net in (n1, n2))
+    w1 = list(n1.backbone.parameters())
+    w3 = list(n2.backbone.parameters())
+    gamma1 = gammas(n1, part_of(groups, "backbone"))
     gamma2 = gammas(n2, part_of(groups, "decoder"))
+    gamma3 = gammas(n2, part_of(groups, "backbone"))
     sgd1, linear1 = sparse_sgd(n1, gamma1, cfg.search_cls_lr, cfg)
     sgd2, linear2 = sparse_sgd(n2, [*gamma2, *gamma3], cfg.search_lr, cfg)
-    forward1, forward2 = (common.training_form(net, cfg) for net in (n1, n2))
+    forward1 = common.training_form(n1, cfg)
+    forward2 = common.training_form(n2, cfg)
     # OURS: E = 0 at the start, where W1 = W3. A module, so that last.pt holds it.
     E = nn.ParameterList([nn.Parameter(torch.zeros_like(w), False) for w in w1])
-    with_cls, with_seg = cfg.method != "slimming", cfg.method != "slimming_cls"
+    with_cls = cfg.method != "slimming"
+    with_seg = cfg.method != "slimming_cls"
     run = Run(cfg.method, "search", cfg, folder, cfg.rounds,
               (with_cls + with_seg) * cfg.inner_steps, cls=n1, seg=n2, sgd1=sgd1, sgd2=sgd2,
               linear1=linear1, linear2=linear2, multipliers=E)
@@ -797,21 +805,24 @@ def train_sparse(task1, task2, groups, cfg, folder):
 @torch.no_grad()
 def distance(xs, ys):
     """||x - y|| / ||x|| over two series of tensors."""
-    apart = sum(float((x - y).square().sum()) for x, y in zip(xs, ys))
-    return math.sqrt(apart / max(sum(float(x.square().sum()) for x in xs), 1e-30))
+    x, y = (nn.utils.parameters_to_vector(series) for series in (xs, ys))
+    return float((x - y).norm() / x.norm().clamp_min(1e-15))
 
 
 def end_round(run, gap, scales, cfg):
     """Log what the round has come to, judge convergence, store it. gap: ||W1 - W3|| / ||W1||;
     scales: [gamma1, gamma2, gamma3], of which the zeros are counted."""
-    zeros = [sum(int((g == 0).sum()) for g in gamma) for gamma in scales]
+    zeros = []
+    for gamma in scales:
+        zeros.append(sum(int((g == 0).sum()) for g in gamma))
     # OURS: the paper does not say when. W1 = W3 is not enough, as they start like that: some gammas
     # must be at zero, and as many as a round before.
     settled = sum(zeros) > 0 and zeros == run.values.get("zeros")
     run.values["converged"] = gap < cfg.tolerance and settled
     run.values["zeros"] = zeros
     # "mu" is the next round's: train_sparse has raised it already.
-    record = {"gap": gap, "gamma_gap": distance(scales[0], scales[2]), "mu": run.values["mu"]}
+    gamma_gap = distance(scales[0], scales[2])
+    record = {"gap": gap, "gamma_gap": gamma_gap, "mu": run.values["mu"]}
     note = " ".join(f"{name} {value:.2g}" for name, value in record.items())
     run.end_epoch(note=f" | {note} zeros {zeros}", zeros=zeros, **record)
 
@@ -848,7 +859,7 @@ def scores_of(first, last, groups):
     scores = {}
     for g in groups:
         scales = gammas(first if g.part == "backbone" else last, [g])
-        scores[g.name] = torch.stack([s.abs() for s in scales]).mean(0).cpu()
+        scores[g.name] = torch.stack(scales).abs().mean(0).cpu()
     return scores
 
 
@@ -907,9 +918,13 @@ def kept_channels(scores, groups, cfg):
 def overlap(a, b, groups):
     """(share of the channels kept by `a` that `b` keeps too, the same beyond chance): Cohen's kappa
     for two sets of one size, 0 if they agree as random ones would and 1 if they are the same."""
-    same = sum(int(torch.isin(a[g.name], b[g.name]).sum()) for g in groups)
-    share = same / sum(len(a[g.name]) for g in groups)
-    chance = sum(len(b[g.name]) for g in groups) / sum(g.width for g in groups)
+    same = kept = chosen = channels = 0
+    for g in groups:
+        same += int(torch.isin(a[g.name], b[g.name]).sum())
+        kept += len(a[g.name])
+        chosen += len(b[g.name])
+        channels += g.width
+    share, chance = same / kept, chosen / channels
     return share, (share - chance) / max(1 - chance, 1e-9)
 
 
@@ -958,8 +973,8 @@ def thinet_layer(terms, n):
     smallest, until n channels stay. Then least squares: factors of those that stay which bring
     their sum closest to the full output. Returns (kept indices, factors (n,)).
     """
-    stays, total = torch.ones(terms.shape[1], dtype=torch.bool), torch.zeros_like(terms[:, 0])
-    squares = terms.square().sum(0)
+    squares = terms.square().sum(0)                                         # (C,)
+    stays, total = torch.ones_like(squares).bool(), torch.zeros_like(terms[:, 0])
     for _ in range(terms.shape[1] - n):
         # ||total + t_c||^2 - ||total||^2 for every candidate c
         cost = squares + 2 * total @ terms                                  # (C,)
@@ -987,7 +1002,7 @@ def thinet_kept(seg, groups, samples, cfg):
     pictures = torch.stack([samples[0, i][0] for i in order])               # (n, 3, H, W)
     seg.eval()
     for g in part_of(groups, "backbone"):
-        reader, terms = seg.get_submodule(g.readers[0][0]), []
+        reader, terms = seg.get_submodule(next(iter(g.readers))), []
         positions = math.ceil(THINET_SAMPLES * g.width / len(pictures))
         hook = reader.register_forward_pre_hook(lambda conv, inputs: terms.append(
             thinet_samples(conv, inputs[0], positions, generator).cpu()))
@@ -996,8 +1011,9 @@ def thinet_kept(seg, groups, samples, cfg):
         hook.remove()
         left = g.width - cut_of(g.width, cfg.percentile)
         kept[g.name], factors = thinet_layer(torch.cat(terms), left)
-        scale = torch.zeros(g.width, dtype=factors.dtype).index_copy(0, kept[g.name], factors)
-        reader.weight.mul_(scale.to(reader.weight).view(1, -1, 1, 1))
+        scale = torch.zeros(g.width)
+        scale[kept[g.name]] = factors.float()
+        reader.weight.mul_(scale.to(cfg.device).view(1, -1, 1, 1))
     return kept
 
 
@@ -1062,8 +1078,9 @@ def choose_and_prune(tasks, cfg):
 # ---------------------------------------------------------------------------------------------
 
 
-def train(how, task, name, epochs, lr, power, cfg, folder, **about):
-    """Train task.net with SGD and the poly schedule by `how`: common.fit or common.train_or_load.
+def train(stage, task, name, epochs, lr, power, cfg, folder, **about):
+    """Train task.net with SGD and the poly schedule. stage: "dense", once for all methods, or
+    "train"; name: cls or seg.
 
     PAPER 7.1 prints poly with the power inside, 1 - (iter / iter_max)^0.9: a slip, poly means
     (1 - iter / iter_max)^0.9. Power 1 is linear. OURS: the best epoch on val is kept and later
@@ -1071,14 +1088,11 @@ def train(how, task, name, epochs, lr, power, cfg, folder, **about):
     like other weights. (torchvision's ResNet-50 and -101 come from a newer recipe that spares them,
     not from the one of the paper's time.)
     """
-    stage = "dense" if how is common.train_or_load else "train"
     sgd = torch.optim.SGD(task.net.parameters(), lr, cfg.momentum, weight_decay=cfg.weight_decay)
     schedule = poly(sgd, epochs * len(task.batches), power)
-    run = Run(name, stage, cfg, folder, epochs, about=about, model=task.net, optimizer=sgd,
-              schedule=schedule)
-    how(run, lambda *batch: {"loss": task.loss(*batch)}, task.batches, task.score)
-    best = folder / "best.pt"
-    load_weights(task.net, load_checkpoint(best)["model"], best)
+    run = Run(f"{stage} {name}", stage, cfg, folder / name, epochs, about=about,
+              shared=stage == "dense", model=task.net, optimizer=sgd, schedule=schedule)
+    common.fit(run, lambda *batch: {"loss": task.loss(*batch)}, task.batches, task.score)
 
 
 def start_from(cfg, net, cls_classes):
@@ -1109,7 +1123,7 @@ def dense_networks(cfg, classes, cls_classes):
     OURS: Algorithm 1 starts with W1 = W3 and E = 0: its "initial weights" are those of the trained
     segmentation network, which is to be pruned. The classifier keeps its head and BN statistics.
     """
-    out, how = Path(cfg.out) / "dense", common.train_or_load
+    out = Path(cfg.out) / "dense"
     torch.manual_seed(cfg.seed)
     cls = place(Classifier(cfg.network, cls_classes), cfg)
     seg = place(Segmenter(cfg.network, classes), cfg)
@@ -1117,11 +1131,10 @@ def dense_networks(cfg, classes, cls_classes):
     task1, task2 = tasks_of(cls, seg, cfg)
     if cfg.dense_cls_epochs:
         # Eq. (1): W1~ = argmin l_cls(N1(W1, X1), Y1)
-        train(how, task1, "dense cls", cfg.dense_cls_epochs, cfg.dense_cls_lr, 1.0, cfg,
-              out / "cls")
+        train("dense", task1, "cls", cfg.dense_cls_epochs, cfg.dense_cls_lr, 1.0, cfg, out)
     # Eq. (2): W1*, W2* = argmin l_seg(N2(W1, W2, X2), Y2), W1 from W1~
     seg.backbone.load_state_dict(cls.backbone.state_dict())
-    train(how, task2, "dense seg", cfg.dense_epochs, cfg.dense_lr, 0.9, cfg, out / "seg")
+    train("dense", task2, "seg", cfg.dense_epochs, cfg.dense_lr, 0.9, cfg, out)
     copy_weights(seg.backbone, cls.backbone)
     return task1, task2
 
@@ -1136,13 +1149,11 @@ def fine_tune(cfg):
     cls = place(rebuild(Classifier, arch, stored["cls"], path), cfg)
     seg = place(rebuild(Segmenter, arch, stored["model"], path), cfg)
     task1, task2 = tasks_of(cls, seg, cfg)
-    how = common.fit
     if cfg.cls_epochs:
-        train(how, task1, "fine-tune cls", cfg.cls_epochs, cfg.cls_lr, 0.9, cfg, folder / "cls",
-              arch=arch)
+        train("train", task1, "cls", cfg.cls_epochs, cfg.cls_lr, 0.9, cfg, folder, arch=arch)
         # The weights that classification has trained are where segmentation starts (Table 1).
         seg.backbone.load_state_dict(cls.backbone.state_dict())
-    train(how, task2, "fine-tune seg", cfg.epochs, cfg.lr, 0.9, cfg, folder / "seg", arch=arch)
+    train("train", task2, "seg", cfg.epochs, cfg.lr, 0.9, cfg, folder, arch=arch)
     print(f"in {folder}: cls/, seg/ with best.pt and log.jsonl")
     print(common.next_command(cfg, "mtp", "--eval --bench"))
 
@@ -1215,7 +1226,9 @@ def store_cut(folder, arch, small, kept, cfg):
         shutil.rmtree(folder / name, ignore_errors=True)
     common.write_json(folder / "arch.json", arch)
     with common.replacing(folder / "pruned.pt") as temporary:
-        torch.save({"cls": small[0].state_dict(), "model": small[1].state_dict(), "kept": kept,
+        torch.save({"cls": small[0].state_dict(),
+                    "model": small[1].state_dict(),
+                    "kept": kept,
                     "settings": cut_settings(cfg)}, temporary)
 
 
@@ -1232,22 +1245,22 @@ def sparse_stage(tasks, groups, cfg):
         report_dose("gamma2", task2, outer, cfg.alpha2, cfg.search_lr, cfg)
     train_sparse(task1, task2, groups, cfg, Path(cfg.out) / f"sparse_{variant(cfg)}")
     first = task2.net if cfg.method == "slimming" else task1.net
-    report_gammas(dense, scores_of(first, task2.net, groups), groups)
+    report_gammas(dense, scores_of(first, task2.net, groups))
 
 
 def report_dose(name, task, groups, alpha, lr, cfg):
     """Before the sparse training: can the l1 term bring a gamma to zero, and will it spare some?
     Prints the dose and |dl/dgamma| (section 6), the mean over 50 batches, and warns."""
-    net, mean, count = copy.deepcopy(task.net).train(), 0, min(50, cfg.inner_steps)
-    scales = gammas(net, groups)
+    net = copy.deepcopy(task.net).train()
+    scales, mean, count = gammas(net, groups), 0, min(50, cfg.inner_steps)
     task.batches.sampler.set_epoch(0)
     for images, labels in itertools.islice(task.batches, count):
         loss = task.loss(net, *common.to_device(images, labels, cfg))
         mean = mean + torch.cat(torch.autograd.grad(loss, scales)) / count  # (channels,)
     mean = sum_over_ranks(mean) / world_size()
-    levels = torch.tensor([0.1, 0.5, 0.9, 0.99], device=cfg.device)
-    quantiles = mean.abs().quantile(levels).tolist()
-    steps, size = cfg.rounds * cfg.inner_steps, float(torch.cat(scales).detach().abs().mean())
+    quantiles = mean.abs().quantile(mean.new_tensor([0.1, 0.5, 0.9, 0.99])).tolist()
+    size = float(torch.cat(scales).detach().abs().mean())
+    steps = cfg.rounds * cfg.inner_steps
     # the sum of lr alpha / (1 - m) over all steps, of a rate that falls linearly to 0
     dose = cfg.gamma_rate * lr * (steps + 1) / 2 * alpha / (1 - cfg.momentum)
     print(f"{name}: mean {size:.3f}, dose {dose:.3g}; |dl/dgamma| over {count} batches at 10, 50, "
@@ -1260,14 +1273,13 @@ def report_dose(name, task, groups, alpha, lr, cfg):
               "together; lower it and raise --gamma-rate")
 
 
-def report_gammas(dense, sparse, groups):
+def report_gammas(dense, sparse):
     """After the sparse training: true zeros, mean and spread of the gammas, layer by layer."""
     print(f"{'layer':30s} zeros   mean  std/mean, dense -> sparse")
-    for name in (g.name for g in groups):
-        zeros, mean = float((sparse[name] == 0).double().mean()), float(sparse[name].mean())
-        before, after = (float(s.std() / s.mean().clamp_min(1e-12))
-                         for s in (dense[name], sparse[name]))
-        print(f"{name:30s} {zeros:5.2f} {mean:6.3f}  {before:.3f} -> {after:.3f}")
+    for name, gamma in sparse.items():
+        zeros = (gamma == 0).double().mean()
+        before, after = (s.std() / s.mean().clamp_min(1e-12) for s in (dense[name], gamma))
+        print(f"{name:30s} {zeros:5.2f} {gamma.mean():6.3f}  {before:.3f} -> {after:.3f}")
 
 
 def report_cut(cfg, folder, groups, kept, wide, pruned):
@@ -1330,8 +1342,11 @@ def bench(cfg):
     --out (or of --arch), measured in turn; mIoU of those that --eval has seen."""
     if rank() > 0:
         return
-    paths = [Path(cfg.arch)] if cfg.arch else sorted(Path(cfg.out).glob("*/arch.json"))
-    arches = {} if cfg.arch == "uniform" else {p.resolve().parent.name: read_arch(p) for p in paths}
+    paths, arches = sorted(Path(cfg.out).glob("*/arch.json")), {}
+    if cfg.arch:
+        paths = [] if cfg.arch == "uniform" else [Path(cfg.arch).resolve()]
+    for path in paths:
+        arches[path.parent.name] = read_arch(path)
     kinds = {(a["network"], a["classes"]) for a in arches.values()} or {(cfg.network, 21)}
     if len(kinds) > 1:
         raise InputError(f"{cfg.out} holds networks of several kinds; name one by --arch")

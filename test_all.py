@@ -803,7 +803,7 @@ def test_damaged_and_foreign_files_are_refused():
         _refused(lambda: common.load_weights(linear, {"weight": w, "bias": w}, path), path, "fit")
 
 
-def toy_run(folder, stop=None, epochs=3, lr=0.1, train=common.fit, out=None, **settings):
+def toy_run(folder, stop=None, epochs=3, lr=0.1, shared=False, out=None, **settings):
     """Random draws, batch statistics, momentum: all that a resumed run has to get right. Three
     batches an epoch, interrupted in epoch `stop`; the second and the third epoch score best."""
     torch.manual_seed(0)
@@ -813,7 +813,7 @@ def toy_run(folder, stop=None, epochs=3, lr=0.1, train=common.fit, out=None, **s
     images = torch.utils.data.Subset(synthetic("segmentation", (32, 32)), range(12))
     _, loader = common.open_loader(cfg, "train", True, images)
     run = common.Run("toy", "train", cfg, folder, epochs, model=net, optimizer=sgd,
-                     schedule=common.poly(sgd, 3 * epochs), stale=["arch.json"])
+                     schedule=common.poly(sgd, 3 * epochs), stale=["arch.json"], shared=shared)
 
     def terms(forward, x, y):
         if run.epoch == stop:
@@ -822,7 +822,7 @@ def toy_run(folder, stop=None, epochs=3, lr=0.1, train=common.fit, out=None, **s
 
     with (contextlib.redirect_stdout(out or io.StringIO()),
           contextlib.suppress(KeyboardInterrupt)):
-        train(run, terms, loader, lambda model: min(run.epoch, 1))
+        common.fit(run, terms, loader, lambda model: min(run.epoch, 1))
     return net
 
 
@@ -877,15 +877,15 @@ def test_an_epoch_logs_its_own_terms():
 
 def test_trained_once_then_shared():
     with scratch() as tmp:
-        first = toy_run(tmp, train=common.train_or_load)
-        again = toy_run(tmp, stop=0, train=common.train_or_load)        # nothing is left to train
+        first = toy_run(tmp)
+        again = toy_run(tmp, stop=0, shared=True)           # nothing is left to train
         best = common.load_checkpoint(tmp / "best.pt")
         last = common.load_checkpoint(tmp / "last.pt")
         for net in (first, again):
             assert torch.equal(net[0].weight, best["model"]["0.weight"])
         assert best["epoch"] == 2 and last["epoch"] == 3
-        _refused(lambda: toy_run(tmp, train=common.train_or_load, seed=1), "--seed 0")
-        toy_run(tmp, stop=0, epochs=4, train=common.train_or_load)      # goes on, unasked
+        _refused(lambda: toy_run(tmp, shared=True, seed=1), "--seed 0")
+        toy_run(tmp, stop=0, epochs=4, shared=True)         # goes on, unasked
         assert common.load_checkpoint(tmp / "last.pt")["epoch"] == 4
 
 
@@ -3606,8 +3606,8 @@ def test_mtp_what_each_training_starts_from():
     names, starts, ends = [], [], []                    # of each training; states of its backbone
 
     @torch.no_grad()
-    def train(how, task, name, epochs, lr, power, *rest, **about):
-        names.append((name, power))
+    def train(stage, task, name, epochs, lr, power, *rest, **about):
+        names.append((stage, name, power))
         starts.append(copy.deepcopy(task.net.backbone.state_dict()))
         for t in task.net.state_dict().values():
             t += torch.randn(t.shape).abs().to(t.dtype)
@@ -3629,8 +3629,8 @@ def test_mtp_what_each_training_starts_from():
         narrow_pair = torch.load(out / "pruned.pt")
         only_seg = torch.load(f"{out}_without_cls/pruned.pt")
         _refused(lambda: call_main(mtp, "--train", "--lam", "2", *flags), "--lam", "now it is 2")
-    dense = [("dense cls", 1.0), ("dense seg", 0.9)]
-    fine = [("fine-tune cls", 0.9), ("fine-tune seg", 0.9)]
+    dense = [("dense", "cls", 1.0), ("dense", "seg", 0.9)]
+    fine = [("train", "cls", 0.9), ("train", "seg", 0.9)]
     assert names == [*dense, *fine, *dense, fine[1]]
     agree(starts[1], ends[0])
     agree(starts[3], ends[2])
@@ -3644,8 +3644,9 @@ def test_mtp_training_hands_on_the_best_epoch():
     task = mtp.Task(net, lambda forward, x, y: (forward(x) - y).square().mean(), batches,
                     lambda *_: next(scores))
     with scratch() as tmp:
-        quiet(mtp.train, common.fit, task, "x", 2, 0.1, 0.9, mtp.Config(device="cpu"), tmp)
-        best, last = (torch.load(tmp / name)["model"]["weight"] for name in ("best.pt", "last.pt"))
+        quiet(mtp.train, "train", task, "x", 2, 0.1, 0.9, mtp.Config(device="cpu"), tmp)
+        best, last = (torch.load(tmp / "x" / name)["model"]["weight"]
+                      for name in ("best.pt", "last.pt"))
     assert torch.equal(net.weight, best) and not torch.equal(best, last)
 
 
