@@ -1370,22 +1370,6 @@ def check(cfg, stages):
         kept_in(cfg.against)                                # missing? say so before the search
 
 
-def check_batches(cfg, pictures):
-    """BN needs two values a channel: on the tokens, or in the image pooling of deeplab.
-
-    pictures: of the training set, which may have fewer than a batch.
-    """
-    processes = common.world_size()
-    if cfg.batch_size % processes:
-        raise InputError(f"--batch-size {cfg.batch_size} does not divide over {processes} "
-                         "processes")
-    share = min(cfg.batch_size, pictures) // processes
-    tokens = math.prod(math.ceil(side / 64) for side in cfg.size)
-    if share * (1 if cfg.network == "deeplab" else tokens) < 2:
-        raise InputError(f"--size {cfg.size[0]} {cfg.size[1]} and batches of {share} pictures "
-                         "leave BN a single value; take a larger crop or batch, or more pictures")
-
-
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "bilevel_prune", STAGES, QUICK, __doc__, argv)
     common.setup(cfg)
@@ -1393,7 +1377,9 @@ def main(argv=None):
     if "eval" in stages:                                    # missing? say so before hours of work
         open_split(cfg, cfg.split)
     if stages & {"train", "search", "sweep"}:
-        check_batches(cfg, len(open_split(cfg, "train")))
+        pooled = cfg.network == "deeplab"                   # ASPP's image pooling; else the tokens
+        common.check_batch("batch-size", cfg.batch_size, len(open_split(cfg, "train")),
+                           None if pooled else cfg.size)
     common.write_config(cfg, stages)
     for stage, run in (("search", search), ("train", train), ("sweep", sweep),
                        ("eval", evaluate_network), ("bench", bench)):

@@ -774,6 +774,17 @@ def open_loader(cfg, split, train=False, images=None, transform=None):
         cfg.workers, cfg.seed, rank(), world_size())
 
 
+def check_batch(flag, batch, pictures, size=None):
+    """InputError if a batch of a set of so many pictures does not divide over the processes, or
+    leaves BN a single value a channel in one of them: the mean over a picture, or, with the `size`
+    of a crop, what has 1/64 of its resolution."""
+    places = math.prod(math.ceil(side / 64) for side in size or (1,))
+    if batch % world_size() or min(batch, pictures) // world_size() * places < 2:
+        raise InputError(f"--{flag} {batch} of {pictures} training pictures over {world_size()} "
+                         "process(es): each needs the same number, and BN two values a channel or "
+                         "more; take a larger batch, larger crops or more pictures")
+
+
 def scorer(cfg, task="segmentation", form=lambda net: net):
     """score(net) -> mIoU of form(net) on val, a number in [0, 1]."""
     images, loader = open_loader(cfg, "val", images=open_split(cfg, "val", task))

@@ -1035,7 +1035,7 @@ class EdgeScores:
         self.thresholds = np.arange(1, thresholds + 1) / (thresholds + 1)
         self.tolerance = tolerance
         # Rows: annotated pixels matched, annotated; predicted pixels matched, predicted.
-        self.counts, self.best = np.zeros((4, thresholds)), np.zeros(4)
+        self.sums = self.counts, self.best = np.zeros((4, thresholds)), np.zeros(4)
 
     def update(self, probability, annotations):
         """Count one picture. Raises ValueError: shapes that differ, a value that is not finite."""
@@ -1051,11 +1051,6 @@ class EdgeScores:
             counts[:, k] = matched_truth.sum(), truth.sum(), matched.any(0).sum(), edge.sum()
         self.counts += counts
         self.best += counts[:, _f_measure(*_rates(counts)).argmax()]
-
-    def reduce(self, sum_over_ranks):
-        """Add up the counts of all ranks; sum_over_ranks: array -> array. -> self."""
-        self.counts, self.best = sum_over_ranks(self.counts), sum_over_ranks(self.best)
-        return self
 
     def result(self):
         """-> {"ODS", "OIS", "AP", "R50", "threshold"}, floats; threshold is that of ODS.

@@ -1124,6 +1124,8 @@ def search_loaders(cfg):
     images = open_split(replace(cfg, size=cfg.search_size), "train")
     half = (1 - cfg.held_out) / 2
     parts = data.split_indices(len(images), (half, half, cfg.held_out), cfg.seed)
+    # The coarsest map is a zoomed one at rate 32, 1/64.
+    common.check_batch("search-batch", cfg.search_batch, min(map(len, parts[:2])), cfg.search_size)
     scale, batch = cfg.search_scale * cfg.image_scale, cfg.search_batch // world_size()
     crops = data.train_transform(cfg.search_size, cfg.scales, scale)
     data.check_pairs(images)
@@ -1610,16 +1612,6 @@ def check(cfg, stages):
         raise InputError("--compile is for --train, --eval and --bench: the slices of the supernet "
                          "write their gradients themselves, which torch.compile cannot follow; run "
                          "--search alone without it")
-    for stage, flag, batch, size in (
-            ("search", "--search-batch", cfg.search_batch, cfg.search_size),
-            ("train", "--batch-size", cfg.batch_size, cfg.size)):
-        share, rest = divmod(batch, world_size())
-        if stage in stages and rest:
-            raise InputError(f"{flag} {batch} does not divide over {world_size()} processes")
-        # BN needs two values a channel: the coarsest map is a zoomed one at rate 32.
-        if stage in stages and share * math.prod(math.ceil(d / 64) for d in size) < 2:
-            raise InputError(f"crops of {size[0]}x{size[1]} leave BN a single value at 1/64 of the "
-                             f"resolution; take larger ones, or a larger {flag}")
 
 
 def main(argv=None):
@@ -1629,6 +1621,7 @@ def main(argv=None):
     common.write_config(cfg, stages)
     # Missing? Say so before hours of search.
     if "train" in stages:
+        common.check_batch("batch-size", cfg.batch_size, len(open_split(cfg, "train")), cfg.size)
         open_split(cfg, "val")
     if "eval" in stages:
         open_split(cfg, cfg.split)

@@ -609,17 +609,12 @@ def open_cls_loader(cfg, split, train=False):
 
 
 def tasks_of(cls, seg, cfg):
-    """(task 1, task 2) for a pair of networks, augmented batches, this rank's share of each.
-    InputError if a rank would have too few pictures for a step."""
+    """(task 1, task 2) for a pair of networks, augmented batches, this rank's share of each."""
     images1, batches1 = open_cls_loader(cfg, "train", train=True)
     images2, batches2 = open_loader(cfg, "train", train=True)
     _, val1 = open_cls_loader(cfg, "val")
-    for flag, batch, images in (("cls-batch", cfg.cls_batch, images1),
-                                ("batch-size", cfg.batch_size, images2)):
-        if batch % world_size() or min(batch, len(images)) < 2 * world_size():
-            raise InputError(f"--{flag} {batch} of {len(images)} training pictures must give each "
-                             f"of {world_size()} processes the same number, 2 or more, as BN after "
-                             "a global pooling sees one value a picture")
+    common.check_batch("cls-batch", cfg.cls_batch, len(images1))
+    common.check_batch("batch-size", cfg.batch_size, len(images2))
 
     def top1(net):
         return accuracy(net, val1, cfg)

@@ -32,7 +32,6 @@ The idea in five lines:
 """
 import copy
 import itertools
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,8 +56,6 @@ TERMS = {"ours": ("binary", "sparse"), "binary": ("binary",), "sparse": ("sparse
          "l1": ("l1",), "maskconnect": ()}
 NETWORKS = ("found", "released", "unet", "sparseacn", "fdn", "random_rule", "random_like", "fcn",
             "deeplabv3")
-DATA_SETS = tuple(dict.fromkeys(name for task in ("segmentation", "saliency", "edges")
-                                for name in data.set_names(task)))
 
 
 @dataclass
@@ -77,7 +74,8 @@ class Config(BaseConfig):
     epochs: int = opt(50, "epochs of a pruned network or baseline (PAPER 4.1)", "train", low=1)
     task: str = opt("segmentation", "what is predicted (PAPER 5.3)", "search",
                     ("segmentation", "saliency", "edges"))
-    dataset: str = opt("synthetic", "where images come from", "dense", DATA_SETS)
+    dataset: str = opt("synthetic", "where images come from; each task has sets of its own",
+                       "dense")
     encoder: str = opt("mobilenet_v2", "classifier that becomes the encoder (PAPER 4.1, 5.1)",
                        "search", ("mobilenet_v2", "vgg16", "resnet50", "resnet101"))
     weights_encoder: str = opt("imagenet", "none, imagenet (downloaded) or a file", "search")
@@ -134,11 +132,12 @@ QUICK = dict(size=(65, 129), batch_size=8, epochs=8, search_epochs=4, weights_en
 # Strides of E_1 .. E_L, and their channels. PAPER 4.1 counts nine stages of MobileNet-V2 and Figure
 # 6 five of the others; OFFICIAL-CODE says which: the first convolution, the seven groups of blocks
 # of one width, the last convolution.
+RESNET = ((2, 4, 8, 16, 32), (64, 256, 512, 1024, 2048))
 ENCODERS = {
     "mobilenet_v2": ((2, 2, 4, 8, 16, 16, 32, 32, 32), (32, 16, 24, 32, 64, 96, 160, 320, 1280)),
     "vgg16": ((2, 4, 8, 16, 32), (64, 128, 256, 512, 512)),
-    "resnet50": ((2, 4, 8, 16, 32), (64, 256, 512, 1024, 2048)),
-    "resnet101": ((2, 4, 8, 16, 32), (64, 256, 512, 1024, 2048))}
+    "resnet50": RESNET,
+    "resnet101": RESNET}
 
 
 def level(name):
@@ -211,18 +210,18 @@ def drop_repeated(connectivity, L):
     def readers(stage):
         return {reader for reader, inputs in kept.items() if stage in inputs}
 
+    def drop(stage, instead):
+        for reader in readers(stage):
+            kept[reader] = kept[reader] - {stage} | {instead}
+        del kept[stage]
+
     for deep, fine in pairs:                                # from the deepest stages on
         if deep in kept and fine in kept and kept[deep] == kept[fine]:
-            for reader in readers(fine):
-                kept[reader].remove(fine)
-                kept[reader].add(deep)
-            del kept[fine]
+            drop(fine, deep)
     for deep, fine in sorted(pairs, key=lambda pair: level(pair[1])):       # from D_2 on
         if deep in kept and fine in kept:
             if kept[deep] <= kept[fine] and readers(deep) <= readers(fine):     # <=: subset
-                for reader in readers(deep):
-                    kept[reader].remove(deep)
-                del kept[deep]
+                drop(deep, fine)
     return in_order(kept, L)
 
 
@@ -295,7 +294,7 @@ def transfer(connectivity, old, new):
 
 def feature_channels(channels):
     """{E_l, G: channels} from the channels of E_1 .. E_L."""
-    return {**{f"E{l}": c for l, c in enumerate(channels, 1)}, "G": channels[-1]}
+    return {f"E{l}": c for l, c in enumerate(channels, 1)} | {"G": channels[-1]}
 
 
 def link_params(connectivity, encoder, width=64):
@@ -404,14 +403,18 @@ class Encoder(nn.Module):
             second = nn.Sequential(nn.ReLU6(), f[1])    # not in place: it would change E_1
             # Cut by hand, as slices of f[0] and f[18] would be built anew by their constructor.
             first, last = (nn.Sequential(f[i][0], f[i][1]) for i in (0, 18))
-            stages = [first, second, f[2:4], f[4:7], f[7:11], f[11:14], f[14:17], f[17:18], last]
+            groups = itertools.pairwise((2, 4, 7, 11, 14, 17, 18))
+            stages = [first, second, *(f[a:b] for a, b in groups), last]
         elif name == "vgg16":
-            stages = [net.features[a:b] for a, b in ((0, 5), (5, 10), (10, 17), (17, 24), (24, 31))]
+            cuts = itertools.pairwise((0, 5, 10, 17, 24, 31))
+            stages = [net.features[a:b] for a, b in cuts]
         else:
             stages = [nn.Sequential(net.conv1, net.bn1, net.relu),
-                      nn.Sequential(net.maxpool, net.layer1), net.layer2, net.layer3, net.layer4]
+                      nn.Sequential(net.maxpool, net.layer1),
+                      net.layer2, net.layer3, net.layer4]
         self.stages = nn.ModuleList(stages)
-        self.name, (self.strides, self.channels) = name, ENCODERS[name]
+        self.name = name
+        self.strides, self.channels = ENCODERS[name]
         self.act = nn.ReLU6() if name == "mobilenet_v2" else nn.ReLU()
         # forward runs the stages 1 .. last; G needs all. The others stay, as the paper counts them.
         self.last = len(stages)
@@ -480,9 +483,9 @@ class Decoder(nn.Module):
         readers = self.readers[t]
         z = self.conv[t](self.act(x))                   # (B, width * readers, H_t, W_t)
         if w is not None:
-            w_t = torch.stack([w[l][self.connectivity[l].index(t)] for l in readers])   # (readers,)
+            w_t = [w[l][self.connectivity[l].index(t)] for l in readers]
             # `width` channels a reader; bn_l^t of all readers are one BN, as BN is per channel.
-            w_of_channel = w_t.repeat_interleave(self.width)[:, None, None]
+            w_of_channel = torch.stack(w_t).repeat_interleave(self.width)[:, None, None]
             z = w_of_channel * self.link_norm[t](z)     # Eq. (4): w_l^t bn_l^t(conv_l^t(t))
         return dict(zip(readers, z.split(self.width, 1)))
 
@@ -548,7 +551,7 @@ class SparseMaskNet(nn.Module):
                 conv, slot = decoder.conv[t], decoder.slot(stage, t)
                 conv.weight.data[slot] *= a[:, None, None, None]
                 if conv.bias is None:
-                    conv.bias = nn.Parameter(torch.zeros_like(conv.weight[:, 0, 0, 0]))
+                    conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
                 if t == inputs[0]:
                     conv.bias.data[slot] = b
             decoder.norm[stage] = nn.Identity()
@@ -586,7 +589,7 @@ class FCN(nn.Module):
         self.classifier = nn.Conv2d(encoder.channels[-1], num_classes, 1)
 
     def forward(self, images):
-        deepest = self.encoder(images)[f"E{len(self.encoder.channels)}"]    # (B, C_L, H/32, W/32)
+        deepest = self.encoder(images)[f"E{self.encoder.last}"]             # (B, C_L, H/32, W/32)
         logits = self.classifier(self.encoder.act(deepest))
         return f_up(logits, images.shape[-2:])                              # (B, K, H, W)
 
@@ -601,13 +604,16 @@ class DeepLabV3(nn.Module):
 
     def __init__(self, encoder, num_classes=21, width=64):
         super().__init__()
-        self.encoder, self.source = encoder, "E8" if encoder.name == "mobilenet_v2" else "E5"
+        self.encoder = encoder
+        self.source = "E8" if encoder.name == "mobilenet_v2" else "E5"
         encoder.last = level(self.source)
         undo_last_stride(encoder)
         self.aspp = torchvision.models.segmentation.deeplabv3.ASPP(
             feature_channels(encoder.channels)[self.source], [6, 12, 18], width)
-        self.head = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False),
-                                  nn.BatchNorm2d(width), nn.ReLU())
+        self.head = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU())
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, images):
@@ -839,7 +845,8 @@ def inherit(net, connectivity):
     for stage, inputs in connectivity.items():
         new.norm[stage].load_state_dict(old.norm[stage].state_dict())
         for t in inputs:
-            w, slot = used[stage][old.connectivity[stage].index(t)], old.slot(stage, t)
+            w = used[stage][old.connectivity[stage].index(t)]
+            slot = old.slot(stage, t)
             weight = w * old.conv[t].weight[slot]                           # (width, C_t, 1, 1)
             if isinstance(old.link_norm[t], nn.BatchNorm2d):                # not with --no-bn
                 a, b = scale_and_shift(old.link_norm[t], slot)              # (width,) each
@@ -860,16 +867,15 @@ def search(cfg):
                      stale=("arch.json", "derived.pt"), model=net, optimizer=sgd, schedule=schedule)
     score = common.scorer(cfg, cfg.task, Padded)
     connectivity, derived = search_connectivity(net, loader, run, cfg, score)
-    w, miou = net.connection_weights(), {"supernet": score(net), "derived": score(derived)}
-    arch = {"encoder": cfg.encoder, "connectivity": connectivity, "task": cfg.task,
-            "dataset": cfg.dataset, "loss": cfg.loss, "w": w}
-    common.write_json(Path(cfg.out) / "arch.json", arch)
+    w = net.connection_weights()
+    miou = {"supernet": score(net), "derived": score(derived)}
+    common.write_json(Path(cfg.out) / "arch.json",
+                      {"encoder": cfg.encoder, "connectivity": connectivity, "w": w})
     run.save("derived.pt", model=derived.state_dict(),
              settings={**run.settings, "arch": connectivity})
     report_search(cfg, w, connectivity, derived, miou)
     draw_search(cfg, w, connectivity)
-    print(f"in {cfg.out}: arch.json, derived.pt, connectivity.png, weights.png, "
-          "weights_over_time.png\n"
+    print(f"in {cfg.out}: arch.json, derived.pt, connectivity.png, weights.png\n"
           + common.next_command(cfg, "sparsemask", "--train --eval --bench"))
     common.barrier()
 
@@ -880,12 +886,14 @@ def decisions(w, cfg):
     PAPER 4.2: the largest dropped w was 200 times smaller than the smallest kept (1.3e-4, 2.7e-2),
     with L1 2.6 times. Here dropped ones are often exactly 0, by the clamp, so both are told.
     """
-    inputs, kept, dropped = kept_inputs(w, cfg), [], []
+    kept, dropped = [], []
+    inputs = kept_inputs(w, cfg)
     for stage, row in w.items():
         for t, value in row.items():
             (kept if t in inputs[stage] else dropped).append(value)
     undecided = sum(0.1 < value < 0.9 for value in kept + dropped)
-    return {"kept": len(kept), "undecided": undecided, "smallest_kept_w": min(kept, default=None),
+    return {"kept": len(kept), "undecided": undecided,
+            "smallest_kept_w": min(kept, default=None),
             "largest_dropped_w": max(dropped, default=None)}
 
 
@@ -895,7 +903,8 @@ def report_search(cfg, w, connectivity, derived, miou):
     Three numbers called mIoU: of the supernet; derived, of the pruned network with its weights;
     retrained, of the pruned network trained anew, the one that the paper reports.
     """
-    told, links = decisions(w, cfg), sum(map(len, connectivity.values()))
+    told = decisions(w, cfg)
+    links = sum(map(len, connectivity.values()))
     total = sum(map(len, w.values()))
     common.log_record(cfg.out, stage="found", **told, **miou)
     print("\n".join(f"  {stage} <- {', '.join(inputs)}" for stage, inputs in connectivity.items()))
@@ -917,18 +926,16 @@ def decoder_params(net):
 
 
 def draw_search(cfg, w, connectivity):
-    """connectivity.png (Figure 3), weights.png (Figure 5), weights_over_time.png."""
-    out, columns = Path(cfg.out), sources(1, len(w))
-    draw_connectivity(out / "connectivity.png", connectivity, cfg.encoder,
+    """connectivity.png (Figure 3); weights.png, w after each epoch (its last column: Figure 5)."""
+    draw_connectivity(Path(cfg.out) / "connectivity.png", connectivity, cfg.encoder,
                       f"{sum(map(len, connectivity.values()))} connections, loss {cfg.loss}")
-    values = [[row.get(t, math.nan) for t in columns] for row in w.values()]
-    common.draw_heat_map(out / "weights.png", f"w after the search, loss {cfg.loss}", list(w),
-                         columns, values)
-    log = common.read_log(cfg.out, "search")
-    links = [(stage, t) for stage, row in w.items() for t in row]
-    common.draw_heat_map(out / "weights_over_time.png", "w of every connection after each epoch",
-                         [f"{t} to {stage}" for stage, t in links], [r["epoch"] + 1 for r in log],
-                         [[r["w"][stage][t] for r in log] for stage, t in links])
+    log, names, values = common.read_log(cfg.out, "search"), [], []
+    for stage, row in w.items():
+        for t in row:
+            names.append(f"{t} to {stage}")
+            values.append([record["w"][stage][t] for record in log])
+    common.draw_heat_map(Path(cfg.out) / "weights.png", f"w after each epoch, loss {cfg.loss}",
+                         names, range(1, len(log) + 1), values)
 
 
 def draw_connectivity(path, connectivity, encoder, title):
@@ -938,17 +945,19 @@ def draw_connectivity(path, connectivity, encoder, title):
     L = len(strides)
     image, pen, font = common.draw_canvas(title, 820, 60 + 46 * (L + 1))
     centre = {"G": (190, 60 + 46 * L)}
-    for l in range(1, L + 1):
-        centre[f"E{l}"], centre[f"D{l}"] = (190, 14 + 46 * l), (520, 14 + 46 * l)
-        pen.text((146, 14 + 46 * l), f"1/{strides[l - 1]}", common.INK, font, "rm")
+    for l, stride in enumerate(strides, 1):
+        y = 14 + 46 * l
+        centre[f"E{l}"], centre[f"D{l}"] = (190, y), (520, y)
+        pen.text((146, y), f"1/{stride}", common.INK, font, "rm")
+    colours = {"E": "#3c6ebe", "G": "#c8781e", "D": "#288c46"}
     for stage, inputs in connectivity.items():
         for t in inputs:
             (x0, y0), (x1, y1) = centre[t], centre[stage]
             if t[0] == "D":                             # an arc on the right, not through the boxes
                 bulge = 45 + 23 * (level(t) - level(stage))
-                pen.arc((x0 + 34 - bulge, y1, x0 + 34 + bulge, y0), -90, 90, "#288c46", 2)
+                pen.arc((x0 + 34 - bulge, y1, x0 + 34 + bulge, y0), -90, 90, colours["D"], 2)
             else:
-                pen.line((x0 + 34, y0, x1 - 34, y1), "#c8781e" if t == "G" else "#3c6ebe", 2)
+                pen.line((x0 + 34, y0, x1 - 34, y1), colours[t[0]], 2)
     used = {"D1"}.union(*connectivity.values())
     for name, (x, y) in centre.items():
         colour = common.INK if name in used else common.FAINT
@@ -964,13 +973,10 @@ def draw_connectivity(path, connectivity, encoder, title):
 def open_data(cfg, split, train=False):
     """(set, loader) of a split for cfg.task: to train augmented and in batches, else one by one."""
     transform = data.edge_transform(cfg.size) if train and cfg.task == "edges" else None
-    images, loader = common.open_loader(cfg, split, train,
-                                        common.open_split(cfg, split, cfg.task), transform)
-    if train and len(loader.sampler) < 2:
-        raise InputError(f"split {split} of {cfg.dataset} has {len(images)} picture for "
-                         f"{common.world_size()} process(es); each needs 2, as BN sees one value a "
-                         "picture at G")
-    return images, loader
+    images = common.open_split(cfg, split, cfg.task)
+    if train:                                           # BN sees one value a picture at G
+        common.check_batch("batch-size", cfg.batch_size, len(images))
+    return common.open_loader(cfg, split, train, images, transform)
 
 
 def poly_sgd(net, cfg, steps):
@@ -987,8 +993,11 @@ def poly_sgd(net, cfg, steps):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = min(0.1, max(3e-4, 10 / steps))
     rates = {"encoder": cfg.lr_encoder, "w": cfg.lr_w or cfg.lr_decoder}
-    groups = [{"params": [parameter], "lr": rates.get(name.split(".")[0], cfg.lr_decoder)}
-              for name, parameter in net.named_parameters() if parameter.requires_grad]
+    groups = []
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            lr = rates.get(name.split(".")[0], cfg.lr_decoder)
+            groups.append({"params": [parameter], "lr": lr})
     sgd = torch.optim.SGD(groups, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
     return sgd, common.poly(sgd, steps, 0.9)            # the power: OFFICIAL-CODE
 
@@ -1023,11 +1032,6 @@ def start_from(net, path):
             state[name] = fresh
             print(f"{path} was trained for other classes: {name} starts anew")
     common.load_weights(net, state, path)
-
-
-def checkpoint_of(cfg):
-    """The best epoch; of edges the last (OURS: mIoU, which tells the best, says little there)."""
-    return Path(cfg.weights or folder_of(cfg) / ("last.pt" if cfg.task == "edges" else "best.pt"))
 
 
 def train(cfg):
@@ -1075,36 +1079,33 @@ class SaliencyScores:
 
     def __init__(self):
         # Sums over pictures, each a row: precision, recall; error, pictures, pictures with a mask.
-        self.curves, self.counts = np.zeros((2, 256)), np.zeros(3)
+        self.sums = self.curves, self.counts = np.zeros((2, 256)), np.zeros(3)
 
     def update(self, saliency, mask):
-        saliency, mask = np.asarray(saliency, np.float64).ravel(), np.asarray(mask).ravel() > 0
+        saliency, mask = np.ravel(saliency), np.ravel(mask) > 0                 # (H W,)
         # The small number keeps k / 255 itself, stored as float32, at threshold k.
-        for k in range(256):
-            salient = saliency >= k / 255 - 1e-6
-            hit = (salient & mask).sum()
-            self.curves[:, k] += hit / max(salient.sum(), 1), hit / max(mask.sum(), 1)
+        salient = saliency >= np.arange(256)[:, None] / 255 - 1e-6              # (256, H W)
+        hits = (salient & mask).sum(1)
+        self.curves[0] += hits / salient.sum(1).clip(1)
+        self.curves[1] += hits / mask.sum().clip(1)
         self.counts += np.abs(saliency - mask).mean(), 1, mask.any()
-
-    def reduce(self, sum_over_ranks):
-        """Add up the sums of all ranks; sum_over_ranks: array -> array. -> self."""
-        self.curves, self.counts = sum_over_ranks(self.curves), sum_over_ranks(self.counts)
-        return self
 
     def result(self):
         """-> {"F_beta", "MAE"}, floats in [0, 1]."""
-        error, pictures, masks = np.maximum(self.counts, [0, 1, 1])
+        error, pictures, masks = self.counts
         precision, recall = self.curves[0] / pictures, self.curves[1] / masks
         f = 1.3 * precision * recall / np.maximum(0.3 * precision + recall, 1e-12)
         return {"F_beta": float(f.max()), "MAE": float(error / pictures)}
 
 
 def restore(cfg, classes):
-    """The trained network, Padded, in eval mode; InputError if the checkpoint is another's."""
-    path = checkpoint_of(cfg)
-    state = common.load_checkpoint(path, ("model", "settings"))
-    wanted = {"encoder": cfg.encoder, "arch": decoder_of(cfg)}
-    common.require_same(state["settings"], wanted, path)
+    """The trained network, Padded, in eval mode; InputError if the checkpoint is another's.
+
+    Of the best epoch; of edges the last (OURS: mIoU, which tells the best, says little there).
+    """
+    path = Path(cfg.weights or folder_of(cfg) / ("last.pt" if cfg.task == "edges" else "best.pt"))
+    state, arch = common.load_checkpoint(path, ("model", "settings")), decoder_of(cfg)
+    common.require_same(state["settings"], {"encoder": cfg.encoder, "arch": arch}, path)
     net = build(cfg, classes)
     common.load_weights(net, state["model"], path)
     return place(Padded(net.eval()), cfg)
@@ -1116,8 +1117,7 @@ def evaluate_network(cfg):
     net, folder = restore(cfg, images.num_classes), folder_of(cfg)
     forward = torch.compile(net) if cfg.compile else net
     if cfg.task == "segmentation":
-        matrix = evaluate(forward, loader, images.num_classes, cfg, cfg.eval_scales,
-                          cfg.flip)
+        matrix = evaluate(forward, loader, images.num_classes, cfg, cfg.eval_scales, cfg.flip)
         kind = "derived" if Path(cfg.weights).name == "derived.pt" else "retrained"
         common.report_segmentation(cfg.network, kind, matrix, images, cfg, folder)
     else:
@@ -1142,11 +1142,9 @@ def map_scores(cfg, net, images, loader):
             scores.update(data.edge_nms(likely), images.annotations(i))
         else:
             scores.update(likely, labels[0])
-
-    def sum_over_ranks(array):                  # through the device: nccl needs a GPU's memory
-        return common.sum_over_ranks(torch.from_numpy(array).to(cfg.device)).cpu().numpy()
-
-    return scores.reduce(sum_over_ranks).result()
+    for array in scores.sums:                   # through the device: nccl needs a GPU's memory
+        array[:] = common.sum_over_ranks(torch.tensor(array, device=cfg.device)).cpu()
+    return scores.result()
 
 
 # Table 1: decoder parameters in M, FPS at 512x512 on a Titan Xp, mIoU on VOC val.
@@ -1171,10 +1169,11 @@ def bench(cfg):
     print("21 classes    decoder params  conv MACs | paper, MobileNet-V2: M params, FPS at 512x512 "
           "on a Titan Xp, mIoU on VOC")
     for name, net in nets.items():
+        params = decoder_params(net)
         macs = rows[name]["conv_macs"] - common.count_macs(net.encoder, cfg.frame)
-        rows[name].update(decoder_params=decoder_params(net), decoder_macs=macs)
+        rows[name] |= {"decoder_params": params, "decoder_macs": macs}
         paper = ", ".join(map(str, PAPER.get(name, ())))
-        print(f"{name:12s} {decoder_params(net):15,d} {macs / 1e9:8.3f} G | {paper}")
+        print(f"{name:12s} {params:15,d} {macs / 1e9:8.3f} G | {paper}")
     latency.write_bench(cfg, about, rows)
 
 # ---------------------------------------------------------------------------------------------
@@ -1195,10 +1194,6 @@ def check(cfg, stages):
     if cfg.task == "edges" and cfg.image_scale != 1:
         raise InputError("--image-scale does not go with --task edges: an edge map has no other "
                          "resolution than its picture")
-    trains, share = stages & {"search", "train"}, cfg.batch_size / common.world_size()
-    if trains and (share < 2 or share % 1):
-        raise InputError(f"--batch-size {cfg.batch_size} over {common.world_size()} processes: "
-                         "each needs the same number, 2 or more: BN sees one value a picture at G")
     if cfg.arch and ("search" in stages or cfg.network not in ("found", "random_like")):
         raise InputError("--arch is for --network found and random_like, without --search, which "
                          "writes an arch.json of its own; leave it out")
@@ -1208,23 +1203,9 @@ def check(cfg, stages):
         raise InputError("--init is where --train starts; add --train, or leave it out")
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
-    if trains and any(side % 32 != 1 for side in cfg.size):
+    if stages & {"search", "train"} and any(side % 32 != 1 for side in cfg.size):
         print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up "
               "to a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
-
-
-def check_files(cfg, stages):
-    """Refuse before hours of work what a later stage would find missing."""
-    for stage, split in (("train", cfg.train_split), ("eval", cfg.split)):
-        if stage in stages:
-            common.open_split(cfg, split, cfg.task)
-    if cfg.init and "search" not in stages:
-        common.load_checkpoint(cfg.init)
-    searched = "search" in stages and cfg.network in ("found", "random_like")
-    if (stages & {"train", "eval"} or cfg.export) and not searched:
-        decoder_of(cfg)                                     # reads arch.json
-    if ("eval" in stages or cfg.export) and not stages & {"train", "search"}:
-        common.load_checkpoint(checkpoint_of(cfg))
 
 
 def main(argv=None):
@@ -1233,7 +1214,9 @@ def main(argv=None):
     cfg.train_split = cfg.train_split or ("trainval" if cfg.dataset == "bsds500" else "train")
     cfg.split = cfg.split or ("test" if cfg.dataset in ("msra_b", "bsds500") else "val")
     check(cfg, stages)
-    check_files(cfg, stages)
+    for stage, split in (("train", cfg.train_split), ("eval", cfg.split)):
+        if stage in stages:                                 # missing? say so before hours of work
+            common.open_split(cfg, split, cfg.task)
     common.write_config(cfg, stages)
     for stage, run in (("search", search), ("train", train), ("eval", evaluate_network),
                        ("bench", bench)):

@@ -668,9 +668,7 @@ def test_data_edge_scores_count_as_loops_do():
     assert np.array_equal(scores.counts, np.sum(tables, 0).T)
     best = np.sum([max(rows, key=f_of) for rows in tables], 0)
     assert abs(scores.result()["OIS"] - f_of(best)) < 1e-9
-    scores.reduce(lambda values: 2 * values)  # two ranks with the same pictures
-    assert np.array_equal(scores.counts, 2 * np.sum(tables, 0).T)
-    assert np.array_equal(scores.best, 2 * best)
+    assert scores.sums[0] is scores.counts and np.array_equal(scores.sums[1], best)
     for wrong in (probability[1:], probability + np.nan):
         with contextlib.suppress(ValueError):
             scores.update(wrong, truth)
@@ -925,6 +923,20 @@ def test_synchronised_bn_leaves_the_network_plain():
     shared = twin.state_dict(keep_vars=True)
     for key, tensor in net.state_dict(keep_vars=True).items():
         assert tensor is shared[key], key
+
+
+def test_every_process_gets_a_batch_that_bn_can_use():
+    for ranks, batch, pictures, size, fits in (
+            (1, 2, 9, None, True), (1, 1, 9, None, False), (1, 2, 1, None, False),
+            (2, 4, 4, None, True), (2, 5, 9, None, False), (2, 2, 9, None, False),
+            (2, 4, 3, None, False),
+            (2, 2, 9, (64, 65), True), (2, 2, 9, (64, 64), False), (1, 1, 1, (65, 1), True)):
+        with mock.patch.object(common, "world_size", lambda: ranks):
+            if fits:
+                common.check_batch("batch", batch, pictures, size)
+            else:
+                _refused(lambda: common.check_batch("batch", batch, pictures, size),
+                         f"--batch {batch} of {pictures} training pictures over {ranks} process")
 
 
 def test_narrowed_layers_by_hand():
@@ -2439,8 +2451,9 @@ def test_sparsemask_saliency_scores_threshold_by_threshold():
     exact = sparsemask.SaliencyScores()
     exact.update(np.array([[1, 0]]), np.array([[1, 0]]))            # a single pixel, and right
     assert np.allclose(list(exact.result().values()), (1, 0))
-    sums = iter((second.curves, second.counts))
-    for scores in (one, first.reduce(lambda array: array + next(sums))):
+    for total, more in zip(first.sums, second.sums, strict=True):       # of two ranks
+        total += more
+    for scores in (one, first):
         for name, value in scores.result().items():
             assert abs(value - want[name]) < 1e-6, name
 
@@ -2498,8 +2511,8 @@ def test_sparsemask_refuses_wrong_input():
         cfg = sparsemask.Config(dataset="folder", split="val", num_classes=3, out=tmp)
         cfg.network = "unet"
         cfg.data_root = three_classes(tmp, train=1)
-        _refused(lambda: sparsemask.check_files(cfg, {"eval"}), "unet/best.pt")
-        _refused(lambda: sparsemask.open_data(cfg, "train", train=True), "1 picture")
+        _refused(lambda: sparsemask.restore(cfg, 3), "unet/best.pt")
+        _refused(lambda: sparsemask.open_data(cfg, "train", train=True), "of 1 training picture")
 
 
 def test_sparsemask_opens_the_data_of_each_task():
@@ -2523,7 +2536,9 @@ def test_sparsemask_eval_scores_every_map_against_its_own_annotation():
         def knowing(pixels):
             foreground = next(answers)
             return torch.cat([torch.zeros_like(foreground), foreground], 1)
-        scores = sparsemask.map_scores(cfg, knowing, images, loader)
+        with mock.patch.object(common, "sum_over_ranks", wraps=common.sum_over_ranks) as summed:
+            scores = sparsemask.map_scores(cfg, knowing, images, loader)
+        assert summed.call_count == 2
         one_by_one = sparsemask.SaliencyScores() if task == "saliency" else data.EdgeScores(3)
         for i, drawn in enumerate(maps):
             likely = torch.sigmoid(drawn[0, 0]).double().numpy()
@@ -3074,7 +3089,7 @@ def test_bilevel_controls_and_sweep_from_the_command_line():
                 ("--sweep", "--method", "random", "--sweep"),
                 ("--search", "--against", out / "dense", "no finished search"),
                 ("--search", "--weight-steps", "9", "--weight-steps"),
-                ("--search", "--batch-size", "1", "single value")):
+                ("--search", "--batch-size", "1", "two values")):
             _refused(lambda: main(*flags), word)
 
 
@@ -3388,7 +3403,11 @@ def test_mtp_loss_of_segmentation_counts_training_heads():
 
 
 def test_mtp_rounds_draw_their_pictures_anew():
-    for task in mtp.tasks_of(None, None, mtp.Config(**TINY_TASKS)):
+    tasks = mtp.tasks_of(None, None, mtp.Config(**TINY_TASKS))
+    with mock.patch.object(mtp, "accuracy") as judge:       # on val, nothing is drawn
+        tasks[0].score(None)
+    assert not judge.call_args.args[1].sampler.shuffle
+    for task in tasks:
         task.batches.sampler.indices = list(range(10))  # two batches of four a pass
         seen = []
         for number, order in ((0, 0), (1, 0), (0, 1), (0, 0)):
@@ -3581,11 +3600,9 @@ def test_mtp_head_of_the_first_task():
 
 
 def test_mtp_every_process_gets_two_pictures_a_step():
-    for ranks, flag, batch in ((2, "batch_size", 5), (2, "cls_batch", 2),
-                               (5000, "cls_batch", 10000)):
-        cfg = mtp.Config(**{**TINY_TASKS, flag: batch})
-        with mock.patch.object(mtp, "world_size", lambda: ranks):
-            _refused(lambda: mtp.tasks_of(None, None, cfg), f"{batch} of", "2 or more")
+    for flag in ("batch_size", "cls_batch"):
+        cfg = mtp.Config(**{**TINY_TASKS, flag: 1})
+        _refused(lambda: mtp.tasks_of(None, None, cfg), f"--{flag.replace('_', '-')} 1 of")
 
 
 def test_mtp_accuracy_by_hand():
