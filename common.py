@@ -53,7 +53,6 @@ from data import IGNORE, InputError
 # outcome depends on it: a checkpoint of a stage stores the fields of this and all earlier stages,
 # and is neither resumed nor reused under other values.
 STAGES = ("dense", "search", "train", "eval")
-SEGMENTATION_SETS = data.set_names("segmentation")
 
 
 def opt(default, help, stage="", choices=None, low=0, high=math.inf):
@@ -79,7 +78,8 @@ class BaseConfig:
     compile: bool = opt(False, "torch.compile the networks that are trained, evaluated and timed")
     channels_last: bool = opt(False, "NHWC memory: for depth-wise convolutions and tensor cores")
     workers: int = opt(0, "loader processes a rank, 4 to 8 on a GPU; samples do not change")
-    dataset: str = opt("synthetic", "where images come from", "dense", SEGMENTATION_SETS)
+    dataset: str = opt("synthetic", "where images come from", "dense",
+                       data.set_names("segmentation"))
     data_root: str = opt("", "folder of the data set (data.py shows the expected tree)", "dense")
     num_classes: int = opt(0, "classes of --dataset folder; other sets know theirs", "dense")
     image_scale: float = opt(1.0, "factor for all pictures", "dense", low=0.01, high=16)
@@ -583,31 +583,25 @@ def poly(optimizer, steps, power=0.9):
 def classifier(name, weights="none"):
     """torchvision.models.<name>, e.g. mobilenet_v2 or resnet50, with its 1000-class head.
 
-    weights: "none" (random), "imagenet" (torchvision's own, downloaded once) or a file for
-    load_backbone. InputError if there is no network, or the file does not fit.
+    weights: "none" (random), "imagenet" (torchvision's own, downloaded once) or a file with the
+    state_dict of the whole network or of its `features` alone, from which all but the head is
+    taken. InputError if there is no network, or the file does not fit.
     """
     try:
         net = get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
     except OSError as error:
         raise InputError(f"cannot download the weights of {name} ({error}); give a file") from None
     if weights not in ("none", "imagenet"):
-        load_backbone(net, weights)
+        state, own = load_state_dict(weights), net.state_dict()
+        for key in own:
+            if not key.startswith(("fc.", "classifier.")):
+                own[key] = state.get(key, state.get(key.removeprefix("features."), torch.empty(0)))
+        load_weights(net, own, weights)
     return net
 
 
-def load_backbone(net, path):
-    """Load a torchvision classifier, all but its head; returns the state_dict in the file, which
-    may be of the whole network or of its `features` alone."""
-    state, own = load_state_dict(path), net.state_dict()
-    for key in own:
-        if not key.startswith(("fc.", "classifier.")):
-            own[key] = state.get(key, state.get(key.removeprefix("features."), torch.empty(0)))
-    load_weights(net, own, path)
-    return state
-
-
 def narrowed(layer, out=None, into=None):
-    """A copy of a Conv2d, Linear or BatchNorm2d that keeps some of its channels only.
+    """A copy of a Conv2d or BatchNorm2d that keeps some of its channels only.
 
     out, into: index tensors of the output and input channels that stay, None = all. A depth-wise
     convolution and a BN have one set of channels: `out`.
@@ -623,8 +617,6 @@ def narrowed(layer, out=None, into=None):
             tensor.data = tensor.data[:, into]
     if isinstance(layer, nn.BatchNorm2d):
         small.num_features = len(small.running_mean)
-    elif isinstance(layer, nn.Linear):
-        small.out_features, small.in_features = small.weight.shape
     else:
         small.out_channels, small.in_channels = small.weight.shape[:2]
         if depthwise:
@@ -674,9 +666,8 @@ def export(model, size, path):
     torch.export.load(path).module()(image (1, 3, *size)) -> logits.
     """
     folded = fold_bn(model).cpu().to(memory_format=torch.contiguous_format)
-    image = torch.randn(1, 3, *size)
     with torch.no_grad():
-        program = torch.export.export(folded, (image,))
+        program = torch.export.export(folded, (torch.randn(1, 3, *size),))
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file)
     print(f"run it anywhere: torch.export.load('{path}').module()(image of {(1, 3, *size)})")
@@ -788,10 +779,7 @@ def check_batch(flag, batch, pictures, size=None):
 def scorer(cfg, task="segmentation", form=lambda net: net):
     """score(net) -> mIoU of form(net) on val, a number in [0, 1]."""
     images, loader = open_loader(cfg, "val", images=open_split(cfg, "val", task))
-
-    def score(net):
-        return evaluate(form(net), loader, images.num_classes, cfg).miou()
-    return score
+    return lambda net: evaluate(form(net), loader, images.num_classes, cfg).miou()
 
 
 def report_segmentation(name, kind, matrix, images, cfg, folder):
@@ -806,8 +794,7 @@ def report_segmentation(name, kind, matrix, images, cfg, folder):
 # Pictures, with Pillow and torchvision
 # ---------------------------------------------------------------------------------------------
 
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
-           "#bcbd22", "#17becf")
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 INK, FAINT = "#282828", "#dcdcdc"
 
 
@@ -847,7 +834,7 @@ def draw_canvas(title, width, height):
 
 def draw_lines(path, title, x_label, y_label, series, dots=False):
     """Save lines, or dots. series: {name: [(x, y), ...]}; a point that is not finite is left out,
-    one must be left; colours repeat after ten series."""
+    one must be left; colours repeat after eight series."""
     series = {name: [p for p in line if all(map(math.isfinite, p))]
               for name, line in series.items()}
     points = torch.tensor([point for line in series.values() for point in line])       # (N, 2)

@@ -1124,8 +1124,6 @@ def search_loaders(cfg):
     images = open_split(replace(cfg, size=cfg.search_size), "train")
     half = (1 - cfg.held_out) / 2
     parts = data.split_indices(len(images), (half, half, cfg.held_out), cfg.seed)
-    # The coarsest map is a zoomed one at rate 32, 1/64.
-    common.check_batch("search-batch", cfg.search_batch, min(map(len, parts[:2])), cfg.search_size)
     scale, batch = cfg.search_scale * cfg.image_scale, cfg.search_batch // world_size()
     crops = data.train_transform(cfg.search_size, cfg.scales, scale)
     data.check_pairs(images)
@@ -1612,6 +1610,16 @@ def check(cfg, stages):
         raise InputError("--compile is for --train, --eval and --bench: the slices of the supernet "
                          "write their gradients themselves, which torch.compile cannot follow; run "
                          "--search alone without it")
+    for stage, split in (("train", "val"), ("eval", cfg.split)):
+        if stage in stages:                                 # missing? say so before hours of search
+            open_split(cfg, split)
+    # BN needs two values a channel: the coarsest map is a zoomed one at rate 32, 1/64.
+    if "search" in stages:                                  # trainA and trainB, see search_loaders
+        part = int((1 - cfg.held_out) / 2 * len(open_split(cfg, "train")))
+        common.check_batch("search-batch", cfg.search_batch, part, cfg.search_size)
+    if "train" in stages:
+        pictures = len(open_split(cfg, "train"))
+        common.check_batch("batch-size", cfg.batch_size, pictures, cfg.size)
 
 
 def main(argv=None):
@@ -1619,12 +1627,6 @@ def main(argv=None):
     common.setup(cfg)
     check(cfg, stages)
     common.write_config(cfg, stages)
-    # Missing? Say so before hours of search.
-    if "train" in stages:
-        common.check_batch("batch-size", cfg.batch_size, len(open_split(cfg, "train")), cfg.size)
-        open_split(cfg, "val")
-    if "eval" in stages:
-        open_split(cfg, cfg.split)
     for stage, run in (("search", search), ("train", train), ("eval", evaluate_network),
                        ("bench", bench)):
         if stage in stages:

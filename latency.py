@@ -11,7 +11,6 @@ in one table: `conditions` says what a latency is valid for, and stands beside e
 It knows no paper. `python fastersg.py --bench --correlation 40` measures how well a table predicts
 whole networks.
 """
-import contextlib
 import hashlib
 import json
 import platform
@@ -51,16 +50,13 @@ def milliseconds(call, repeats, device):
 @torch.no_grad()
 def measure(calls, device, rounds=15):
     """Time candidates in turn. calls: dict name -> function without arguments; device: where they
-    run. Returns dict name -> {"median", "p90"} in ms. Leaves torch.backends.cudnn.benchmark on.
+    run. Returns dict name -> {"median", "p90"} in ms.
     """
     device = torch.device(device)
     repeats, samples = {}, {name: [] for name in calls}
     # Events belong to the current GPU: on another one than the kernels' they would measure nothing.
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        # cudnn.benchmark tries its algorithms in the first calls: these turns are the warm-up.
-        torch.backends.cudnn.benchmark = True
-        for name, call in calls.items():
+    with torch.cuda.device(device if device.type == "cuda" else -1):        # -1: none
+        for name, call in calls.items():                                    # warm-up
             for _ in range(10 if device.type == "cuda" else 2):
                 first = milliseconds(call, 1, device)
             repeats[name] = max(1, round(SHORTEST_MS / max(first, SHORTEST_MS / 20)))
@@ -87,7 +83,8 @@ def prepare(module, shapes, device, dtype=torch.float32, channels_last=False, co
 
 
 def captured(call):
-    """The kernels of the call as one CUDA graph; returns what replays it."""
+    """The kernels of the call as one CUDA graph; returns what replays it. Leaves cudnn's search for
+    the fastest algorithms on."""
     torch.backends.cudnn.benchmark = True
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -134,12 +131,11 @@ def compare(nets, frame, cfg):
     dtype, options = torch.bfloat16 if cfg.amp else torch.float32, (cfg.channels_last, cfg.compile)
     calls = {name: prepare(net, [(1, 3, *frame)], cfg.device, dtype, *options)
              for name, net in nets.items()}
-    about = conditions(cfg.device, dtype, frame, *options)
-    times, rows = measure(calls, cfg.device), {}
+    about, rows = conditions(cfg.device, dtype, frame, *options), {}
     print(", ".join(f"{key} {value}" for key, value in about.items()) + ", batch 1, BN folded")
     print(f"{'network':28s} {'params':>11s} {'conv MACs':>11s} {'median':>10s} {'p90':>10s}  FPS")
-    for name, net in nets.items():
-        t = times[name]
+    for name, t in measure(calls, cfg.device).items():
+        net = nets[name]
         rows[name] = {"params": count_params(net), "conv_macs": count_macs(net, frame),
                       "median_ms": t["median"], "p90_ms": t["p90"], "fps": 1e3 / t["median"]}
         print(f"{name:28s} {rows[name]['params']:11,d} {rows[name]['conv_macs'] / 1e9:9.3f} G "
@@ -182,10 +178,8 @@ def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
             for key, times in measure(calls, device, rounds).items():
                 ms[key] = times["median"]
             write_json(path, {"about": about, "ms": ms})
-        if missing:
-            print(f"latency table: {len(missing)} operators measured -> {path}", flush=True)
+        print(f"latency table: {len(missing)} operators measured -> {path}", flush=True)
+    box = [ms]
     if world_size() > 1:                        # or the ranks would search by different latencies
-        box = [ms]
         dist.broadcast_object_list(box)
-        ms = box[0]
-    return {key: ms[key] for key in entries}
+    return {key: box[0][key] for key in entries}
