@@ -725,7 +725,7 @@ def probabilities(model, images, size, scales, flip):
         total = total + enlarged(model(x).float(), size).softmax(1)
         if flip:
             total = total + enlarged(model(x.flip(-1)).float(), size).flip(-1).softmax(1)
-    return total / (len(scales) * (1 + flip))
+    return total.div_(len(scales) * (1 + flip))
 
 
 @torch.no_grad()

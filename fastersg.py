@@ -1456,10 +1456,9 @@ def arch_path(cfg):
 def train_network(cfg, teacher=None):
     """Train one derived network from scratch, or take a teacher that is there; returns it."""
     images, loader = open_loader(cfg, "train", train=True)
-    classes = images.num_classes
     arch = load_architecture(arch_path(cfg), cfg.network)
     torch.manual_seed(cfg.seed)
-    net = place(FasterSeg(arch, classes, auxiliary=True), cfg)
+    net = place(FasterSeg(arch, images.num_classes, auxiliary=True), cfg)
     optimizer = torch.optim.SGD(net.parameters(), cfg.lr, 0.9, weight_decay=5e-4)  # as in search
     # The rate falls once an epoch; fit steps the schedule once a batch.
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -1481,7 +1480,7 @@ def train_network(cfg, teacher=None):
 
     best = common.fit(run, loss_terms, loader, common.scorer(cfg))      # val chooses best.pt
     print(f"{cfg.network}: best retrained mIoU on val {100 * best:.2f} -> {run.folder}/best.pt")
-    return restore(cfg, run.folder / "best.pt", classes)
+    return net.eval()                                                   # that of best.pt
 
 
 def restore(cfg, path, classes):
