@@ -2203,10 +2203,11 @@ def test_sparsemask_transfer_matches_by_size():
 
 def test_sparsemask_random_connectivities():
     generator = torch.Generator().manual_seed(0)
-    for rule in (False, True) * 50:
-        inputs = sparsemask.random_connectivity(9, generator, rule)
+    for i in range(50):
+        inputs = sparsemask.random_connectivity(9, generator)
         assert sparsemask.check_connectivity(inputs, 9, "random") == inputs
-        for stage in inputs.keys() - {"D1"} if rule else ():                # Section 4.2
+        inputs = sparsemask.connectivity_of(sparsemask.Config(network="random_rule", seed=i))
+        for stage in inputs.keys() - {"D1"}:                                # Section 4.2
             assert set(inputs[stage]) <= {"G", "E" + stage[1:]}
     drawn = [len(sparsemask.random_connectivity(9, generator)["D1"]) for _ in range(50)]
     assert 8 < np.mean(drawn) < 10, "half of 18"
