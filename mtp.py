@@ -610,11 +610,9 @@ def open_cls_loader(cfg, split, train=False):
 
 def tasks_of(cls, seg, cfg):
     """(task 1, task 2) for a pair of networks, augmented batches, this rank's share of each."""
-    images1, batches1 = open_cls_loader(cfg, "train", train=True)
-    images2, batches2 = open_loader(cfg, "train", train=True)
+    _, batches1 = open_cls_loader(cfg, "train", train=True)
+    _, batches2 = open_loader(cfg, "train", train=True)
     _, val1 = open_cls_loader(cfg, "val")
-    common.check_batch("cls-batch", cfg.cls_batch, len(images1))
-    common.check_batch("batch-size", cfg.batch_size, len(images2))
 
     def top1(net):
         return accuracy(net, val1, cfg)
@@ -753,7 +751,9 @@ def train_sparse(task1, task2, groups, cfg, folder):
     forward1 = common.training_form(n1, cfg)
     forward2 = common.training_form(n2, cfg)
     # OURS: E = 0 at the start, where W1 = W3. A module, so that last.pt holds it.
-    E = nn.ParameterList([nn.Parameter(torch.zeros_like(w), False) for w in w1])
+    E = nn.ParameterList()
+    for w in w1:
+        E.append(nn.Parameter(torch.zeros_like(w), requires_grad=False))
     with_cls = cfg.method != "slimming"
     with_seg = cfg.method != "slimming_cls"
     run = Run(cfg.method, "search", cfg, folder, cfg.rounds,
@@ -1407,9 +1407,12 @@ def main(argv=None):
     common.setup(cfg)
     if cfg.method in ("uniform", "thinet") and pool_of(cfg) != "layer":
         raise InputError(f"--method {cfg.method} chooses within each layer; leave out --pool")
-    common.write_config(cfg, stages)
     if "eval" in stages:
         open_split(cfg, cfg.split)                          # missing? say so before hours of search
+    if stages & {"search", "train"}:                        # BN sees one value a picture
+        common.check_batch("cls-batch", cfg.cls_batch, len(open_cls(cfg, "train")))
+        common.check_batch("batch-size", cfg.batch_size, len(open_split(cfg, "train")))
+    common.write_config(cfg, stages)
     for stage, run in (("search", search), ("train", fine_tune), ("eval", evaluate_network),
                        ("bench", bench)):
         if stage in stages:

@@ -974,8 +974,6 @@ def open_data(cfg, split, train=False):
     """(set, loader) of a split for cfg.task: to train augmented and in batches, else one by one."""
     transform = data.edge_transform(cfg.size) if train and cfg.task == "edges" else None
     images = common.open_split(cfg, split, cfg.task)
-    if train:                                           # BN sees one value a picture at G
-        common.check_batch("batch-size", cfg.batch_size, len(images))
     return common.open_loader(cfg, split, train, images, transform)
 
 
@@ -1214,9 +1212,11 @@ def main(argv=None):
     cfg.train_split = cfg.train_split or ("trainval" if cfg.dataset == "bsds500" else "train")
     cfg.split = cfg.split or ("test" if cfg.dataset in ("msra_b", "bsds500") else "val")
     check(cfg, stages)
-    for stage, split in (("train", cfg.train_split), ("eval", cfg.split)):
+    for stage, split in (("search", "train"), ("train", cfg.train_split), ("eval", cfg.split)):
         if stage in stages:                                 # missing? say so before hours of work
-            common.open_split(cfg, split, cfg.task)
+            images = common.open_split(cfg, split, cfg.task)
+            if stage != "eval":                             # BN sees one value a picture at G
+                common.check_batch("batch-size", cfg.batch_size, len(images))
     common.write_config(cfg, stages)
     for stage, run in (("search", search), ("train", train), ("eval", evaluate_network),
                        ("bench", bench)):

@@ -2507,12 +2507,11 @@ def test_sparsemask_refuses_wrong_input():
     with contextlib.redirect_stdout(io.StringIO()) as said:
         sparsemask.check(sparsemask.Config(size=(129, 256)), {"search"})
     assert "129 256 is not 32 k + 1" in said.getvalue()
-    with tempfile.TemporaryDirectory() as tmp:
-        cfg = sparsemask.Config(dataset="folder", split="val", num_classes=3, out=tmp)
-        cfg.network = "unet"
-        cfg.data_root = three_classes(tmp, train=1)
-        _refused(lambda: sparsemask.restore(cfg, 3), "unet/best.pt")
-        _refused(lambda: sparsemask.open_data(cfg, "train", train=True), "of 1 training picture")
+    cfg = sparsemask.Config(network="unet", out="/nowhere")
+    _refused(lambda: sparsemask.restore(cfg, 3), "/nowhere/unet/best.pt")
+    with mock.patch.object(common, "world_size", lambda: 2):
+        for flags in ("--search", "--train --network unet"):
+            _refused(lambda: sparsemask.main([*flags.split(), "--batch-size", "3"]), "3 of 400")
 
 
 def test_sparsemask_opens_the_data_of_each_task():
@@ -3212,6 +3211,8 @@ def test_mtp_rebuilt_from_widths_and_state_alone():
                            ("widths", {**widths, layer: 0}), ("widths", {**widths, layer: 9})):
             path.write_text(json.dumps({**arch, key: wrong}))
             _refused(lambda: mtp.read_arch(path), path, key.rstrip("s"))
+        common.write_json(path, {**arch, "widths": {**widths, layer: 1}})
+        assert mtp.read_arch(path)["widths"][layer] == 1    # the least that fits
         widths[layer] += 1
         _refused(lambda: mtp.rebuild(mtp.Segmenter, arch, state, path), layer)
 
@@ -3597,12 +3598,18 @@ def test_mtp_head_of_the_first_task():
         other = mtp.Classifier(cfg.network, 8)
         mtp.start_from(replace(cfg, dense_cls_epochs=1), other, 8)
         agree(other.backbone.conv1.weight, whole.conv1.weight)
+        cfg.backbone = "imagenet"
+        with mock.patch.object(common, "classifier", return_value=whole) as taken:
+            mtp.start_from(cfg, net, 7)
+        taken.assert_called_once_with("resnet18", "imagenet")
+        deep = replace(cfg, network="pspnet_resnet50", dense_cls_epochs=1)
+        _refused(lambda: mtp.start_from(deep, None, 7), "PSPNet")
 
 
 def test_mtp_every_process_gets_two_pictures_a_step():
-    for flag in ("batch_size", "cls_batch"):
-        cfg = mtp.Config(**{**TINY_TASKS, flag: 1})
-        _refused(lambda: mtp.tasks_of(None, None, cfg), f"--{flag.replace('_', '-')} 1 of")
+    for stage, flag in itertools.product(("--search", "--train"), ("--batch-size", "--cls-batch")):
+        with mock.patch.object(common, "world_size", lambda: 2):
+            _refused(lambda: mtp.main([stage, flag, "3"]), f"{flag} 3 of", "over 2 process")
 
 
 def test_mtp_accuracy_by_hand():
