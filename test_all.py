@@ -1158,6 +1158,7 @@ def test_latency_on_a_gpu_is_taken_by_its_own_events():
         found = latency.measure({"a": cuda.call}, "cuda:1", rounds=3)
     assert found["a"]["median"] == 0.25 and cuda.call.call_count == 10 + 3 * 2
     cuda.device.assert_called_once_with(torch.device("cuda:1"))
+    assert cuda.Event.call_args_list[1:] == 2 * (10 + 3) * [mock.call(enable_timing=True)]
     done = [name.replace("Event().", "") for name, *_ in cuda.mock_calls]
     assert done[-7:-1] == ["record", "call", "call", "record", "synchronize", "elapsed_time"]
     assert done[-1] == "device().__exit__"
