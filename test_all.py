@@ -743,7 +743,8 @@ def test_a_checkpoint_depends_on_the_settings_of_its_stage_and_before():
 
 
 def test_setup_seeds_and_every_rank_takes_its_device():
-    """How many GPUs there are, whether torchrun has started this rank 1; "" is refused."""
+    """How many GPUs there are, whether torchrun has started this rank 1, which is not heard; "" is
+    refused."""
     for gpus, launched, device, expected in (
             (0, False, "auto", "cpu"), (0, False, "cuda", ""), (2, False, "auto", "cuda:0"),
             (2, False, "cuda:1", "cuda:1"), (2, False, "cuda:2", ""), (2, False, "cpu:0", ""),
@@ -753,6 +754,8 @@ def test_setup_seeds_and_every_rank_takes_its_device():
               mock.patch.object(torch.cuda, "set_device") as chosen,
               mock.patch.object(dist, "is_torchelastic_launched", lambda: launched),
               mock.patch.object(dist, "init_process_group") as joined,
+              mock.patch.object(common, "rank", lambda: int(launched)),
+              mock.patch.object(sys, "stdout", io.StringIO()) as heard_here,
               mock.patch.dict(os.environ, {"WORLD_SIZE": "4", "LOCAL_RANK": "1"})):
             cfg = Settings(device=device, seed=3)
             torch.manual_seed(0)
@@ -760,9 +763,18 @@ def test_setup_seeds_and_every_rank_takes_its_device():
                 common.setup(cfg)
                 assert cfg.device == expected and torch.initial_seed() == 3
                 assert expected == "cpu" or chosen.call_args.args == (expected,)
-                assert joined.called == launched            # WORLD_SIZE alone starts nothing
+                backend = mock.call("gloo" if expected == "cpu" else "nccl")
+                assert joined.mock_calls == [backend] * launched    # WORLD_SIZE starts nothing
+                print("x")
+                assert len(heard_here.getvalue()) == 2 * (not launched)
             else:
                 _refused(lambda: common.setup(cfg), device)
+
+
+def test_peak_memory_is_in_gib():
+    with mock.patch.object(torch.cuda, "max_memory_allocated", return_value=2 ** 30):
+        assert common.peak_memory("cuda:0") == 1
+    assert 0.05 < common.peak_memory("cpu") < 64
 
 
 def test_files_are_whole_or_not_there():
