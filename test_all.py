@@ -266,6 +266,10 @@ def test_data_labels_are_indices_and_masks_are_brightness():
         put(root / "train/masks/a.png", [[0]])
         Image.fromarray(np.array([[False, True, True]])).save(root / "train/masks/a.png")
         assert label_of(open_files("msra_b", root)) == [[0, 1, 1]]
+        put(root / "bsds/train/a.jpg", [[0, 0, 0]])
+        (root / "bsds/train_edges").mkdir()
+        indexed.save(root / "bsds/train_edges/a_0.png")     # index 0 is a dark grey, not black
+        assert label_of(open_files("bsds500", root / "bsds")) == [[1, 1, 1]]
 
 
 def test_data_wrong_names_and_folders_are_refused():
@@ -656,6 +660,7 @@ def test_data_edge_scores_count_as_loops_do():
     rng, tables, scores = np.random.default_rng(7), [], data.EdgeScores(7, tolerance=0.1)
     for _ in range(3):
         probability, truth = rng.random((15, 20)) ** 3, rng.random((2, 15, 20)) < 0.08
+        probability.flat[::37] = 0.5                        # a threshold itself
         scores.update(probability, truth)
         rows = []
         for k in range(1, 8):
@@ -2499,7 +2504,9 @@ def test_sparsemask_derived_network_and_ablations():
         with mock.patch.object(common, "fit", side_effect=KeyboardInterrupt) as fit:
             with contextlib.suppress(KeyboardInterrupt):
                 run("--train --epochs 1 --init", path)
-        state = fit.call_args.args[0].parts["model"].state_dict()
+        run_of_it, _, loader, _ = fit.call_args.args
+        assert run_of_it.parts["schedule"].total_iters == len(loader)       # of one epoch
+        state = run_of_it.parts["model"].state_dict()
         learned = common.load_checkpoint(path)["model"]
         assert state.keys() == learned.keys(), "a training starts there"
         assert all(torch.equal(state[key], value) for key, value in learned.items())
@@ -3063,7 +3070,7 @@ def test_bilevel_architectures_are_checked():
             ("huge", good, "no arch.json"),
             ("tiny", {}, "c2"),
             ("tiny", good | {"row3": 49}, "48"),
-            ("tiny", good | {"row9": 5}, "row9")):
+            ("tiny", good | {"row9": 1}, "row9")):
         value = {"network": network, "classes": 3, "widths": widths}
         with mock.patch.object(common, "read_json", lambda *_: value):
             _refused(lambda: bilevel_prune.load_arch("arch.json"), word)
