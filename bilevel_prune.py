@@ -59,7 +59,7 @@ from common import (BaseConfig, InputError, count_macs, count_params, enlarged, 
 NETWORKS = ("tiny", "small", "base", "base_cityscapes", "super", "deeplab")
 METHODS = ("bilevel", "uniform", "magnitude", "slimming", "random", "dense")
 MOMENTUM = 0.9                          # PAPER 5.2: of SGD, for weights and masks
-SLIM_L1 = 1e-4                          # on BN's scales, for slimming, of whose paper it is
+SLIM_L1 = 1e-4                          # on BN's scales; the value of the slimming paper
 
 
 @dataclass
@@ -116,8 +116,9 @@ class Config(BaseConfig):
     # been chosen, by any method.
     search_epochs: int = opt(430, "epochs of the search, its end included", "search", low=1)
     settle: float = opt(0.34, "share of it after the choice", "search", high=0.99)
-    # PAPER 4.2: no fine-tuning is needed. --no-finetune, from random weights, is a control.
-    finetune: bool = opt(True, "--train starts from the pruned weights", "train")
+    # PAPER 4.2: no fine-tuning is needed.
+    finetune: bool = opt(True, "--train starts from the pruned weights; --no-finetune, a control, "
+                         "from random ones", "train")
     against: str = opt("", "run folder of another search from the same dense network: say how far "
                        "the kept channels agree")
 
@@ -494,8 +495,8 @@ def by_mask(layers, value):
 #
 # A channel with b = 0 sends nothing on and gets no gradient for its weights; but dL/db is there all
 # the same, it says what a little of the channel would do to the loss. So a pruned channel can be
-# called back. And s is a memory: only where it passes tau does anything change, so it takes steps
-# of one opinion to turn a channel off, and as many to turn it on.
+# called back. And s is a memory: only where it passes tau does anything change. A channel far above
+# is turned off by many steps of one opinion, one that has just fallen is back after one.
 
 
 class Threshold(torch.autograd.Function):
@@ -727,7 +728,7 @@ def squared_gradients(net):
 
 def mask_gradient(net, loss, reg, lam):
     """The parts of Eq. (15), each (M,), the M elements of all masks one after another: dL_m/ds =
-    first - second + pull. One backward pass of L gives `first` and `second`."""
+    first - second + pull. One backward pass of L gives `first` and `second`. reg: beta L_reg."""
     masks = masks_of(net).values()
     pull = torch.autograd.grad(reg, [mask.s for mask in masks])         # grad_s (beta L_reg)
     net.zero_grad()
@@ -741,25 +742,26 @@ def mask_gradient(net, loss, reg, lam):
 
 
 def mask_rates(net, area, target, steps, cfg):
-    """The step size of each element of all masks, (M,). s is 1. OURS, twice; the paper gives no
-    step size for s.
+    """The step size of each element of all masks, (M,); called while all s are 1. OURS, twice; the
+    paper gives no step size for s.
 
     - It goes with 1 / cost^--cost-power. The cost is the MACs of one element, with which goes the
       pull of Eq. (5). In tiny a channel of c2, at half resolution, costs 300 times one of mlp0:
       under one rate for all, the pull would prune c2 before the loss can speak. Divided by the cost
       itself, one noisy gradient would decide about the cheap ones.
-    - Unless --mask-lr says how large: a mask of mean cost that the loss ignores falls from 1 to tau
-      in a third of the mask steps, however many, if Eq. (5) goes on pulling as in the first. So
-      beta weighs the MACs against the loss, and does not set the pace.
+    - Unless --mask-lr says how large: a mask of mean cost that the loss ignores would fall from 1
+      to tau in a third of the mask steps, however many, at full momentum and the first rate, if Eq.
+      (5) went on pulling as in the first. As momentum builds up and the schedule falls, it is about
+      half of them. So beta weighs the MACs against the loss, and does not set the pace.
     """
     target = min(target, 0.9 * macs_of(area, {}))       # next to the dense the rate would be huge
     reg = regularizer(net, area, target)
-    pull = torch.cat(torch.autograd.grad(reg, list(net.masks.parameters())))
+    slope = torch.cat(torch.autograd.grad(reg, list(net.masks.parameters())))   # grad_s L_reg
     beta = cfg.beta or 0.01                             # no pull: at the pace of the paper's beta
-    # Under a steady pull, SGD of momentum m moves s by rate beta pull / (1 - m) a step.
-    fall = beta * pull.mean() / (1 - MOMENTUM) * steps / 3      # in a third of them, at rate 1
+    # Under a steady pull, SGD of momentum m moves s by rate beta slope / (1 - m) a step.
+    fall = beta * slope.mean() / (1 - MOMENTUM) * steps / 3     # in a third of them, at rate 1
     rate = cfg.mask_lr or (1 - cfg.tau) / fall
-    return rate * (pull.mean() / pull) ** cfg.cost_power
+    return rate * (slope.mean() / slope) ** cfg.cost_power
 
 
 # ---------------------------------------------------------------------------------------------
@@ -784,11 +786,12 @@ def mask_rates(net, area, target, steps, cfg):
 # Soft masks are free to go anywhere: Eq. (5) pulls less and less as the target comes near, and a
 # channel that the loss wants rises. Clamped to [0, 1e9] the quick search did no better.
 #
-# Why choose at all, when thresholding is to "get rid of sorting"? Eq. (5) comes close to the target
-# but weighs it against the loss; and the paper gives no rule for a search that ends elsewhere. The
-# ranking moves tau, mask by mask, to where the target is met. The report says how far the masks
-# went by themselves. And why train on after it? What the ranking cuts, it cuts at once; the paper's
-# "no need for fine-tuning" holds for weights that have been trained under their masks.
+# Why choose at all, when thresholding is to "get rid of sorting"? Eq. (5) weighs the target against
+# the loss, and the paper gives no rule for a search that ends elsewhere. In searches of a hundred
+# mask steps the masks by themselves come to 40 to 80% of the MACs (docs/results.md; the report says
+# how far), so the ranking by s, which moves tau, mask by mask, to where the target is met, does
+# most of the cutting. And why train on after it? What the ranking cuts, it cuts at once; the
+# paper's "no need for fine-tuning" holds for weights that have been trained under their masks.
 
 
 def learn(run, net, loader, area, target, score):
@@ -802,10 +805,10 @@ def learn(run, net, loader, area, target, score):
     forward = common.training_form(net.train(), cfg)
     mask_steps = chosen_after(cfg) * (len(loader) // (cfg.weight_steps + 1))
     rates = mask_rates(net, area, target, mask_steps, cfg)              # (M,)
-    before = torch.zeros_like(rates)                    # first - second of the mask step before
     for epoch in run.epochs():
         deciding = epoch < chosen_after(cfg)
         batches, rows = run.batches(loader), []
+        before = None                                   # first - second of the mask step before
         while run.step < len(loader):
             # First step of an iteration: a few steps on w, the masks stay. Without their gradient
             # the backward pass is that of plain training.
@@ -862,12 +865,14 @@ def forces(rates, first, second, pull, before):
 
     second / first: lengths of the terms of Eq. (15). pull: the share of the MACs term in the step.
     cosine: of first - second and `before`, that of the mask step before, of another batch; near 0
-    noise decides.
+    noise decides. The first step of an epoch has none.
     """
     moves = torch.stack([(rates * part).norm() for part in (first, second, pull)])
-    cosine = F.cosine_similarity(first - second, before, dim=0)
-    return {"second / first": float(second.norm() / first.norm()),
-            "pull": float(moves[2] / moves.sum()), "cosine": float(cosine)}
+    row = {"second / first": float(second.norm() / first.norm()),
+           "pull": float(moves[2] / moves.sum())}
+    if before is not None:
+        row["cosine"] = float(F.cosine_similarity(first - second, before, dim=0))
+    return row
 
 
 def optimizer_for(net, cfg, steps):
@@ -911,7 +916,7 @@ def search(cfg, folder=None):
 # moved them since is loss and MACs, times a step size that goes with 1 / cost^(1/2): s is what a
 # channel has been worth so far over the root of its MACs, less its pull. An example, tau = 0.5:
 #
-#   soft masks            best first                     as long as the MACs fit      arch.json
+#   soft masks            best first                     what the MACs have room for  arch.json
 #   row3   2.1 0.9 0.3    2.1 1.7 0.9 0.8 0.3 0.1        2.1 1.7 0.9 | 0.8 0.3 0.1    "row3": 2
 #   c8     1.7 0.8 0.1    |- above tau: 4 -|             the ranking cut one more     "c8":   1
 #
@@ -926,10 +931,14 @@ def search(cfg, folder=None):
 
 def target_of(cfg, net, area):
     """C of Eq. (5), MACs for one picture of --frame; InputError if no masks can meet it."""
+    free, dense = prunable(net, cfg), macs_of(area, {})
     if cfg.widths:
-        return macs_of(area, counts_from(cfg.widths, net))
-    dense = macs_of(area, {})
-    target, least = cfg.target * dense, macs_of(area, prunable(net, cfg))
+        counts = counts_from(cfg.widths, net)
+        if any(n < mask.n and mask not in free for mask, n in counts.items()):
+            raise InputError(f"{cfg.widths} prunes what --scope {cfg.scope} leaves whole; give the "
+                             "--scope of its search")
+        return macs_of(area, counts)
+    target, least = cfg.target * dense, macs_of(area, free)
     if target < least:
         raise InputError(f"{least / dense:.4f} of the MACs are left with the fewest channels in "
                          "every layer; raise --target above it, or try --scope all or a smaller "
@@ -1032,7 +1041,7 @@ def finish(run, net, area, target, score):
     print(f"MACs of the dense network: by themselves the masks left {by_masks:.1%}, the "
           f"ranking {share:.2%}\n"
           f"target {wanted:.2%} ({off:+.2%}): {met} within 1%\n"
-          f"pruned mIoU, no fine-tuning, {pruned_miou:.2%}\n"
+          f"pruned mIoU, nothing trained after the cut out, {pruned_miou:.2%}\n"
           f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, *.png\n"
           + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
     common.barrier()
@@ -1044,7 +1053,10 @@ def report_masks(net, steps):
     masks = masks_of(net)
     if steps:
         soft = torch.cat([mask.s.detach() for mask in masks.values()])
-        mean = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        mean = {}
+        for key in steps[-1]:
+            values = [step[key] for step in steps if key in step]
+            mean[key] = sum(values) / len(values)
         print(f"{len(soft)} masks from {soft.min():.2f} to {soft.max():.2f}, all began at 1; mean "
               "over the mask steps:", ", ".join(f"{key} {x:.2f}" for key, x in mean.items()))
         if 0 < mean["second / first"] < 0.5:            # 0: --no-implicit
@@ -1083,7 +1095,8 @@ def norm_scales(layer):
 
 @torch.no_grad()
 def scores_of(method, net):
-    """{Mask: (n,)}, higher stays. Of a mask that several layers write, their mean."""
+    """{Mask: (n,)}, higher stays. Of an element that stands for several channels, of several layers
+    or of a head, their mean."""
     masks = masks_of(net).values()
     if method == "bilevel":
         return {mask: mask.s for mask in masks}
@@ -1093,7 +1106,9 @@ def scores_of(method, net):
     if method == "slimming":
         layers = [layer for layer in layers if norms_of(layer)]
         value = norm_scales
-    scores = {mask: rows.mean(0) for mask, rows in by_mask(layers, value).items()}
+    count = by_mask(layers, lambda layer: torch.ones_like(value(layer)))
+    total = by_mask(layers, value)
+    scores = {mask: total[mask].sum(0) / count[mask].sum(0) for mask in masks}
     if method == "uniform":                     # the same share of every mask: a filter's rank
         scores = {mask: -score.argsort(descending=True, stable=True).argsort() / mask.n
                   for mask, score in scores.items()}
@@ -1237,7 +1252,9 @@ def trained_network(cfg, classes):
                        ("pruned", arch.parent / "pruned.pt")):
         if path.exists():
             break
-    load_file(net, cfg.weights or path)
+    if cfg.weights:
+        kind, path = Path(cfg.weights).name, cfg.weights
+    load_file(net, path)
     return kind, common.place(net.eval(), cfg)
 
 
@@ -1247,7 +1264,8 @@ def trained_network(cfg, classes):
 
 
 def evaluate_network(cfg):
-    """--eval: mIoU, one scale (PAPER 5.2), and pictures."""
+    """--eval: mIoU, one scale (PAPER 5.2), and pictures. The paper tests Cityscapes at 512x1024:
+    --image-scale 0.5 with --eval alone; labels keep their resolution (OURS)."""
     images, loader = open_loader(cfg, cfg.split)
     kind, net = trained_network(cfg, images.num_classes)
     forward = torch.compile(net) if cfg.compile else net
@@ -1295,8 +1313,9 @@ def kept_in(folder):
 
 
 def agreement(one, other):
-    """Cohen's kappa of two choices, mask by mask: the overlap beyond that of random choices of the
-    same widths, over the largest possible."""
+    """Kappa of two choices, mask by mask: the overlap beyond that of random choices of the same
+    widths, over the largest that these widths allow: 1 where in each mask one contains the other
+    (Cohen's is smaller where widths differ)."""
     if [len(a) for a in one] != [len(b) for b in other]:
         raise InputError("the two searches are of different networks")
     overlap = chance = largest = 0
@@ -1336,7 +1355,8 @@ def draw_search(net, small, rows, folder):
                             for mask in masks.values()])
         common.draw_heat_map(folder / "masks.png", "Soft masks, sorted, column: %; 0 white, 1 and "
                              "more blue", list(masks), percent.tolist(), soft)
-        series = {key: [row[key] for row in rows] for key in ("pull", "cosine", "macs")}
+        series = {key: [row.get(key, math.nan) for row in rows]
+                  for key in ("pull", "cosine", "macs")}
         ratios = [row["second / first"] for row in rows]        # one large one would hide the rest
         series["second of both"] = [ratio / (1 + ratio) for ratio in ratios]
         common.draw_lines(folder / "search.png", "What moved the masks", "mask step", "share",
@@ -1360,6 +1380,8 @@ def check(cfg, stages):
     dense = cfg.method == "dense"
     if searching and dense:
         raise InputError("--method dense prunes nothing; use --train, or another --method")
+    if dense and cfg.dense:
+        raise InputError("--train --method dense trains that network; leave --dense out")
     if cfg.arch and (searching or dense):
         raise InputError("--search finds a network and --method dense is one; leave --arch out")
     if "sweep" in stages and (cfg.method != "bilevel" or cfg.widths):
@@ -1388,7 +1410,7 @@ def main(argv=None):
     if cfg.against:
         kappa = agreement(kept_in(folder_of(cfg)), kept_in(cfg.against))
         print(f"kept channels, these and those of {cfg.against}: kappa {kappa:.2f} (0: no better "
-              "than chance, 1: the same)")
+              "than chance, 1: as far as the widths allow, the same)")
     if cfg.export:
         _, net = trained_network(cfg, open_split(cfg, cfg.split).num_classes)
         common.export(net, cfg.frame, cfg.export)

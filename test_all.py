@@ -2813,7 +2813,8 @@ def test_bilevel_baseline_scores():
     for method, best in (("slimming", 7), ("magnitude", 5), ("uniform", 5)):
         scores = bilevel_prune.scores_of(method, net)
         assert int(scores[row3].argmax()) == best, method
-        assert abs(scores[row3].mean() - 1) < 1e-5 or method != "magnitude"
+        for mask in (row3, net.masks["heads0"]):            # none is above the others by its kind
+            assert abs(scores[mask].mean() - 1) < 1e-5 or method != "magnitude"
     for mask, ranks in scores.items():                  # uniform: the same share everywhere
         assert torch.allclose(ranks.sort().values, torch.arange(1 - mask.n, 1) / mask.n)
     # Shared masks gather from every layer that writes them: c8 of rows 3 and 4, and its quarter of
@@ -2915,7 +2916,7 @@ def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
     for p, q in zip(bilevel_prune.weights_of(plain), bilevel_prune.weights_of(net)):
         assert (p - q).abs().max() < 1e-6
     rates = bilevel_prune.mask_rates(plain, plain.area, plain.target, 2, cfg)
-    v, s, before = 0, torch.ones(51), torch.zeros(51)
+    v, s, before = 0, torch.ones(51), None
     for i, row in zip((1, 3), record["mask_steps"]):
         images, labels = trained_planted()[1][i]
         loss = F.cross_entropy(plain(images), labels)
@@ -2926,9 +2927,10 @@ def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
         for mask, values in zip(plain.masks.values(), s.split(17)):
             mask.s.data.copy_(values)
         lengths = [(rates * part).norm() for part in (first, second, pull)]
-        want = (second.norm() / first.norm(), lengths[2] / sum(lengths),
-                F.cosine_similarity(first - second, before, dim=0))
-        got = [row[key] for key in ("second / first", "pull", "cosine")]
+        want = [second.norm() / first.norm(), lengths[2] / sum(lengths)]
+        if before is not None:
+            want.append(F.cosine_similarity(first - second, before, dim=0))
+        got = [row[key] for key in ("second / first", "pull", "cosine") if key in row]
         assert np.allclose(got, want, rtol=1e-3, atol=1e-3)
         before = first - second
     assert torch.allclose(torch.cat([mask.s for mask in net.masks.values()]), s, atol=1e-3)
@@ -3802,7 +3804,7 @@ METHODS = {
         "--batch-size 4 --weight-steps 1 --lr 0.02 --target 0.5 --scales 1 1", "",
         "arch.json last.pt log.jsonl pruned.pt widths.png masks.png search.png dense/best.pt "
         "retrained/best.pt segmentations.png bench.json",
-        (": met within 1%", "no fine-tuning", "by themselves the masks", "10,345,958",
+        (": met within 1%", "nothing trained after", "by themselves the masks", "10,345,958",
          "9,490,180,608", "BN folded"),
         (("--search --resume --beta 0.02", "--beta"), ("--search --tau 1", "--tau"),
          ("--search --target 1.5", "--target"), ("--train --arch none.json", "none.json"),
