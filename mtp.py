@@ -2,8 +2,8 @@ r"""MTP: prune the channels of a segmentation network, judged by classification 
 together.
 
     Chen, Zhang, Wang: MTP: Multi-Task Pruning for Efficient Semantic Segmentation Networks.
-    Equation, table and line numbers below are the paper's, and so is n in PAPER n; section n is
-    this file's. PAPER: the paper says so; OURS: it leaves that open or differs.
+    Equation, table and line numbers below are the paper's. PAPER 7.1: the paper's section 7.1 says
+    so; OURS: it leaves that open or differs. "Section 6" is this file's.
 
 The idea in five lines:
   1. The scale gamma of a channel's BN says how much the channel matters; an l1 norm shrinks it.
@@ -119,6 +119,7 @@ class Config(BaseConfig):
     recalibrate: int = opt(50, "batches that re-estimate BN statistics", "search")
 
     # Fine-tuning, line 11, and what comes after. PAPER 7.1: epochs and rates.
+    # 0 is another network, so with --search too; --resume keeps the sparse training of the first.
     cls_epochs: int = opt(20, "fine-tuning on classification; 0: none, Table 1", "train")
     cls_lr: float = opt(7e-4, "its learning rate, poly 0.9", "train", low=1e-9)
     epochs: int = opt(50, "fine-tuning on segmentation", "train", low=1)
@@ -130,15 +131,24 @@ class Config(BaseConfig):
                                          "Cityscapes: 0.5 0.75 1 1.25 1.5 1.75)", "eval", low=0.01)
 
 
+# PAPER 7.1 for the other networks and sets, in the order of the settings:
+#
+#     DeepLabV3, Cityscapes   crop 512x1024, batch 32, 480 epochs at 0.01; fine-tuning 20 and 240
+#                             epochs at 5e-4 (trained on train and val for the test server)
+#     BiSeNet, Cityscapes     ImageNet batch 512, crop 768x1536, scales 0.75 to 2, batch 32, 80
+#                             epochs at 0.01; both alphas 1e-4; 50 and 80 epochs at 1e-3
+#     PSPNet, ADE20K          ImageNet batch 128, crop 480x480, batch 32, 120 epochs at 0.01; both
+#                             alphas 1e-4; 50 and 120 epochs at 5e-4; six scales in evaluation
+#
 # Minutes on two cores, from random weights: few steps, so larger ones (OURS). p = 75 for a reason:
 # 45% of the gammas end as true zeros and many more nearly so. The threshold of p = 50 falls among
 # those, where chance decides; what two batch orders agree on shows in the largest quarter. With 96
 # steps alpha2 must lie above most of segmentation's gradients, or its dose reaches nothing: the
 # report warns of that, and the zeros by layer show that still not all went together.
 #
-# Does it find channels, or chance? What --search, with --method slimming or --batch-order 1 or both
-# added, prints as the share of the kept channels that another run keeps too; chance is 0.25. Means
-# over three seeds and both orders (docs/results.md):
+# Does it find channels, or chance? Search again with --method slimming or --batch-order 1, or both:
+# what is printed is the share of the kept channels that the other run keeps too; chance is 0.25.
+# Means over three seeds and both orders (docs/results.md):
 #
 #     backbone   MTP and MTP 0.49, slimming and slimming 0.49, MTP and slimming 0.38
 #     decoder    0.81, 0.81, 0.82: both train it by the same loss
@@ -162,8 +172,10 @@ QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), c
 #     bisenet     ResNet-18            H/32        the last two, the picture    two
 #     pspnet      ResNet-50            H/8         the last map                 one, on map 3
 #
-# A decoder takes (picture, maps) and returns a list, the main output first; its links() say which
-# of its channels can be pruned. The names of submodules are the names of layers in arch.json.
+# A decoder takes (picture, maps) and returns a list, the main output first. Its links() say which
+# of its channels can be pruned, a row for channels that live or die together: ([convolutions that
+# make them], {convolution that reads them: the input channel where they begin}). The names of
+# submodules are the names of layers in arch.json.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -201,8 +213,6 @@ class DeepLabDecoder(nn.Module):
         return [self.classifier(x)]                     # (B, K, H/16, W/16)
 
     def links(self):
-        """The prunable channels, one row a group: ([convolutions that make them], {convolution
-        that reads them: its first input that does})."""
         return [
             # side by side in the concatenation
             (["aspp.convs.0.0"], {"aspp.project.0": 0}),
@@ -457,9 +467,10 @@ class Group(NamedTuple):
 
 
 def bn_behind(net, conv):
-    """Name of a convolution's BN, or None: bn1 of conv1, else the next in an nn.Sequential."""
+    """Name of a convolution's BN: bn1 of conv1, else the next in an nn.Sequential; None if what is
+    there is no BN."""
     path, _, name = conv.rpartition(".")
-    bn = f"{path}.{int(name) + 1}" if name.isdigit() else conv.replace("conv", "bn")
+    bn = f"{path}.{int(name) + 1 if name.isdigit() else name.replace('conv', 'bn')}"
     return bn if isinstance(net.get_submodule(bn), nn.BatchNorm2d) else None
 
 
@@ -748,12 +759,11 @@ def train_sparse(task1, task2, groups, cfg, folder):
     gamma3 = gammas(n2, part_of(groups, "backbone"))
     sgd1, linear1 = sparse_sgd(n1, gamma1, cfg.search_cls_lr, cfg)
     sgd2, linear2 = sparse_sgd(n2, [*gamma2, *gamma3], cfg.search_lr, cfg)
+    fast = {id(g) for g in gamma1}
     forward1 = common.training_form(n1, cfg)
     forward2 = common.training_form(n2, cfg)
     # OURS: E = 0 at the start, where W1 = W3. A module, so that last.pt holds it.
-    E = nn.ParameterList()
-    for w in w1:
-        E.append(nn.Parameter(torch.zeros_like(w), requires_grad=False))
+    E = nn.ParameterList([nn.Parameter(torch.zeros_like(w), False) for w in w1])
     with_cls = cfg.method != "slimming"
     with_seg = cfg.method != "slimming_cls"
     run = Run(cfg.method, "search", cfg, folder, cfg.rounds,
@@ -765,8 +775,7 @@ def train_sparse(task1, task2, groups, cfg, folder):
         if run.values.get("converged"):
             break
         mu = run.values.get("mu", first_mu)
-        # OURS: where steps are f times as long, a pull of mu / f is what mu is elsewhere.
-        fast = {id(g) for g in gamma1}
+        # OURS: where steps are gamma_rate times as long, so much less mu pulls as elsewhere.
         mus = [mu / cfg.gamma_rate if id(w) in fast else mu for w in w1]
 
         for images, labels in run.batches(task1.batches) if with_cls else ():   # 3: W1 by Eq. (7)
@@ -811,7 +820,8 @@ def end_round(run, gap, scales, cfg):
     for gamma in scales:
         zeros.append(sum(int((g == 0).sum()) for g in gamma))
     # OURS: the paper does not say when. W1 = W3 is not enough, as they start like that: some gammas
-    # must be at zero, and as many as a round before.
+    # must be at zero, and as many as a round before. With one task one of W1, W3 rests, so the gap
+    # does not close and all rounds are done.
     settled = sum(zeros) > 0 and zeros == run.values.get("zeros")
     run.values["converged"] = gap < cfg.tolerance and settled
     run.values["zeros"] = zeros
@@ -828,7 +838,7 @@ def end_round(run, gap, scales, cfg):
 #     slimming        gamma3 and gamma2 after segmentation alone (PAPER: Network Slimming)
 #     slimming_cls    after classification alone, Eq. (3); the decoder's are the dense ones
 #     gammas          the dense network's (OURS: what does the sparse training bring?)
-#     uniform         as many in each layer (PAPER Table 2; OURS: the largest |gamma|, it is silent)
+#     uniform         as many in each layer (PAPER Table 2); OURS: those of the largest |gamma|
 #     fpgm, thinet    He et al. (PAPER Table 3), Luo et al. (PAPER Table 2)
 #
 # Line 10 of two layers of a part, four channels each, p = 50 (x: removed, tau between 0.2 and 0.3):
@@ -864,7 +874,7 @@ def cut_of(n, percentile):
 
 
 def keep_ranked(scores, percentile, least=0.05):
-    """Line 10: the kept channels after removing exactly floor(p N) of the N with one threshold.
+    """Line 10: the kept channels after removing floor(p N / 100) of the N with one threshold.
 
     scores: {name: (C,)}; least: share of each layer that stays in any case, at least one channel
     (OURS: an empty layer would cut the network in two); where such a channel would have gone, the
@@ -982,8 +992,8 @@ def thinet_layer(terms, n):
 
 @torch.no_grad()
 def thinet_kept(seg, groups, samples, cfg):
-    """ThiNet front to back through the backbone (PAPER Table 2: the decoder stays dense). It asks
-    not how large a channel is but whether the next layer would notice that it is gone.
+    """ThiNet front to back through the backbone (the size in PAPER Table 2 is that of a dense
+    decoder). It asks not how large a channel is but whether the next layer would miss it.
 
     samples: data.Samples of segmentation; the same pictures on all ranks. Each layer sees what
     those before it have left: weights of removed channels become 0 and those of the others are
@@ -1074,8 +1084,8 @@ def choose_and_prune(tasks, cfg):
 
 
 def train(stage, task, name, epochs, lr, power, cfg, folder, **about):
-    """Train task.net with SGD and the poly schedule. stage: "dense", once for all methods, or
-    "train"; name: cls or seg.
+    """Train task.net with SGD and the poly schedule, into <folder>/<name>. stage: "dense", once for
+    all methods, or "train"; name: cls or seg.
 
     PAPER 7.1 prints poly with the power inside, 1 - (iter / iter_max)^0.9: a slip, poly means
     (1 - iter / iter_max)^0.9. Power 1 is linear. OURS: the best epoch on val is kept and later
@@ -1087,7 +1097,8 @@ def train(stage, task, name, epochs, lr, power, cfg, folder, **about):
     schedule = poly(sgd, epochs * len(task.batches), power)
     run = Run(f"{stage} {name}", stage, cfg, folder / name, epochs, about=about,
               shared=stage == "dense", model=task.net, optimizer=sgd, schedule=schedule)
-    common.fit(run, lambda *batch: {"loss": task.loss(*batch)}, task.batches, task.score)
+    best = common.fit(run, lambda *batch: {"loss": task.loss(*batch)}, task.batches, task.score)
+    print(f"{stage} {name}: best on val {100 * best:.2f}")          # top-1 (Table 7), or mIoU
 
 
 def start_from(cfg, net, cls_classes):
@@ -1159,7 +1170,7 @@ def fine_tune(cfg):
 # the cut, before fine-tuning), retrained (after line 11). All files below the run folder, --out:
 #
 #     <out>/dense/                            the dense networks, shared by all methods: cls/, seg/
-#           sparse_<method>/                  the sparse training: last.pt, log.jsonl
+#           sparse_<method>.../               the sparse training: last.pt, log.jsonl
 #           <method>_<percentile>.../         arch.json, pruned.pt, and fine-tuned: cls/, seg/
 # ---------------------------------------------------------------------------------------------
 
@@ -1234,23 +1245,24 @@ def sparse_stage(tasks, groups, cfg):
     inner, outer = part_of(groups, "backbone"), part_of(groups, "decoder")
     dense = scores_of(task2.net, task2.net, groups)
     if cfg.method != "slimming":
-        report_dose("gamma1", task1, inner, cfg.alpha1, cfg.search_cls_lr, cfg)
+        report_dose("gamma1", task1, 1.0, inner, cfg.alpha1, cfg.search_cls_lr, cfg)
     if cfg.method != "slimming_cls":
-        report_dose("gamma3", task2, inner, cfg.alpha2, cfg.search_lr, cfg)
-        report_dose("gamma2", task2, outer, cfg.alpha2, cfg.search_lr, cfg)
+        report_dose("gamma3", task2, cfg.lam, inner, cfg.alpha2, cfg.search_lr, cfg)
+        report_dose("gamma2", task2, cfg.lam, outer, cfg.alpha2, cfg.search_lr, cfg)
     train_sparse(task1, task2, groups, cfg, Path(cfg.out) / f"sparse_{variant(cfg)}")
     first = task2.net if cfg.method == "slimming" else task1.net
     report_gammas(dense, scores_of(first, task2.net, groups))
 
 
-def report_dose(name, task, groups, alpha, lr, cfg):
+def report_dose(name, task, weight, groups, alpha, lr, cfg):
     """Before the sparse training: can the l1 term bring a gamma to zero, and will it spare some?
-    Prints the dose and |dl/dgamma| (section 6), the mean over 50 batches, and warns."""
+    Prints the dose and |dl/dgamma| (section 6), the mean over 50 batches, and warns. weight: of the
+    task's loss in Eq. (4), 1 or lambda."""
     net = copy.deepcopy(task.net).train()
     scales, mean, count = gammas(net, groups), 0, min(50, cfg.inner_steps)
     task.batches.sampler.set_epoch(0)
     for images, labels in itertools.islice(task.batches, count):
-        loss = task.loss(net, *common.to_device(images, labels, cfg))
+        loss = weight * task.loss(net, *common.to_device(images, labels, cfg))
         mean = mean + torch.cat(torch.autograd.grad(loss, scales)) / count  # (channels,)
     mean = sum_over_ranks(mean) / world_size()
     quantiles = mean.abs().quantile(mean.new_tensor([0.1, 0.5, 0.9, 0.99])).tolist()
@@ -1293,8 +1305,10 @@ def report_cut(cfg, folder, groups, kept, wide, pruned):
             if path.parent != folder and all(g.name in other for g in groups):
                 share, kappa = overlap(kept, other, rows)
                 print(f"  of them {name} keeps {share:.3f} (kappa {kappa:.2f})")
-    print(f"{cfg.method}, before fine-tuning: {'sparse' if cfg.method in SPARSE else 'dense'} mIoU "
-          f"{100 * wide[1]:.2f}, pruned mIoU {100 * pruned[1]:.2f}; top-1 {100 * wide[0]:.2f}, "
+    # Where task 1 was not trained, its top-1 is that of segmentation's backbone below the old head.
+    kind = "sparse" if cfg.method in ("mtp", "slimming") else "dense"
+    print(f"{cfg.method}, before fine-tuning: {kind} mIoU {100 * wide[1]:.2f}, pruned mIoU "
+          f"{100 * pruned[1]:.2f}; top-1 before the cut {100 * wide[0]:.2f}, after it "
           f"{100 * pruned[0]:.2f}")
     common.draw_bars(folder / "channels.png", f"{folder.name}: channels that stay (Figure 5)",
                      {g.name: (len(kept[g.name]), g.width) for g in groups})
@@ -1321,10 +1335,6 @@ def evaluate_network(cfg):
     # Into the training's own folder: when it is trained anew, what was measured goes with it.
     common.report_segmentation(folder.name, kind, matrix, images, cfg,
                                folder if cfg.weights else folder / "seg")
-    head = folder / "cls" / "best.pt"
-    if head.exists():
-        print(f"the {kind} classifier, best epoch on val: top-1 "
-              f"{100 * load_checkpoint(head, ('score',))['score']:.2f} (Table 7)")
     common.draw_segmentations(net, images, cfg, folder)
 
 
@@ -1337,11 +1347,11 @@ def bench(cfg):
     --out (or of --arch), measured in turn; mIoU of those that --eval has seen."""
     if rank() > 0:
         return
-    paths, arches = sorted(Path(cfg.out).glob("*/arch.json")), {}
+    paths = sorted(Path(cfg.out).glob("*/arch.json"))
     if cfg.arch:
         paths = [] if cfg.arch == "uniform" else [Path(cfg.arch).resolve()]
-    for path in paths:
-        arches[path.parent.name] = read_arch(path)
+    paths = {path.parent.name: path for path in paths}
+    arches = {name: read_arch(path) for name, path in paths.items()}
     kinds = {(a["network"], a["classes"]) for a in arches.values()} or {(cfg.network, 21)}
     if len(kinds) > 1:
         raise InputError(f"{cfg.out} holds networks of several kinds; name one by --arch")
@@ -1355,7 +1365,7 @@ def bench(cfg):
     for name, row in rows.items():
         shown = [f"{key} {row[key] / rows['dense'][key]:.3f}"
                  for key in ("params", "conv_macs", "median_ms")]
-        for record in common.read_log(Path(cfg.out) / name / "seg", "eval"):
+        for record in common.read_log(paths.get(name, Path()).parent / "seg", "eval"):
             row["miou"] = record["miou"]
             shown.append(f"mIoU {100 * row['miou']:.2f}")
         print(f"{name:28s} " + ", ".join(shown))
@@ -1364,7 +1374,8 @@ def bench(cfg):
 
 
 # What the paper prints (Tables 2, 3): network, classes, picture, channels kept, decoder too, M, G.
-PAPER_SIZES = (("deeplabv3_resnet101", 21, (513, 513), 1, True, 58.04, 71.52),
+PAPER_SIZES = (("deeplabv3_resnet101", 19, (720, 1080), 1, True, 58.04, 201.88),
+               ("deeplabv3_resnet101", 21, (513, 513), 1, True, 58.04, 71.52),
                ("deeplabv3_resnet101", 21, (513, 513), 0.75, True, 40.18, 49.70),
                ("deeplabv3_resnet101", 21, (513, 513), 0.5, False, 32.88, 39.55),
                ("bisenet_resnet18", 19, (1024, 2048), 1, True, 12.89, 104.27),
@@ -1382,14 +1393,17 @@ def sizes(network, classes, frame, share, decoder):
 
 
 def compare_with_paper():
-    """Sizes that do not depend on training, ours beside the paper's. Its counter adds elements of
-    BN, ReLU and pooling to the multiply-adds, ours counts convolutions. Slips of the paper: 31.16 M
-    in Table 3 is 0.54x of the dense network, not 0.56x; Slimming-Ind in Table 4 drops by 2.36."""
+    """Sizes that do not depend on training, ours beside the paper's. Its counts are up to 1.1%
+    larger, so they seem to include BN, ReLU and pooling; ours are of convolutions. Slips of the
+    paper: 31.16 M in Table 3 is 0.54x of the dense network, not 0.56x; its 201.88 G are not of
+    2048x1024, as its footnote says, but of Table 4's 1080x720; Slimming-Ind in Table 4 drops by
+    2.36."""
     print("sizes, ours | paper (Tables 2 and 3)")
     for network, classes, frame, share, decoder, m, g in PAPER_SIZES:
         params, macs = sizes(network, classes, frame, share, decoder)
         what = f"{share}x" + ("" if decoder else ", backbone only")
-        print(f"  {network:20s} {what:20s} {params:11,d} {macs / 1e9:10.6f} G | {m} M {g} G")
+        print(f"  {network:20s} {'x'.join(map(str, frame)):9s} {what:19s} {params:11,d} "
+              f"{macs / 1e9:10.6f} G | {m} M {g} G")
 
 # ---------------------------------------------------------------------------------------------
 # 10. main
@@ -1398,13 +1412,15 @@ def compare_with_paper():
 
 STAGES = {"search": "dense training, Algorithm 1 (or --method), cut; writes arch.json, pruned.pt",
           "train": "fine-tune the pruned network: classification, then segmentation",
-          "eval": "mIoU, classification accuracy and pictures of a trained network",
+          "eval": "mIoU and pictures of a trained network",
           "bench": "parameters, MACs and measured latency, dense beside pruned"}
 
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "mtp", STAGES, QUICK, __doc__, argv)
     common.setup(cfg)
+    if cfg.arch and "search" in stages:
+        raise InputError("--search writes an arch.json of its own; leave out --arch")
     if cfg.method in ("uniform", "thinet") and pool_of(cfg) != "layer":
         raise InputError(f"--method {cfg.method} chooses within each layer; leave out --pool")
     if "eval" in stages:
