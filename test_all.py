@@ -463,6 +463,7 @@ def test_data_classification_transform():
         return pixels_of(image)[0, 0].aminmax()
 
     assert np.allclose(part(224, False), (16, 239), atol=1)  # 256 -> 224: 16 on each side
+    assert np.allclose(part(128, False), (16, 239), atol=2)
     assert np.allclose(part(64, False), (1.5, 253.5), atol=2)  # small ones have no margin
     torch.manual_seed(0)
     for size, smallest in ((64, 0.4), (160, 0.08)):  # share of the area, 3 : 4 at the narrowest
@@ -906,7 +907,8 @@ def test_trained_once_then_shared():
 
 def test_two_ranks_stay_equal():
     def job(rank):
-        net = toy_run(tmp)
+        with mock.patch.object(common, "load_weights"):     # as trained: not read from one file
+            net = toy_run(tmp)
         for key, value in net.state_dict().items():
             first = value.clone()
             dist.broadcast(first, 0)
@@ -943,6 +945,11 @@ def test_synchronised_bn_leaves_the_network_plain():
 
 
 def test_every_process_gets_a_batch_that_bn_can_use():
+    cfg = Settings(device="cpu", batch_size=4, size=(32, 32))
+    with mock.patch.object(common, "world_size", lambda: 2):
+        assert common.open_loader(cfg, "train", True)[1].batch_size == 2
+        for loader in (common.open_loader(cfg, "val")[1], common.open_loader(cfg, "train")[1]):
+            assert loader.batch_size == 1 and not loader.sampler.shuffle
     for ranks, batch, pictures, size, fits in (
             (1, 2, 9, None, True), (1, 1, 9, None, False), (1, 2, 1, None, False),
             (2, 4, 4, None, True), (2, 5, 9, None, False), (2, 2, 9, None, False),
@@ -1058,8 +1065,8 @@ def where(path, colour):
 
 
 def test_lines_and_dots():
-    peak = [(x, float(x == 5)) for x in range(21)]
-    series = {"peak": peak + [(3, math.inf)], "dot": [(20, 0.5)], "none": []}
+    peak = [(x, float(x == 15)) for x in range(10, 31)]
+    series = {"peak": peak + [(3, math.inf)], "dot": [(30, 0.5)], "none": []}
     with scratch() as tmp:
         common.draw_lines(tmp / "a.png", "title", "epoch", "share", series)
         rows, columns = where(tmp / "a.png", common.COLOURS[0])
@@ -3156,6 +3163,8 @@ def test_mtp_networks_have_the_papers_sizes():
         assert abs(params / 1e6 - m) < 0.01
         assert 0 < g / (macs / 1e9) - 1 < 0.011, "the paper's counter adds BN, ReLU and pooling"
     # with the heads that only training uses
+    rates = [conv[0].dilation[0] for conv in mtp.DeepLabDecoder(8, 3).aspp.convs[1:4]]
+    assert rates == [6, 12, 18]
     for name, params, prunable_channels in (("deeplabv3_resnet101", 58040661, 16256 + 1536),
                                             ("bisenet_resnet18", 13495935, 1920 + 1536),
                                             ("pspnet_resnet50", 49081578, 7552 + 2560)):
@@ -3543,10 +3552,12 @@ def test_mtp_thinet_leaves_the_pruned_network_behind():
     cfg, tasks = small_tasks(network="deeplabv3_resnet50", method="thinet")
     net, x = tasks[1].net, torch.randn(1, 3, 64, 64)
     reader = net.backbone.layer2[0].conv2
-    before = reader.weight.clone()
+    before, statistics = reader.weight.clone(), net.backbone.bn1.running_mean.clone()
+    net.train()
     with (mock.patch.object(mtp, "thinet_layer", wraps=mtp.thinet_layer) as layer,
           mock.patch.object(mtp, "THINET_IMAGES", 6)):
         _, small, kept = mtp.choose_and_prune(tasks, cfg)
+    assert torch.equal(net.backbone.bn1.running_mean, statistics), "nothing is trained"
     assert torch.allclose(small(x), net(x), atol=1e-3)
     for g in mtp.groups_of(net):
         cut = 2 if g.part == "backbone" else 1          # the decoder stays dense
