@@ -489,10 +489,10 @@ class Run:
     def progress(self):
         spent = max(time.perf_counter() - self.began, 1e-9)
         steps_left = self.steps * (self.total - self.epoch) - self.step
-        minutes = spent / max(self.done, 1) * steps_left / 60
         losses = " ".join(f"{name} {float(value):.3f}" for name, value in self.terms.items())
         return (f"{self.name} epoch {self.epoch + 1}/{self.total} it {self.step}/{self.steps} "
-                f"{losses} {self.images / spent:.1f} img/s ETA {minutes:.1f} min "
+                f"{losses} {self.images / spent:.1f} img/s "
+                f"ETA {spent / max(self.done, 1) * steps_left / 60:.1f} min "
                 f"{peak_memory(self.cfg.device):.2f} GiB")
 
     def check(self, **terms):
@@ -783,10 +783,12 @@ def scorer(cfg, task="segmentation", form=lambda net: net):
 
 
 def report_segmentation(name, kind, matrix, images, cfg, folder):
-    """Print the IoU of each class and the means; log them. kind: which of the mIoUs it is."""
+    """Print the IoU of each class, their mean, the share of pixels that are right; log the mean.
+    kind: which of the mIoUs it is."""
     for thing, iou in zip(images.class_names, matrix.iou().tolist()):
         print(f"  {thing:24s} {'absent' if math.isnan(iou) else f'{100 * iou:6.2f}'}")
-    print(f"{name}: {kind} mIoU on {cfg.split} {100 * matrix.miou():.2f}")
+    right = float(matrix.matrix.diag().sum() / matrix.matrix.sum())
+    print(f"{name}: {kind} mIoU on {cfg.split} {100 * matrix.miou():.2f}, pixels {100 * right:.2f}")
     log_record(folder, stage="eval", split=cfg.split, miou=matrix.miou())
 
 

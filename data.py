@@ -1035,7 +1035,7 @@ class EdgeScores:
         self.thresholds = np.arange(1, thresholds + 1) / (thresholds + 1)
         self.tolerance = tolerance
         # Rows: annotated pixels matched, annotated; predicted pixels matched, predicted.
-        self.sums = self.counts, self.best = np.zeros((4, thresholds)), np.zeros(4)
+        self.counts, self.best = self.sums = np.zeros((4, thresholds)), np.zeros(4)
 
     def update(self, probability, annotations):
         """Count one picture. Raises ValueError: shapes that differ, a value that is not finite."""

@@ -28,7 +28,7 @@ The idea in five lines:
 
     python sparsemask.py --search                68 seconds on two CPU cores, 1.1 GiB
     python sparsemask.py --train --eval          the found network, retrained
-    python sparsemask.py --bench                 10 seconds: Table 1's decoders, exact counts
+    python sparsemask.py --bench                 10 seconds: Table 1's decoders beside its counts
 """
 import copy
 import itertools
@@ -54,8 +54,8 @@ from data import IGNORE, torchvision
 # is neither (Table 1); l1 and maskconnect are what Figure 4 compares with.
 TERMS = {"ours": ("binary", "sparse"), "binary": ("binary",), "sparse": ("sparse",), "task": (),
          "l1": ("l1",), "maskconnect": ()}
-NETWORKS = ("found", "released", "unet", "sparseacn", "fdn", "random_rule", "random_like", "fcn",
-            "deeplabv3")
+NETWORKS = ("found", "released", "unet", "sparseacn", "fdn", "random", "random_rule", "random_like",
+            "fcn", "deeplabv3")
 
 
 @dataclass
@@ -200,7 +200,8 @@ def drop_useless(connectivity):
 def drop_repeated(connectivity, L):
     """The release's two passes after the paper's rules (OFFICIAL-CODE); D_1 is exempt.
 
-    Duplicates: of stages with the same inputs the deepest survives, for the others' readers too.
+    Duplicates: of stages with the same inputs the deepest survives, for the others' readers too
+    (OURS: also those that merging makes; the release may miss them).
     Subsets: a deeper stage goes if a finer one has all of its inputs and all of its readers: with
     {D5: (E6,), D3: (E6, E3), D1: (D5, D3)} all that D5 reads reaches D1 through D3 too.
     """
@@ -221,7 +222,7 @@ def drop_repeated(connectivity, L):
     for deep, fine in sorted(pairs, key=lambda pair: level(pair[1])):       # from D_2 on
         if deep in kept and fine in kept:
             if kept[deep] <= kept[fine] and readers(deep) <= readers(fine):     # <=: subset
-                drop(deep, fine)
+                drop(deep, fine)                            # its readers read `fine` already
     return in_order(kept, L)
 
 
@@ -278,7 +279,7 @@ def transfer(connectivity, old, new):
     """Section 5.1, Figure 6: the connectivity for another encoder; old, new: strides.
 
     "If a match fails, we simply drop the corresponding decoder stage"; OURS: one whose place is
-    taken by a deeper one too. D_1 stays D_1, which the classifier reads.
+    taken too, by D_1, which stays D_1 as the classifier reads it, or by a deeper one.
     """
     match, L, stages = matched_levels(old, new), len(new), {"D1": "D1"}
     for stage in connectivity:                                              # deepest first
@@ -342,8 +343,8 @@ def connectivity_of(cfg):
     patterns = {"unet": unet, "sparseacn": sparse_acn, "fdn": fully_dense}
     if cfg.network in patterns:
         return patterns[cfg.network](L)
-    if cfg.network == "random_rule":
-        return random_connectivity(L, generator, rule=True)
+    if cfg.network in ("random", "random_rule"):                            # Figure 4
+        return random_connectivity(L, generator, rule=cfg.network == "random_rule")
     path = cfg.arch or str(Path(cfg.out) / "arch.json")
     old, connectivity = ("mobilenet_v2", RELEASED) if cfg.network == "released" else (
         read_connectivity(path))
@@ -361,7 +362,8 @@ def connectivity_of(cfg):
 
 
 def f_up(x, size):
-    """(B, C, h, w) -> (B, C, *size): bilinear, align_corners (OFFICIAL-CODE), see Config.size.
+    """(B, C, h, w) -> (B, C, *size): bilinear, align_corners (OFFICIAL-CODE; Eq. (7) writes
+    H_in / H_out in place of (H_in - 1) / (H_out - 1)), see Config.size.
 
     It is linear along each axis, f_up(x) = A x B^T. On a CPU, and where much is enlarged, forward
     and backward of this form take a half to a quarter of F.interpolate's: a sixth of a search step.
@@ -377,8 +379,8 @@ def f_up(x, size):
 
 def ramp(n, m):
     """(m, n): row i weighs n equidistant samples at the i-th of m places, corners on corners."""
-    place = torch.linspace(0, n - 1, m, dtype=torch.float64)[:, None]
-    return (1 - (place - torch.arange(n)).abs()).clamp(min=0)
+    at = torch.linspace(0, n - 1, m, dtype=torch.float64)[:, None]
+    return (1 - (at - torch.arange(n)).abs()).clamp(min=0)
 
 
 class Encoder(nn.Module):
@@ -399,7 +401,7 @@ class Encoder(nn.Module):
         if name == "mobilenet_v2":
             f = net.features
             # OFFICIAL-CODE's first block expands by a convolution of 1,088 parameters more;
-            # torchvision's does not, and 2.22 M is what the paper prints.
+            # torchvision's does not. Both are 2.22 M, what the paper prints.
             second = nn.Sequential(nn.ReLU6(), f[1])    # not in place: it would change E_1
             # Cut by hand, as slices of f[0] and f[18] would be built anew by their constructor.
             first, last = (nn.Sequential(f[i][0], f[i][1]) for i in (0, 18))
@@ -479,14 +481,15 @@ class Decoder(nn.Module):
         return slice(first, first + self.width)
 
     def links(self, t, x, w):
-        """w_l^t bn_l^t(conv_l^t(t)) for every reader l of t: {stage: (B, width, H_t, W_t)}."""
+        """w_l^t bn_l^t(conv_l^t(act(t))) for every reader l of t: {stage: (B, width, H_t, W_t)}.
+        x: the feature t."""
         readers = self.readers[t]
         z = self.conv[t](self.act(x))                   # (B, width * readers, H_t, W_t)
         if w is not None:
             w_t = [w[l][self.connectivity[l].index(t)] for l in readers]
             # `width` channels a reader; bn_l^t of all readers are one BN, as BN is per channel.
             w_of_channel = torch.stack(w_t).repeat_interleave(self.width)[:, None, None]
-            z = w_of_channel * self.link_norm[t](z)     # Eq. (4): w_l^t bn_l^t(conv_l^t(t))
+            z = w_of_channel * self.link_norm[t](z)     # Eq. (4): w_l^t bn_l^t(conv_l^t(act(t)))
         return dict(zip(readers, z.split(self.width, 1)))
 
     def forward(self, features, w=None):
@@ -510,7 +513,7 @@ class Decoder(nn.Module):
             # While w is learnt, bn_l takes out what a stage's w have in common: D_l is the same for
             # w_l and w_l / 2, but for BN's eps. The task loss sees their ratios only.
             features[stage] = self.norm[stage](total)
-        # OURS: the classifier reads act(D_1); conv_1^t, bn_1 and it would else be one affine map.
+        # OFFICIAL-CODE: the classifier reads act(D_1); conv_1^t, bn_1 and it were one affine map.
         return self.act(features["D1"])
 
 
@@ -813,9 +816,8 @@ def prune(w, cfg):
     """Section 3.3: {stage: {t: w in [0, 1]}} -> connectivity. InputError if nothing is left."""
     connectivity = drop_useless(kept_inputs(w, cfg))                        # rules (1), (2), (3)
     if not connectivity:
-        raise InputError("every connection of D1 was dropped: nothing is left to classify; search "
-                         "with a smaller --lam or --l1, or with --sigma below "
-                         f"{max(w['D1'].values()):.1e}")
+        raise InputError("nothing reaches D1 by the rules of 3.3, so there is nothing to classify; "
+                         "search with a smaller --lam, --l1 or --sigma")
     return drop_repeated(connectivity, len(w)) if cfg.simplify else connectivity
 
 
@@ -825,7 +827,7 @@ def inherit(net, connectivity):
 
     In eval mode w bn(z) = w (a z + b) with numbers a, b a channel, so
 
-        D_l = bn_l( sum_t f_up((w a conv)(t)) + sum_t w b ).
+        D_l = bn_l( sum_t f_up((w a conv)(act(t))) + sum_t w b ).
 
     w a scales the convolution. w b is a constant map, which up-sampling leaves alone; bn_l takes
     its running mean m off, and (x + w b) - m = x - (m - w b): so m becomes m - w b.
@@ -834,8 +836,9 @@ def inherit(net, connectivity):
     nothing; but a stage that goes because all of its inputs went was not silent: bn_l enlarges a
     sum of tiny w again, and makes -m / sqrt(v + eps) of a sum of 0 until its running mean m has
     come down to 0. Otherwise the derived mIoU is the supernet's, and training need not start from
-    the encoder alone, as in the paper, but can start here (--init derived.pt). A connection that
-    only --simplify has made takes its own w, which may be 0.
+    the encoder alone, as in the paper, but can start here (--init derived.pt). --simplify
+    loses more: stages whose w are not small, and whose readers get another stage's features, by a w
+    of their own, which may be 0.
     """
     pruned = SparseMaskNet(connectivity, copy.deepcopy(net.encoder), net.classifier.out_channels,
                            net.decoder.width)
@@ -906,10 +909,10 @@ def report_search(cfg, w, connectivity, derived, miou):
     told = decisions(w, cfg)
     links = sum(map(len, connectivity.values()))
     total = sum(map(len, w.values()))
-    common.log_record(cfg.out, stage="found", **told, **miou)
+    common.log_record(cfg.out, stage="found", links=links, **told, **miou)
     print("\n".join(f"  {stage} <- {', '.join(inputs)}" for stage, inputs in connectivity.items()))
     print(f"{links} of {total} connections, {len(connectivity)} of {len(w)} decoder stages, "
-          f"{decoder_params(derived):,} decoder parameters\nsmallest w kept "
+          f"{decoder_params(derived):,} decoder parameters\nby rule (1): smallest w kept "
           f"{told['smallest_kept_w']}, largest dropped {told['largest_dropped_w']}; "
           f"{told['undecided']} lie between 0.1 and 0.9")
     if cfg.loss in ("ours", "binary") and told["undecided"] > total / 10:
@@ -939,8 +942,8 @@ def draw_search(cfg, w, connectivity):
 
 
 def draw_connectivity(path, connectivity, encoder, title):
-    """As Figure 3: encoder on the left, decoder on the right, finest stage on top; what was dropped
-    is pale."""
+    """As Figure 3: encoder on the left, decoder on the right, finest stage on top; what nobody
+    reads any more is pale."""
     strides = ENCODERS[encoder][0]
     L = len(strides)
     image, pen, font = common.draw_canvas(title, 820, 60 + 46 * (L + 1))
@@ -982,10 +985,10 @@ def poly_sgd(net, cfg, steps):
 
     The encoder knows something already, so its rate is a tenth of the decoder's. The rate of w
     decides how far w comes: lambda times the slope of the binary half, log((1 - w) / w) / |T_l|,
-    is so small that at the paper's rates a w needs thousands of steps from 1/2 to 0.
-    Also sets the momentum of the running BN statistics: 3e-4 (OFFICIAL-CODE for the search; OURS:
-    in the training too), or 10 / steps where that is more (OURS: with 3e-4 a short run would never
-    get away from the initial statistics). Returns (optimizer, schedule, one step a batch).
+    is so small that at the paper's rates a w needs more than a thousand steps from 1/2 to 0.
+    Also sets the momentum of the running BN statistics: 3e-4 (OFFICIAL-CODE), or 10 / steps
+    where that is more (OURS: with 3e-4 a short run would never get away from the initial
+    statistics). Returns (optimizer, schedule, one step a batch).
     """
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -1076,8 +1079,8 @@ class SaliencyScores:
     """
 
     def __init__(self):
-        # Sums over pictures, each a row: precision, recall; error, pictures, pictures with a mask.
-        self.sums = self.curves, self.counts = np.zeros((2, 256)), np.zeros(3)
+        # Over the pictures: sums of precision and of recall, each a row; of error, 1, has a mask.
+        self.curves, self.counts = self.sums = np.zeros((2, 256)), np.zeros(3)
 
     def update(self, saliency, mask):
         saliency, mask = np.ravel(saliency), np.ravel(mask) > 0                 # (H W,)
@@ -1091,7 +1094,7 @@ class SaliencyScores:
     def result(self):
         """-> {"F_beta", "MAE"}, floats in [0, 1]."""
         error, pictures, masks = self.counts
-        precision, recall = self.curves[0] / pictures, self.curves[1] / masks
+        precision, recall = self.curves[0] / pictures, self.curves[1] / max(masks, 1)
         f = 1.3 * precision * recall / np.maximum(0.3 * precision + recall, 1e-12)
         return {"F_beta": float(f.max()), "MAE": float(error / pictures)}
 
@@ -1145,7 +1148,8 @@ def map_scores(cfg, net, images, loader):
     return scores.result()
 
 
-# Table 1: decoder parameters in M, FPS at 512x512 on a Titan Xp, mIoU on VOC val.
+# Table 1: decoder parameters in M, FPS at 512x512 on a Titan Xp, mIoU on VOC val. (Its two ablation
+# rows, 1.92 M for the sparse half alone and 0.89 M for the binary one, are found, not published.)
 PAPER = {"fcn": (0.03, 156, 63.80), "deeplabv3": (0.67, 50, 72.51), "unet": (0.16, 97, 64.72),
          "sparseacn": (0.72, 74, 72.23), "fdn": (1.93, 37, 72.72), "released": (0.56, 98, 73.18)}
 
@@ -1154,8 +1158,8 @@ def bench(cfg):
     """--bench: parameters, conv MACs and latency (BN folded) beside Table 1; writes bench.json.
 
     Always with 21 classes, as in Table 1, and at --frame, where --eval pads to 32 k + 1. Fewer
-    parameters are not fewer MACs: what D_1 reads runs at the size of its source, but what is
-    up-sampled to 1/2 costs time that MACs do not count.
+    parameters are not fewer MACs, which depend on the size of what a stage reads, and fewer MACs
+    are not less time: up-sampling is in no MACs.
     """
     if rank() > 0:
         return
