@@ -1205,7 +1205,8 @@ def check(cfg, stages):
         raise InputError("--init is where --train starts; add --train, or leave it out")
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
-    if stages & {"search", "train"} and any(side % 32 != 1 for side in cfg.size):
+    trains = stages & {"search", "train"}
+    if trains and cfg.encoder != "vgg16" and any(side % 32 != 1 for side in cfg.size):
         print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up "
               "to a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
 

@@ -2952,6 +2952,13 @@ def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
     assert abs(record["mask_gradient"] / (first.norm() + second.norm()) - 1) < 1e-3
 
 
+def test_bilevel_training_ends_with_its_schedule():
+    cfg = bilevel_prune.Config(device="cpu", size=(32, 32), batch_size=8, epochs=3)
+    net = bilevel_prune.build("tiny", 11)
+    run, _, loader, _ = bilevel_prune.training_of(cfg, net, "x", "train", "x")
+    assert run.parts["schedule"].total_iters == 3 * len(loader)
+
+
 def test_bilevel_says_when_the_target_is_missed():
     net = with_masks(bilevel_prune.build("tiny", 3))
     area = bilevel_prune.areas(net, (64, 64))
