@@ -474,15 +474,15 @@ def weights_of(net):
 
 
 def by_mask(layers, value):
-    """{started Mask: (layers that write it, n)} of value(layer), a number for each channel that the
-    layer writes, summed over the channels of an element."""
+    """{started Mask: (n, channels of an element, of all layers that write it)} of value(layer), a
+    number for each channel that the layer writes."""
     rows = {}
     for layer in layers:
         parts = value(layer).split([mask.n * each for mask, each in layer.out])
         for (mask, each), part in zip(layer.out, parts):
             if mask.s is not None:
-                rows.setdefault(mask, []).append(part.view(-1, each).sum(1))
-    return {mask: torch.stack(parts) for mask, parts in rows.items()}
+                rows.setdefault(mask, []).append(part.view(-1, each))
+    return {mask: torch.cat(parts, 1) for mask, parts in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -723,7 +723,7 @@ def squared_gradients(net):
     """{Mask: (n,)}: [grad_w L]^2 summed over the weights of each channel, BN's included."""
     def of_channels(layer):                 # (C',): of the filter, BN's scale and shift, or bias
         return sum(p.grad.square().reshape(len(p), -1).sum(1) for p in layer.parameters())
-    return {mask: rows.sum(0) for mask, rows in by_mask(layers_of(net), of_channels).items()}
+    return {mask: rows.sum(1) for mask, rows in by_mask(layers_of(net), of_channels).items()}
 
 
 def mask_gradient(net, loss, reg, lam):
@@ -1036,11 +1036,10 @@ def finish(run, net, area, target, score):
     write_arch(small, folder)
     draw_search(net, small, steps, folder)
     report_masks(net, steps)
-    off = share / wanted - 1
-    met = "met" if abs(off) <= 0.01 else "NOT met"
+    met = "met" if abs(share / wanted - 1) <= 0.01 else "NOT met"
     print(f"MACs of the dense network: by themselves the masks left {by_masks:.1%}, the "
           f"ranking {share:.2%}\n"
-          f"target {wanted:.2%} ({off:+.2%}): {met} within 1%\n"
+          f"target {wanted:.2%} ({share / wanted - 1:+.2%}): {met} within 1%\n"
           f"pruned mIoU, nothing trained after the cut out, {pruned_miou:.2%}\n"
           f"in {folder}: arch.json, pruned.pt, last.pt, log.jsonl, *.png\n"
           + common.next_command(cfg, "bilevel_prune", "--eval --bench"))
@@ -1053,10 +1052,8 @@ def report_masks(net, steps):
     masks = masks_of(net)
     if steps:
         soft = torch.cat([mask.s.detach() for mask in masks.values()])
-        mean = {}
-        for key in steps[-1]:
-            values = [step[key] for step in steps if key in step]
-            mean[key] = sum(values) / len(values)
+        mean = {key: torch.tensor([step.get(key, math.nan) for step in steps]).nanmean()
+                for key in steps[-1]}
         print(f"{len(soft)} masks from {soft.min():.2f} to {soft.max():.2f}, all began at 1; mean "
               "over the mask steps:", ", ".join(f"{key} {x:.2f}" for key, x in mean.items()))
         if 0 < mean["second / first"] < 0.5:            # 0: --no-implicit
@@ -1106,9 +1103,7 @@ def scores_of(method, net):
     if method == "slimming":
         layers = [layer for layer in layers if norms_of(layer)]
         value = norm_scales
-    count = by_mask(layers, lambda layer: torch.ones_like(value(layer)))
-    total = by_mask(layers, value)
-    scores = {mask: total[mask].sum(0) / count[mask].sum(0) for mask in masks}
+    scores = {mask: rows.mean(1) for mask, rows in by_mask(layers, value).items()}
     if method == "uniform":                     # the same share of every mask: a filter's rank
         scores = {mask: -score.argsort(descending=True, stable=True).argsort() / mask.n
                   for mask, score in scores.items()}
@@ -1155,9 +1150,9 @@ def load_published(net, path):
             raise InputError(f"{path} is not of TopFormer-{net.name}: '{key}' is missing or has "
                              "another shape; choose another --network")
     net.load_state_dict(own | fit)
-    unused = sorted(theirs.keys() - own.keys())
     print(f"{path}: {len(fit)} of {len(own)} tensors loaded; random: "
-          f"{', '.join(random[:3]) or 'none'}; not used: {', '.join(unused[:3]) or 'none'}")
+          f"{', '.join(random[:3]) or 'none'}; not used: "
+          f"{', '.join(sorted(theirs.keys() - own.keys())[:3]) or 'none'}")
 
 
 def load_mobilenet(net, init):
@@ -1209,8 +1204,7 @@ def start(cfg, net):
     """Give the dense network the weights that the search starts from: --dense, or <out>/dense,
     trained now if it is not there."""
     if cfg.dense:
-        load_file(net, cfg.dense)
-        common.place(net, cfg)
+        load_file(common.place(net, cfg), cfg.dense)
         return
     folder = Path(cfg.out) / "dense"
     common.fit(*training_of(cfg, net, "dense", "dense", folder))
@@ -1345,8 +1339,7 @@ def sweep(cfg):
 
 def draw_search(net, small, rows, folder):
     """widths.png; masks.png, the soft masks; from the log search.png, what moved them."""
-    widths = small.widths()
-    masks = masks_of(net)
+    widths, masks = small.widths(), masks_of(net)
     common.draw_bars(folder / "widths.png", "Channels before and after",
                      {name: (widths[name], n) for name, n in net.widths().items()})
     if rows:
@@ -1399,9 +1392,8 @@ def main(argv=None):
     if "eval" in stages:                                    # missing? say so before hours of work
         open_split(cfg, cfg.split)
     if stages & {"train", "search", "sweep"}:
-        pooled = cfg.network == "deeplab"                   # ASPP's image pooling; else the tokens
-        common.check_batch("batch-size", cfg.batch_size, len(open_split(cfg, "train")),
-                           None if pooled else cfg.size)
+        size = None if cfg.network == "deeplab" else cfg.size       # image pooling, or the tokens
+        common.check_batch("batch-size", cfg.batch_size, len(open_split(cfg, "train")), size)
     common.write_config(cfg, stages)
     for stage, run in (("search", search), ("train", train), ("sweep", sweep),
                        ("eval", evaluate_network), ("bench", bench)):
