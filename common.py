@@ -37,9 +37,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import get_model
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 import data
@@ -75,7 +73,7 @@ class BaseConfig:
     seed: int = opt(0, "of weights, samples and data order", "dense")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")      # setup() resolves auto
     amp: bool = opt(False, "bf16 autocast; slower on a CPU without bf16 instructions", "dense")
-    compile: bool = opt(False, "torch.compile the networks that are trained, evaluated and timed")
+    compile: bool = opt(False, "torch.compile what is trained, evaluated by --eval and timed")
     channels_last: bool = opt(False, "NHWC memory: for depth-wise convolutions and tensor cores")
     workers: int = opt(0, "loader processes a rank, 4 to 8 on a GPU; samples do not change")
     dataset: str = opt("synthetic", "where images come from", "dense",
@@ -154,13 +152,14 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
         check_range(f, getattr(cfg, f.name))
     cfg.scales = tuple(sorted(cfg.scales))
     cfg.out = cfg.out or f"runs/{method}"
-    cfg.flags = shlex.join(w for w in argv if w.removeprefix("--") not in {*stages, "resume"})
+    cfg.flags = shlex.join(w for w in argv if w not in {"--resume", *(f"--{s}" for s in stages)})
     return chosen, cfg
 
 
 def next_command(cfg, script, stages):
     """The line that each stage ends with: what to run next, with the flags of this command."""
-    return f"next: python {script}.py {stages} {cfg.flags}".rstrip()
+    start = f"torchrun --nproc_per_node={world_size()}" if world_size() > 1 else "python"
+    return f"next: {start} {script}.py {stages} {cfg.flags}".rstrip()
 
 
 def settings_of(cfg, stage, **about):
@@ -175,7 +174,7 @@ def require_same(stored, wanted, path):
     for name, value in wanted.items():
         if stored.get(name) != value:
             raise InputError(f"{path} was made with {flag(name)} {str(stored.get(name))[:60]}, now "
-                             f"it is {str(value)[:60]}; give the same, or another --out")
+                             f"it is {str(value)[:60]}; give the same, another --out, or delete it")
 
 
 def run_main(main):
@@ -333,7 +332,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:        # torch.save tells a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or "the disk seems to be full"
+        reason = getattr(error, "strerror", None) or f"is the disk full? {str(error)[:80]}"
         raise InputError(f"cannot write {path} ({reason}); what was there before is kept") from None
     finally:
         with contextlib.suppress(OSError):
@@ -403,7 +402,7 @@ def load_checkpoint(path, need=("model",)):
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise InputError(f"{path} is not a readable checkpoint (truncated?): {reason}") from None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= set(need):
-        raise InputError(f"{path} is not a checkpoint of this program: it has no "
+        raise InputError(f"{path} is not a checkpoint of this program, or an old one: it has no "
                          f"{', '.join(need) or 'state_dict'}")
     return checkpoint
 
@@ -439,9 +438,9 @@ class Run:
     by name; with `values`, a dict of numbers, they are all that the training carries from one epoch
     to the next, and what last.pt holds. Every epoch starts from a random state of its own, the same
     on all ranks, so none has to be stored. about: dict of what else the outcome depends on, e.g. an
-    architecture. stale: files that a new training makes meaningless. shared: a network that several
-    commands use, such as a teacher, is trained once and from then on taken from here; what was
-    interrupted is continued, as under --resume: it may be hours of work.
+    architecture. stale: files that a new training makes meaningless. shared: always as under
+    --resume, for a network that several commands use, such as a teacher: finished it is taken,
+    interrupted it is continued, under other settings it is refused.
 
     A new training replaces an older one when its first epoch is over, not before: interrupted or
     diverged earlier it leaves everything as it was.
@@ -467,8 +466,8 @@ class Run:
             print(f"{self.name}: trained already with these settings, taken from {self.folder}")
         self.values, self.fresh = dict(state.get("values", {})), not state
         self.began, self.images, self.done, self.shown = time.perf_counter(), 0, 0, 0.0
-        self.epoch, self.step = state.get("epoch", 0) - 1, 0            # the last one done
-        for self.epoch in range(self.epoch + 1, self.total):
+        self.epoch = self.step = 0
+        for self.epoch in range(state.get("epoch", 0), self.total):
             torch.manual_seed(1_000_003 * self.cfg.seed + self.epoch)
             self.step, self.terms = 0, {}
             yield self.epoch
@@ -527,13 +526,15 @@ class Run:
             if isinstance(part, nn.Module):
                 average_buffers(part)
         if self.fresh and rank() == 0:                  # what an older run has left is void now
-            for name in ("log.jsonl", "best.pt", *self.stale):
+            for name in ("last.pt", "log.jsonl", "best.pt", *self.stale):
                 (self.folder / name).unlink(missing_ok=True)
         self.fresh = False
         terms = {name: float(value) for name, value in self.terms.items()}
         log_record(self.folder, stage=self.name, epoch=self.epoch, **terms, **record)
         live = sys.stdout.isatty()
         print("\r" * live + self.progress() + note + "\x1b[K" * live, flush=True)
+        if score is not None and math.isnan(score):
+            raise InputError("no pixel of the val split has a label, so no epoch can be chosen")
         if score is not None and score > self.values.get("best", -math.inf):
             self.values["best"] = score
             self.save("best.pt", model=self.parts["model"].state_dict(), score=score)
@@ -553,7 +554,8 @@ def fit(run, loss_terms, loader, score, clip=0.0):
 
     loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
     the model, wrapped as the run needs it. score(model) -> number, higher is better, logged as
-    miou; the best epoch is kept as best.pt and is what the model ends with. Returns its score.
+    miou; the best epoch is kept as best.pt and is what the model ends with (the optimizer with the
+    last). Returns its score.
     """
     model, optimizer, schedule = (run.parts[k] for k in ("model", "optimizer", "schedule"))
     forward = training_form(model.train(), run.cfg)
@@ -588,7 +590,8 @@ def classifier(name, weights="none"):
     taken. InputError if there is no network, or the file does not fit.
     """
     try:
-        net = get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
+        pretrained = "DEFAULT" if weights == "imagenet" else None
+        net = data.torchvision.models.get_model(name, weights=pretrained)
     except OSError as error:
         raise InputError(f"cannot download the weights of {name} ({error}); give a file") from None
     if weights not in ("none", "imagenet"):
@@ -638,7 +641,7 @@ def fold_bn(model):
         for (name, conv), (norm_name, norm) in zip(children, children[1:]):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and (
                     norm.num_features == conv.out_channels):
-                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, name, nn.utils.fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     return model
 
@@ -733,6 +736,7 @@ def evaluate(model, loader, num_classes, cfg, scales=(1.0,), flip=False):
     """ConfusionMatrix of a segmentation model over a loader, at the label's own resolution, added
     up over all ranks. One scale and no flip unless asked for."""
     training, matrix = model.training, ConfusionMatrix(num_classes, cfg.device)
+    average_buffers(model)                                      # all ranks score the same network
     model.eval()
     for images, labels in loader:
         images, labels = images.to(cfg.device), labels.to(cfg.device)
@@ -765,15 +769,15 @@ def open_loader(cfg, split, train=False, images=None, transform=None):
         cfg.workers, cfg.seed, rank(), world_size())
 
 
-def check_batch(flag, batch, pictures, size=None):
-    """InputError if a batch of a set of so many pictures does not divide over the processes, or
-    leaves BN a single value a channel in one of them: the mean over a picture, or, with the `size`
-    of a crop, what has 1/64 of its resolution."""
+def check_batch(name, batch, pictures, size=None):
+    """InputError if a batch, --name, of a set of so many pictures is no multiple of the processes,
+    or leaves BN a single value a channel in one of them: the mean over a picture, or, with the
+    `size` of a crop, what has 1/64 of its resolution."""
     places = math.prod(math.ceil(side / 64) for side in size or (1,))
     if batch % world_size() or min(batch, pictures) // world_size() * places < 2:
-        raise InputError(f"--{flag} {batch} of {pictures} training pictures over {world_size()} "
-                         "process(es): each needs the same number, and BN two values a channel or "
-                         "more; take a larger batch, larger crops or more pictures")
+        raise InputError(f"--{name} {batch} of {pictures} training pictures over {world_size()} "
+                         "process(es): it has to be a multiple of them and leave BN two values a "
+                         "channel in each; take another one, larger crops or more pictures")
 
 
 def scorer(cfg, task="segmentation", form=lambda net: net):
@@ -783,13 +787,13 @@ def scorer(cfg, task="segmentation", form=lambda net: net):
 
 
 def report_segmentation(name, kind, matrix, images, cfg, folder):
-    """Print the IoU of each class, their mean, the share of pixels that are right; log the mean.
-    kind: which of the mIoUs it is."""
+    """Print the IoU of each class, their mean, the share of pixels that are right; log the last
+    two. kind: which of the mIoUs it is."""
     for thing, iou in zip(images.class_names, matrix.iou().tolist()):
         print(f"  {thing:24s} {'absent' if math.isnan(iou) else f'{100 * iou:6.2f}'}")
     right = float(matrix.matrix.diag().sum() / matrix.matrix.sum())
     print(f"{name}: {kind} mIoU on {cfg.split} {100 * matrix.miou():.2f}, pixels {100 * right:.2f}")
-    log_record(folder, stage="eval", split=cfg.split, miou=matrix.miou())
+    log_record(folder, stage="eval", kind=kind, split=cfg.split, miou=matrix.miou(), pixels=right)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -352,9 +352,9 @@ def _opened(path):
 
 
 def read_rgb(path):
-    """-> PIL RGB image. Raises InputError naming the file."""
+    """-> PIL RGB image, upright if it says so (EXIF). Raises InputError naming the file."""
     with _opened(path) as image:
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 class FilePairs:
@@ -410,14 +410,18 @@ class FilePairs:
 def check_pairs(dataset, limit=64):
     """Read `limit` evenly spaced pairs before hours of training -> number of pairs read.
 
-    Raises InputError naming the file. Damage in the others surfaces when training reads them, as
-    the same InputError. Generated pictures cannot be damaged: 0.
+    Raises InputError naming the file, or if all labels are of one class. Damage in the others
+    surfaces when training reads them, as the same InputError. Generated pictures cannot be damaged:
+    0.
     """
     if not isinstance(dataset, FilePairs):
         return 0
-    count = min(limit, len(dataset))
+    count, seen = min(limit, len(dataset)), {IGNORE}
     for k in range(count):
-        dataset[k * len(dataset) // count]
+        seen.update(np.unique(dataset[k * len(dataset) // count][1]).tolist())
+    if len(seen) < 3:
+        raise InputError(f"{dataset.pairs[0][1]} and the other labels are of one class and 255 = "
+                         "ignore; a mask of 0 and 255 has to be one of 0 and 1")
     return count
 
 

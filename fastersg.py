@@ -45,7 +45,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import common
 import data
@@ -97,14 +96,15 @@ class Config(BaseConfig):
     decouple: bool = opt(True, "Eq. (3); --no-decouple gives Figure 4(a)", "search")
     frame: tuple[int, int] = opt((1024, 2048), "its picture, H W (PAPER Table 2)", "search", low=32)
     # As alpha = beta in Eq. (6), T scales all candidates alike and decides nothing.
-    target_ms: float = opt(8.3, "T of Eq. (5), ms (PAPER App. B)", "search", low=1e-3)
+    target_ms: float = opt(8.3, "T of Eq. (5), ms (PAPER App. B); only scales", "search", low=1e-3)
     target_power: float = opt(-0.07, "alpha = beta of Eq. (6) (PAPER App. B)", "search", low=-10,
                               high=10)
 
-    # The networks that are trained from scratch. On their training the paper is silent.
+    # The networks that are trained from scratch. But for Eq. (4) the paper is silent on that. An
+    # epoch of the release is 1000 batches, here it is one pass, 247 batches of Cityscapes.
     arch: str = opt("", "arch.json, or 'paper': the published networks [<out>/arch.json]", "train")
-    network: str = opt("student", "which one: pruned_teacher is a row of Table 3, random ones have "
-                       "the student's latency", "train", NETWORKS)
+    network: str = opt("student", "which one: pruned_teacher is a row of Table 3, random ones are "
+                       "the nearest of 200 to the student's latency", "train", NETWORKS)
     # Small crops are better 32 k + 1: align_corners stretches a map of 3 cells over 96 pixels by
     # half, and in evaluation one of 5 over 130 hardly at all (28 and 31 mIoU, one seed of CamVid).
     size: tuple[int, int] = opt((512, 1024), "training crop H W (OFFICIAL-CODE)", "train", low=32)
@@ -257,6 +257,7 @@ PAPER_TEACHER = Architecture.from_json({"stem_chi": 12, "branches": {
     32: ["zoom s=8 chi=12"] + 4 * ["zoom_x2 s=8 chi=12"] + ["zoom_x2 /2 s=8 chi=12"]
         + ["zoom_x2 s=16 chi=12", "zoom s=16 chi=12"] + 5 * ["zoom_x2 s=16 chi=12"]
         + ["zoom_x2 /2 s=16 chi=12"] + 2 * ["conv_x2 s=32 chi=12"]}})
+# OURS: Table 3's pruned teacher has 4.7 M parameters, the release's one at chi 4 has 3.2 M.
 PUBLISHED = {"student": PAPER_STUDENT, "teacher": PAPER_TEACHER,
              "pruned_teacher": pruned(PAPER_TEACHER, 4, 8)}
 
@@ -265,7 +266,8 @@ def load_architecture(path, which):
     """Architecture `which`, one of NETWORKS, of an arch.json; 'paper' means the published ones."""
     archs = PUBLISHED if path == "paper" else common.read_json(path, "arch.json")
     if which not in archs:
-        raise InputError(f"{path} holds no architecture named {which}; run --search first")
+        raise InputError(f"{path} holds no architecture named {which}, only {', '.join(archs)}; "
+                         "run --search for others")
     if path == "paper":
         return archs[which]
     return Architecture.from_json(archs[which], f"{path}, {which}")
@@ -279,7 +281,7 @@ def cells_of(layers):
 def sources_of(l, layers):
     """{s: rates r of the cells (r, l - 1) that write node (s, l), the input of cell (s, l)}.
 
-    They are s / 2, which goes down, and s. The last layer does not go down: nothing would read it.
+    They are s / 2, which goes down, and s. The last layer does not go down (4.2: L - 1 places).
     Of L = 4 layers: sources_of(1) = {8: [8], 16: [8]}, sources_of(2) = {8: [8], 16: [8, 16], 32:
     [16]}, and sources_of(4), what the head reads, = {8: [8], 16: [16], 32: [32]}.
     """
@@ -371,7 +373,7 @@ class ConvBN(nn.Module):
 
     def fold_norms(self):
         """Called by common.fold_bn, for a derived network."""
-        self.conv = fuse_conv_bn_eval(self.conv, self.norms[0])
+        self.conv = nn.utils.fuse_conv_bn_eval(self.conv, self.norms[0])
         self.norms = nn.ModuleList([nn.Identity()])
 
 
@@ -630,7 +632,7 @@ class Supernet(nn.Module):
         self.keep, self.down = nn.ModuleDict(), nn.ModuleDict()
         for s, l in cells_of(cfg.layers):
             self.keep[f"{s} {l}"] = Mixture(s * widest, [s * chi for chi in cfg.widths], 1)
-            if s < 32 and l < cfg.layers - 1:               # nothing reads a last layer's down
+            if s < 32 and l < cfg.layers - 1:               # the last layer does not go down
                 self.down[f"{s} {l}"] = Mixture(s * widest, [2 * s * chi for chi in cfg.widths], 2)
 
     def forward(self, images, draw, who):
@@ -650,7 +652,8 @@ class Supernet(nn.Module):
                 j = int(gamma.argmax())
                 for r in sources:
                     cell = self.keep[f"{s} {l}"] if r == s else self.down[f"{r} {l}"]
-                    alpha = gamma[j] * draw.alpha[r, l]     # times 1: the way of gamma's gradient
+                    # Times 1: by this way L_seg reaches the logit of the width that was drawn.
+                    alpha = gamma[j] * draw.alpha[r, l]
                     output = cell(maps[r][r], alpha, j)                     # Eq. (2)
                     ways.append({**maps[r], s: output})     # and the finer maps behind it
                 reached[s] = mixed(draw.beta[s, l + 1], *ways) if len(ways) == 2 else ways[0]
@@ -786,7 +789,7 @@ def seg_loss(net, draw, who, images, labels, cfg):
     """L_seg of Eq. (8): OHEM cross-entropy, summed over the predictions of all branch sets.
 
     images (B, 3, H, W), labels (B, H, W) -> scalar. Labels come down to 1 / label_stride, instead
-    of six predictions going up to the full size.
+    of all predictions going up to the full size.
     """
     size = [math.ceil(d / cfg.label_stride) for d in labels.shape[-2:]]
     labels = F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
@@ -1042,9 +1045,11 @@ def run_search(cfg, net, teacher, student, table, loaders):
     # another --arch in these folders go too.
     trained = product(NETWORKS, ("", "_alone"), ("/last.pt", "/best.pt"))
     stale = ["arch.json", *("".join(parts) for parts in trained)]
+    # Another device, or other threads, would go on with another table.
+    about = {"latency": latency.conditions(cfg.device, torch.float32, cfg.frame)}
     run = Run("search", "search", cfg, cfg.out, cfg.pretrain_epochs + cfg.search_epochs,
-              steps, stale=stale, model=net, teacher=teacher, student=student, sgd=sgd, decay=decay,
-              adam_t=adam_t, adam_s=adam_s)
+              steps, about, stale, model=net, teacher=teacher, student=student, sgd=sgd,
+              decay=decay, adam_t=adam_t, adam_s=adam_s)
     for epoch in run.epochs():
         batches = islice(run.batches(train_a), steps)
         if epoch < cfg.pretrain_epochs:
@@ -1105,7 +1110,7 @@ def update_weights(run, name, sgd, net, batch, passes):
     in those on trainB too.
     """
     sgd.zero_grad()
-    mean = 0.0
+    mean = 0.0                                          # for the log; gradients add up
     for who, draw in passes:
         loss = seg_loss(net, draw, who, *batch, run.cfg)
         loss.backward()
@@ -1121,7 +1126,9 @@ def search_loaders(cfg):
 
     App. F: trainA and trainB are disjoint halves, here of what is not held out for App. B.
     """
-    images = open_split(replace(cfg, size=cfg.search_size), "train")
+    # OURS: synthetic scenes are drawn so that a crop shows all of one.
+    size = tuple(round(side / cfg.search_scale) for side in cfg.search_size)
+    images = open_split(replace(cfg, size=size), "train")
     half = (1 - cfg.held_out) / 2
     parts = data.split_indices(len(images), (half, half, cfg.held_out), cfg.seed)
     scale, batch = cfg.search_scale * cfg.image_scale, cfg.search_batch // world_size()
@@ -1158,7 +1165,7 @@ def supernet_miou(net, draw, who, loader, cfg):
 def decidedness(arch):
     """{kind: (mean largest probability, mean margin to the second)} of the kinds with a choice.
 
-    Entropy would mislead: it falls with the learning rate while two runs do not agree.
+    Entropy would mislead: a larger --arch-lr lowers it, and two runs agree no better.
     """
     sureness = {}
     for kind, logits in zip(KINDS, arch.parameters()):
@@ -1339,7 +1346,7 @@ def search(cfg):
     """--search: pretrain, search, derive; writes arch.json (nothing measured in it), pictures.
 
     arch.json holds six networks: teacher and student as derived, the teacher at the smallest width
-    (pruned_teacher, Table 3), and three random ones of the student's latency. --train --network
+    (pruned_teacher, Table 3), and three random ones near the student's latency. --train --network
     takes any of them.
     """
     num_classes, loaders = search_loaders(cfg)
@@ -1356,7 +1363,8 @@ def search(cfg):
     out = Path(cfg.out)
     found = {name: arch.to_json() for name, arch in archs.items()}
     common.write_json(out / "arch.json", {"classes": num_classes, **found})
-    rows["random"] = {"table_ms": table_latency(archs["random"], ms, num_classes)}
+    for name in ("random", "random1", "random2"):
+        rows[name] = {"table_ms": table_latency(archs[name], ms, num_classes)}
     log_record(out, stage="selection", **rows)
     for name, row in rows.items():
         print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
@@ -1410,7 +1418,7 @@ def draw_architecture(path, arch, title):
 
 
 def draw_search(cfg):
-    """From the log: what moved when, and Figure 4."""
+    """From the log: what moved when, and Figure 4 (OURS: on held-out pictures; the paper: val)."""
     records, out = common.read_log(cfg.out, "search"), Path(cfg.out)
     shares = [r["student"]["shares"] for r in records]
     common.draw_heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
@@ -1428,8 +1436,10 @@ def draw_search(cfg):
 # 8. Retrain: teacher, then student with distillation (Section 3.3)
 #
 # The supernet's weights are thrown away: both networks are trained from scratch, the teacher first.
-# Rows of Table 3: --network student --no-distill (S), --network student (T -> S),
-# --network pruned_teacher (T -> pruned T). --network random is the control, see `controls`.
+# Rows of Table 3, in its order: a search with --widths 8 --stem-chi 8 --branches 1, then with
+# --branches 2 (the student of each alone: --no-distill); of a full search --network student
+# --no-distill, --network pruned_teacher, --network student. --network random is the control, see
+# `controls`.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1485,10 +1495,10 @@ def train_network(cfg, teacher=None):
 
 def restore(cfg, path, classes):
     """A trained network in eval mode, without auxiliary heads; its checkpoint says which one."""
-    state = load_checkpoint(path, ("model", "settings"))
+    state, wanted = load_checkpoint(path, ("model", "settings")), {"network": cfg.network}
     if cfg.arch:
-        wanted = load_architecture(cfg.arch, cfg.network).to_json()
-        common.require_same(state["settings"], {"arch": wanted}, path)
+        wanted["arch"] = load_architecture(cfg.arch, cfg.network).to_json()
+    common.require_same(state["settings"], wanted, path)
     net = FasterSeg(Architecture.from_json(state["settings"].get("arch"), path), classes)
     load_weights(net, {k: v for k, v in state["model"].items() if "auxiliary" not in k}, path)
     return place(net.eval(), cfg)
@@ -1526,14 +1536,14 @@ def evaluate_network(cfg):
 def networks_to_bench(cfg):
     """{name: architecture}, number of classes: what was found, if there is something, and the
     published ones."""
-    archs = {f"published {which}": PUBLISHED[which] for which in ("student", "teacher")}
-    path = arch_path(cfg)
+    names, path = dict.fromkeys(("student", "teacher", cfg.network)), arch_path(cfg)
+    archs = {f"published {which}": PUBLISHED[which] for which in names if which in PUBLISHED}
     if path == "paper" or not cfg.arch and not Path(path).exists():
         return archs, 19
     classes = common.read_json(path, "arch.json").get("classes")
     if not isinstance(classes, int) or not 2 <= classes <= 254:
         raise InputError(f"{path} does not say for how many classes it was found")
-    for which in dict.fromkeys(("student", "teacher", cfg.network)):
+    for which in names:
         archs[f"found {which}"] = load_architecture(path, which)
     return archs, classes
 
@@ -1605,6 +1615,13 @@ def check(cfg, stages):
         raise InputError("--pretrain-epochs and --search-epochs are both 0: no epoch to search in")
     if cfg.correlation and ("bench" not in stages or cfg.correlation < 3):
         raise InputError("--correlation needs --bench and 3 networks or more")
+    if "search" in stages and cfg.arch:
+        raise InputError("--search writes an arch.json of its own; leave out --arch")
+    if "search" in stages and "train" not in stages and ("eval" in stages or cfg.export):
+        raise InputError("--search makes void what was trained before; --eval and --export need "
+                         "--train with it")
+    if cfg.weights and stages & {"search", "train"}:
+        raise InputError("--eval after --train takes what was trained; leave out --weights")
     if cfg.compile and "search" in stages:
         raise InputError("--compile is for --train, --eval and --bench: the slices of the supernet "
                          "write their gradients themselves, which torch.compile cannot follow; run "

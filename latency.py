@@ -115,7 +115,7 @@ def conditions(device, dtype, frame, channels_last=False, compiled=False):
     gpu = torch.device(device).type == "cuda"
     # Convolutions of float32 tensors run in TF32 on a GPU unless told otherwise: 10-bit mantissas.
     short = gpu and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    return {"device": device_name(device), "torch": torch.__version__,
+    return {"device": device_name(device), "torch": str(torch.__version__),
             "threads": None if gpu else torch.get_num_threads(),
             "dtype": "tf32" if short else str(dtype).removeprefix("torch."),
             "layout": "NHWC" if channels_last else "NCHW", "compiled": compiled, "graph": gpu,
@@ -125,8 +125,8 @@ def conditions(device, dtype, frame, channels_last=False, compiled=False):
 def compare(nets, frame, cfg):
     """Parameters, conv MACs and latency of networks, measured in turn and printed as a table.
 
-    nets: dict name -> network in eval mode for one (1, 3, *frame) picture; cfg: device, amp,
-    compile and channels_last count. Returns (the conditions, dict name -> its numbers).
+    nets: dict name -> network for one (1, 3, *frame) picture; cfg: device, amp, compile and
+    channels_last count. Returns (the conditions, dict name -> its numbers).
     """
     dtype, options = torch.bfloat16 if cfg.amp else torch.float32, (cfg.channels_last, cfg.compile)
     calls = {name: prepare(net, [(1, 3, *frame)], cfg.device, dtype, *options)
@@ -172,7 +172,7 @@ def build_table(entries, device, frame, folder="runs", rounds=9, chunk=24):
         missing = [key for key in entries if key not in ms]
         random.Random(0).shuffle(missing)       # neighbours in time are not neighbours in size
         for i in range(0, len(missing), chunk):
-            with torch.random.fork_rng():       # a run is the same with and without a stored table
+            with torch.random.fork_rng():       # on a CPU a run is the same with a stored table
                 calls = {key: prepare(entries[key][0](), entries[key][1], device)
                          for key in missing[i:i + chunk]}
             for key, times in measure(calls, device, rounds).items():

@@ -634,6 +634,7 @@ def tasks_of(cls, seg, cfg):
 def accuracy(net, loader, cfg):
     """Share of a classification split that the network gets right (top-1), over all ranks."""
     training, counts = net.training, torch.zeros(2, dtype=torch.float64, device=cfg.device)
+    average_buffers(net)
     net.eval()
     for images, labels in loader:
         with autocast(cfg):

@@ -1657,7 +1657,7 @@ def test_fastersg_search_data_are_disjoint_and_validation_is_unseen():
     assert [len(part) for part in parts] == [180, 180, 40] and len(set.union(*parts)) == 400
     assert [loader.sampler.shuffle for loader in loaders] == [True, True, False]
     assert next(iter(loaders[0]))[0].shape == (2, 3, 32, 64)
-    assert next(iter(loaders[2]))[0].shape == (1, 3, 8, 16)             # both scales count
+    assert next(iter(loaders[2]))[0].shape == (1, 3, 16, 32)            # all of a scene, at 1/2
 
 
 @torch.no_grad()
@@ -1770,7 +1770,9 @@ def test_fastersg_wrong_input_is_refused():
                         ("--stem-chi 3", "--stem-chi"), ("--compile", "compile"),
                         ("--correlation 5", "--bench"), ("--bench --correlation 2", "3 networks"),
                         ("--search-batch 1 --search-size 32 64", "--search-batch"),
-                        ("--train --batch-size 1 --size 32 64", "--batch-size")):
+                        ("--train --batch-size 1 --size 32 64", "--batch-size"),
+                        ("--train --arch paper", "--arch"), ("--eval", "--train"),
+                        ("--train --eval --weights x", "--weights")):
         _refused(lambda: fastersg.main(["--search", *flags.split()]), word)
     with scratch() as out:
         path = out / "arch.json"
