@@ -504,16 +504,14 @@ class Run:
                              f"{self.step}: {values}; lower the learning rate (the last "
                              "checkpoint is kept)")
 
-    def descend(self, optimizer, clip=0.0, **terms):
+    def descend(self, optimizer, **terms):
         """One optimizer step on the sum of the loss terms, with the mean gradient of all ranks.
-
-        clip: largest norm of the gradient, 0 = any. Stops before a NaN reaches the weights.
-        """
+        Stops before a NaN reaches the weights."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
         sum(terms.values()).backward()
         average_gradients(parameters)                   # a NaN of one rank now stops all of them
-        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf)           # clips nothing
         self.check(**terms, gradient=norm)
         optimizer.step()
 
@@ -549,7 +547,7 @@ class Run:
             torch.save({**about, **items}, temporary)
 
 
-def fit(run, loss_terms, loader, score, clip=0.0):
+def fit(run, loss_terms, loader, score):
     """Train run.parts "model" with "optimizer" and "schedule", which steps after every batch.
 
     loss_terms(forward, images, labels) -> dict name -> scalar, summed and minimised; `forward` is
@@ -563,7 +561,7 @@ def fit(run, loss_terms, loader, score, clip=0.0):
         for images, labels in run.batches(loader):
             with autocast(run.cfg):
                 terms = loss_terms(forward, images, labels)
-            run.descend(optimizer, clip, **terms)
+            run.descend(optimizer, **terms)
             schedule.step()
         value = score(model)
         run.end_epoch(value, f" | val {100 * value:.2f}", miou=value)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -395,7 +395,8 @@ class FilePairs:
                 raise InputError(f"label {path} is a picture of mode {label.mode} and not 8-bit "
                                  "grey or palette, with a class a pixel; convert it, or take the "
                                  "copy of the data set that data.py names")
-            if label.size != image.size:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4     # see read_rgb
+            if label.size != (image.size[::-1] if turned else image.size):
                 raise InputError(f"label {path} of size {label.size} does not fit image "
                                  f"{image_path} of size {image.size}; resize one")
             # Of a palette picture numpy reads the indices; convert("L") takes its brightness.
@@ -420,7 +421,7 @@ def check_pairs(dataset, limit=64):
     for k in range(count):
         seen.update(np.unique(dataset[k * len(dataset) // count][1]).tolist())
     if len(seen) < 3:
-        raise InputError(f"{dataset.pairs[0][1]} and the other labels are of one class and 255 = "
+        raise InputError(f"{dataset.labels[0]} and the other labels are of one class and 255 = "
                          "ignore; a mask of 0 and 255 has to be one of 0 and 1")
     return count
 

@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel_prune
@@ -299,6 +299,13 @@ def test_data_damaged_pairs_are_refused_by_name():
         for word, content in damages.items():
             put(label, content)
             _refused(lambda: data.check_pairs(own, 4), label, word)  # 0, 2, 5, 7
+        put(label, [[0, 255, 0]])                               # a mask of black and white
+        _refused(lambda: data.check_pairs(data.FilePairs([(image, label)], "ab", [])), "one class")
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6                     # a phone's photo, lying
+        Image.fromarray(np.zeros((3, 1, 3), np.uint8)).save(root / "photo.jpg", exif=exif)
+        upright, _ = data.FilePairs([(root / "photo.jpg", label)], "ab", [])[0]
+        assert upright.size == (3, 1)
         put(image, np.random.default_rng(0).integers(0, 256, (99, 99)))
         image.write_bytes(image.read_bytes()[:5000])  # cut short
         loader = data.make_loader(own, [0], data.eval_transform(), 1, True, workers=1)
@@ -358,6 +365,15 @@ def test_data_synthetic_sets_depend_on_seed_split_and_index_only():
         for other in (pictures[4], synthetic(task, seed=5)[3], synthetic(task, split="val")[3]):
             assert image.tobytes() != other[0].tobytes()
     assert len(list(itertools.islice(pictures, 201))) == 200  # a plain `for` ends
+    salient = synthetic("saliency", split="val", seed=5)
+    shown = [{6}, {1}, {7}, {7, 8}, {7, 8}, {9}, {9}, {10}]     # tree, house, lamp, 2 signs ...
+    for i, classes in enumerate(shown):
+        image, label = pictures.draw(i)
+        assert image.tobytes() == pictures[i][0].tobytes() == salient[i][0].tobytes()
+        assert set(np.unique(label)) == {0, *classes} and pictures[i][1] == i
+        thing = np.asarray(label) > 0
+        assert np.array_equal(label_of(salient, i), thing)
+        assert 0.4 < thing.any(1).mean() < 0.96         # it is the picture's one large thing
 
 
 def test_data_scenes_are_those_of_earlier_searches():
@@ -384,6 +400,10 @@ def test_data_synthetic_edges_are_the_borders_of_the_scenes():
         here, right, below = label[:-1, :-1], label[:-1, 1:], label[1:, :-1]
         border, marks = (here != right) | (here != below), np.array(edges.annotations(i))
         assert len(marks) == 5 and not (marks & ~border).any()
+        one_side = (here != right) & (here == below)
+        for (a, b), mark in itertools.product(itertools.combinations(np.unique(label), 2), marks):
+            between = one_side & ((here == a) & (right == b) | (here == b) & (right == a))
+            assert len(set(mark[between])) < 2          # all, or one of both is overlooked
         assert np.array_equal(edges[i][1], data.consensus(marks))
         shares.extend(marks.sum((1, 2)) / border.sum())
     assert len(set(shares)) > 15 and 0.6 < np.mean(shares) < 0.85  # each overlooks a few classes
@@ -437,6 +457,10 @@ def test_data_train_transform_moves_image_and_label_alike():
     assert (half != 255).sum() == 20 * 30
     (distorted, same), = drawn(data.train_transform((64, 96), (1, 1), 0.5, distortion=True))
     assert torch.equal(half, same) and not torch.equal(image, distorted)
+    assert pixels_of(distorted).amin() < 60     # of the colours, not of what is normalised
+    factors = np.sqrt([float((label != 255).sum()) / BLOCKS.size
+                       for _, label in drawn(data.train_transform((80, 120), (0.5, 2)), 60)])
+    assert 0.45 < factors.min() < 0.6 < 1.1 < factors.mean() < 1.4 < 1.9 < factors.max() < 2.01
 
 
 def test_data_label_is_not_shifted_against_the_image():
@@ -465,11 +489,14 @@ def test_data_classification_transform():
     assert np.allclose(part(224, False), (16, 239), atol=1)  # 256 -> 224: 16 on each side
     assert np.allclose(part(128, False), (16, 239), atol=2)
     assert np.allclose(part(64, False), (1.5, 253.5), atol=2)  # small ones have no margin
+    assert np.allclose(part(127, False), (1, 254), atol=2)
     torch.manual_seed(0)
     for size, smallest in ((64, 0.4), (160, 0.08)):  # share of the area, 3 : 4 at the narrowest
-        parts = [part(size, True) for _ in range(60)]
-        narrowest = min(right - left for left, right in parts) / 256
-        assert 1 < narrowest / (smallest * 3 / 4) ** 0.5 < 1.3
+        transform = data.classification_transform((size, size), True)
+        rows = [pixels_of(transform(ramp, 3)[0])[0, 0] for _ in range(60)]
+        widths = [float(row.amax() - row.amin()) / 256 for row in rows]
+        assert 1 < min(widths) / (smallest * 3 / 4) ** 0.5 < 1.3 and max(widths) > 0.9
+        assert 20 < sum(bool(row[0] > row[-1]) for row in rows) < 40    # flipped
 
 
 def test_data_samples_do_not_depend_on_workers_or_history():
@@ -486,6 +513,13 @@ def test_data_samples_do_not_depend_on_workers_or_history():
     after = torch.rand(1)
     torch.manual_seed(11)
     assert torch.equal(torch.rand(1), after)  # the global generator was left alone
+    crops = set()                             # of one picture by seed, epoch and index
+    for seed, epoch, i in itertools.product((0, 1), (0, 1), (0, 1)):
+        loader = data.make_loader(coded(), [i], data.train_transform((32, 32)), 1, True, seed=seed)
+        loader.sampler.set_epoch(epoch)
+        (_, label), = loader
+        crops.add(label.numpy().tobytes())
+    assert len(crops) == 8                    # each counts, and not their sum alone
 
 
 def order_of(shuffle, seed=7, epoch=5, rank=0, world=1):
@@ -567,6 +601,13 @@ def test_data_edge_transform_draws_scales_and_angles():
         assert_aligned(image, label)
         sizes.append(int((label == 1).sum()))
     assert {20 * 30, 40 * 60, 60 * 90} <= set(sizes) and len(set(sizes)) >= 8
+    turns = []
+    still = lambda image, label, *turn: turns.append(turn) or (image, label)
+    with mock.patch.object(data, "scale_and_turn", still):
+        found = {label.numpy().tobytes() for _, label in drawn(data.edge_transform((40, 60)), 150)}
+    factors, angles = map(set, zip(*turns))
+    assert factors == {0.5, 1, 1.5} and angles == {22.5 * k for k in range(16)}
+    assert found == {BLOCKS.tobytes(), BLOCKS[:, ::-1].tobytes()}       # the flip is left
 
 
 def smoothed(picture, radius):
@@ -851,6 +892,11 @@ def test_progress_is_live_on_a_terminal():
     assert live.startswith("toy epoch 1/1 it 1/3 loss ")
     assert re.fullmatch(r"toy epoch 1/1 it 3/3 loss \d\.\d+ gradient \d\.\d+ \d+\.\d img/s ETA "
                         r"0\.0 min \d+\.\d\d GiB \| val 0.00\x1b\[K\n", last)
+    with scratch() as tmp:                  # 4 epochs of 5; in 240 s 2 steps are done, 18 are left
+        run = common.Run("x", "train", Settings(), tmp, 4, 5)
+        next(run.epochs())
+        run.began, run.step, run.done, run.images = time.perf_counter() - 240, 2, 2, 480
+        assert " 2.0 img/s ETA 36.0 min " in run.progress()
 
 
 def test_run_resumes_bit_for_bit():
@@ -874,6 +920,10 @@ def test_new_run_replaces_an_older_one_after_its_first_epoch():
         toy_run(tmp, stop=0, seed=1)
         _refused(lambda: toy_run(tmp, lr=1e38, seed=1), "epoch 1", "step", "loss", "learning rate")
         assert {path: path.read_bytes() for path in tmp.iterdir()} == before
+        with mock.patch.object(common.Run, "save", side_effect=data.InputError("disk full")):
+            shutil.copytree(tmp, tmp / "copy")
+            _refused(lambda: toy_run(tmp / "copy", seed=1), "full")
+        assert not (tmp / "copy/last.pt").exists()          # or --resume would go on with the old
         toy_run(tmp, stop=1, seed=1)
         assert not (tmp / "arch.json").exists() and len(common.read_log(tmp, "toy")) == 1
         lr, = common.load_checkpoint(tmp / "last.pt")["schedule"]["_last_lr"]
@@ -887,8 +937,17 @@ def test_an_epoch_logs_its_own_terms():
         for epoch in run.epochs():
             run.check(**{f"loss{epoch}": torch.tensor(1.0)})
             quiet(run.end_epoch)
+            _refused(lambda: quiet(run.end_epoch, math.nan), "no pixel")
         assert [("loss0" in r, "loss1" in r) for r in common.read_log(tmp, "x")] == [
             (True, False), (False, True)]
+
+
+def test_every_epoch_and_seed_has_its_own_random_numbers():
+    """Else the dropout, and the widths of a search, of all epochs would be alike."""
+    with scratch() as tmp:
+        runs = [common.Run("x", "train", Settings(seed=seed), tmp, 2) for seed in (0, 0, 1)]
+        draws = [[float(torch.rand(())) for _ in run.epochs()] for run in runs]
+    assert draws[0] == draws[1] and len({*draws[0], *draws[2]}) == 4
 
 
 def test_trained_once_then_shared():
@@ -950,6 +1009,16 @@ def test_every_process_gets_a_batch_that_bn_can_use():
         assert common.open_loader(cfg, "train", True)[1].batch_size == 2
         for loader in (common.open_loader(cfg, "val")[1], common.open_loader(cfg, "train")[1]):
             assert loader.batch_size == 1 and not loader.sampler.shuffle
+    cfg = replace(cfg, image_scale=0.5, scales=(1.0, 1.0), seed=7)
+    with (mock.patch.object(common, "world_size", lambda: 2),
+          mock.patch.object(common, "rank", lambda: 1)):
+        images, loader = common.open_loader(cfg, "train", True)
+        sampler = loader.sampler
+        assert (sampler.rank, sampler.world_size) == (1, 2)     # its own share
+        assert images.seed == sampler.seed == loader.dataset.seed == 7
+        assert (next(iter(loader))[1] != 255).sum() <= 2 * 16 * 16
+        image, label = next(iter(common.open_loader(cfg, "val")[1]))
+        assert image.shape == (1, 3, 16, 16) and label.shape == (1, 32, 32)
     for ranks, batch, pictures, size, fits in (
             (1, 2, 9, None, True), (1, 1, 9, None, False), (1, 2, 1, None, False),
             (2, 4, 4, None, True), (2, 5, 9, None, False), (2, 2, 9, None, False),
@@ -1050,6 +1119,9 @@ def test_evaluation_at_the_labels_resolution():
         mean = common.probabilities(copy.deepcopy(net).eval(), image, (70, 80), (1.0, 0.75), True)
     assert torch.allclose(mean, four / 4, atol=1e-6)
     assert net.training
+    net.eval()
+    expect(logits(image))
+    assert not net.training                                 # as it was
     on_two_ranks(lambda rank: expect(logits(image), 1 + rank, total=3))
 
 
@@ -1169,9 +1241,9 @@ def test_latency_is_measured_in_turn_after_warm_up():
     assert [name for name, _ in itertools.groupby(order)] == ["a", "b", "c"] * 6
     # Two of warm-up; then short calls are repeated, until 1 ms or 20 times.
     assert [order.count(name) for name in ms] == [2 + 5 * 4, 2 + 5, 2 + 5 * 20]
-    samples = [1, 1, 9, 3, 7, 1, 8, 2, 6, 4, 5, 10]         # two of warm-up
+    samples = [1, 1, *range(20, 0, -1)]                     # two of warm-up
     with mock.patch.object(latency, "milliseconds", side_effect=samples):
-        assert latency.measure({"a": None}, "cpu", rounds=10) == {"a": {"median": 5.5, "p90": 10}}
+        assert latency.measure({"a": None}, "cpu", rounds=20) == {"a": {"median": 10.5, "p90": 19}}
 
 
 def test_latency_on_a_gpu_is_taken_by_its_own_events():
@@ -1219,8 +1291,18 @@ def test_latency_conditions_and_what_is_measured():
                 about = latency.conditions(device, torch.float32, (4, 6), True, True)
             assert about["dtype"] == dtype and about["graph"] == (device == "cuda")
             assert about["frame"] == [4, 6] and about["layout"] == "NHWC" and about["compiled"]
-    row = quiet(latency.compare, {"a": net}, (9, 9), Settings())[1]["a"]
-    assert row["conv_macs"] == 49 * 4 * 27 and abs(row["fps"] * row["median_ms"] - 1e3) < 1e-6
+            assert about["threads"] == (None if device == "cuda" else torch.get_num_threads())
+            assert about["device"] == device and about["torch"] == torch.__version__
+        about = latency.conditions("cpu", torch.bfloat16, (4, 6))
+        assert (about["dtype"], about["layout"], about["compiled"]) == ("bfloat16", "NCHW", False)
+    cfg = Settings(amp=True, channels_last=True)
+    with (mock.patch.object(latency, "prepare", wraps=latency.prepare) as prepared,
+          mock.patch.object(latency, "measure", lambda *_: {"a": {"median": 4.0, "p90": 5.0}})):
+        about, rows = quiet(latency.compare, {"a": net}, (9, 9), cfg)
+    prepared.assert_called_once_with(net, [(1, 3, 9, 9)], "cpu", torch.bfloat16, True, False)
+    assert about == latency.conditions("cpu", torch.bfloat16, (9, 9), True, False)
+    assert rows == {"a": {"params": 4 * 27 + 4 + 8, "conv_macs": 49 * 4 * 27, "median_ms": 4.0,
+                          "p90_ms": 5.0, "fps": 250.0}}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1271,6 +1353,11 @@ def test_fastersg_losses_against_loops():
         kept = max(hard, losses[:96 // 16], key=len)
         assert abs(fastersg.ohem(logits, target, threshold) - sum(kept) / len(kept)) < 1e-5
     assert fastersg.ohem(logits, torch.full_like(label, 255)) == 0      # zero, not NaN
+    # That of the search: every prediction counts, against every third pixel's label.
+    label, outputs = torch.randint(0, 5, (2, 6, 9)), torch.randn(6, 2, 5, 4, 4).unbind()
+    expected = sum(fastersg.ohem(sized(y, (2, 3)), label[:, ::3, ::3]) for y in outputs)
+    found = fastersg.seg_loss(lambda *_: outputs, None, STUDENT, None, label, tiny(label_stride=3))
+    assert abs(found - expected) < 1e-5
 
 
 # The operators of Section 3.1.2 and App. A as formulas, their kernels sliced under autograd.
@@ -1629,10 +1716,11 @@ def test_fastersg_each_update_moves_what_appendix_f_says():
         passes.append(f"{'TS'[who]} {width} {'A' if images is a[0] else 'B'}")
         note_state()
         return real_loss(network, draw, who, images, *rest)
-    with scratch() as out, mock.patch.multiple(fastersg, seg_loss=spy,
-                                               end_search_epoch=mock.DEFAULT) as mocks:
+    with (scratch() as out, mock.patch.object(Batches.sampler, "set_epoch") as order,
+          mock.patch.multiple(fastersg, seg_loss=spy, end_search_epoch=mock.DEFAULT) as mocks):
         quiet(fastersg.run_search, replace(cfg, out=str(out)), net, teacher, student, table,
-              (Batches([a]), Batches([b]), None))
+              (Batches([a, a]), Batches([b, b]), None))
+    assert order.call_args_list == [mock.call(0), mock.call(1), mock.call(1)]   # A; B and A
     note_state()
     for i, (before, after) in enumerate(itertools.pairwise(states)):
         moved = [name for name in before if not torch.equal(before[name], after[name])]
@@ -1645,17 +1733,22 @@ def test_fastersg_each_update_moves_what_appendix_f_says():
     left = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     assert abs(left.norm() - 5) < 1e-3                      # of update 2, clipped; 3 and 4 add none
     sgd = mocks["end_search_epoch"].call_args.args[0].parts["sgd"]
-    assert abs(sgd.param_groups[0]["lr"] - 0.01 * 0.99 ** 2) < 1e-9         # App. H
+    group, = sgd.param_groups
+    assert abs(group["lr"] - 0.01 * 0.99 ** 2) < 1e-9                       # App. H
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
 
 
 def test_fastersg_search_data_are_disjoint_and_validation_is_unseen():
-    cfg = tiny(held_out=0.1, image_scale=0.5, search_scale=0.5)
+    cfg = tiny(held_out=0.1, image_scale=0.5, search_scale=0.5, seed=5)
     with mock.patch.object(data, "open_set", wraps=data.open_set) as opened:
         classes, loaders = fastersg.search_loaders(cfg)
     assert classes == 11 and opened.call_args.args[3] == "train" and opened.call_count == 1
     parts = [set(loader.sampler.indices) for loader in loaders]
     assert [len(part) for part in parts] == [180, 180, 40] and len(set.union(*parts)) == 400
     assert [loader.sampler.shuffle for loader in loaders] == [True, True, False]
+    assert [(loader.sampler.seed, loader.dataset.seed) for loader in loaders] == 3 * [(5, 5)]
+    others = fastersg.search_loaders(replace(cfg, seed=6))[1]
+    assert parts[2] != set(others[2].sampler.indices)
     assert next(iter(loaders[0]))[0].shape == (2, 3, 32, 64)
     assert next(iter(loaders[2]))[0].shape == (1, 3, 16, 32)            # all of a scene, at 1/2
 
@@ -1664,7 +1757,7 @@ def test_fastersg_search_data_are_disjoint_and_validation_is_unseen():
 def test_fastersg_selection_by_appendix_b():
     """The teacher by the supernet's accuracy, the student by Eq. (5)."""
     torch.manual_seed(0)
-    cfg = tiny(target_power=-1.0)
+    cfg = tiny(target_power=-0.5)
     net, ms = shake_norms(fastersg.Supernet(cfg, 3)).train(), made_up_table(cfg, 3)
     archs = [one_hot_arch(cfg, random.Random(seed)) for seed in (3, 4)]
     loader = [(torch.randn(1, 3, 32, 64), torch.randint(0, 3, (1, 32, 64))) for _ in range(2)]
@@ -1682,9 +1775,19 @@ def test_fastersg_selection_by_appendix_b():
             targets[rates] = matrix.miou()
             if who == STUDENT:
                 small = fastersg.derive(draw, cfg, STUDENT, rates)
-                targets[rates] *= 8.3 / fastersg.table_latency(small, ms, 3)
+                targets[rates] *= (8.3 / fastersg.table_latency(small, ms, 3)) ** 0.5
             assert abs(rows[f"{name} {rates}"]["target"] - targets[rates]) < 1e-9
-        assert tuple(found[name].branches) == max(targets, key=targets.get)
+        best = tuple(found[name].branches)
+        assert best == max(targets, key=targets.get)
+        derived = rows[name]["derived_miou"]                # one-hot: that of the relaxed network
+        assert abs(derived - rows[f"{name} {best}"]["supernet_miou"]) < 1e-3
+    alike = mock.patch.object(fastersg, "supernet_miou", lambda *_: dict.fromkeys(net.sets, 0.5))
+    with alike:                                             # the fastest, which is not the first
+        found, rows = fastersg.select(cfg, net, *archs, ms, loader)
+    times = {rates: rows[f"student {rates}"]["table_ms"] for rates in net.final_sets}
+    fastest_set = min(times, key=times.get)
+    assert tuple(found["student"].branches) == fastest_set != net.final_sets[0]
+    assert max(times.values()) < 8.3                        # targets are larger than accuracies
 
 
 def test_fastersg_random_control():
@@ -1721,6 +1824,22 @@ def test_fastersg_says_how_decided_it_is():
     assert "width" not in text and text.count("UNDECIDED") == 1         # that of the rate
 
 
+def test_fastersg_logs_what_a_search_epoch_has_found():
+    cfg = tiny(pretrain_epochs=1)
+    teacher, student = fastersg.ArchParameters(cfg), one_hot_arch(cfg, random.Random(0), **{
+        "alpha": [2] * 9, "beta": [1] * 3, "gamma": [0] * 11})
+    net, run = mock.Mock(final_sets=fastersg.final_sets(2)), mock.Mock(cfg=cfg, epoch=1)
+    net.buffers.return_value = []
+    scores = {(8, 16): 0.1, (8, 32): 0.2, (16, 32): 0.6, (8,): 0.9}     # one branch does not count
+    table = fastersg.LatencyTable(cfg, made_up_table(cfg), 7)
+    with mock.patch.object(fastersg, "supernet_miou", lambda *_: scores):
+        fastersg.end_search_epoch(run, net, teacher, student, table, None)
+    record = run.end_epoch.call_args.kwargs
+    assert abs(record["supernet_miou"] - 0.3) < 1e-9 and record["searching"] is True
+    shares = record["student"]["shares"]
+    assert {name for name, share in shares.items() if share > 0.99} == {"conv_x2", "stay", "chi 1"}
+
+
 def test_fastersg_trains_teacher_then_student():
     """Eq. (4) for the student, unless --no-distill; the teacher once, and it stays as it is."""
     batches = Batches([(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))] * 3)
@@ -1728,6 +1847,7 @@ def test_fastersg_trains_teacher_then_student():
     with (scratch() as out,
           mock.patch.object(fastersg, "open_loader", lambda *a, **k: (images, batches)),
           mock.patch.object(common, "open_loader", lambda *a, **k: (images, batches)),
+          mock.patch.object(fastersg, "ohem", wraps=fastersg.ohem) as mined,
           mock.patch.object(fastersg, "distillation", wraps=fastersg.distillation) as distilled):
         cfg = fastersg.Config(device="cpu", out=str(out), epochs=1, batch_size=2, lr_decay=0.5)
         archs = {"teacher": FORKED.to_json(), "student": small.to_json()}
@@ -1735,14 +1855,19 @@ def test_fastersg_trains_teacher_then_student():
         for folder, distill in (("student", True), ("student_alone", False), ("student", True)):
             _, text = heard(fastersg.train, replace(cfg, distill=distill))
             state = common.load_checkpoint(out / folder / "last.pt", ("optimizer",))
-            assert state["optimizer"]["param_groups"][0]["lr"] == 0.005
+            group, = state["optimizer"]["param_groups"]
+            assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.005, 0.9, 5e-4)
         assert "teacher: trained already" in text
         assert [call.args[1].requires_grad for call in distilled.call_args_list] == [False] * 6
         teacher = fastersg.restore(replace(cfg, network="teacher"), out / "teacher/best.pt", 3)
         soft = teacher(batches[0][0])
         assert all(torch.equal(call.args[1], soft) for call in distilled.call_args_list)
         kl = float(fastersg.distillation(*distilled.call_args.args).detach())
-        assert abs(common.read_log(out / "student", "student")[-1]["kl"] / kl - 1) < 1e-5
+        last = common.read_log(out / "student", "student")[-1]
+        mined = [call.args for call in mined.call_args_list[-3:]]
+        seg, *auxiliary = (float(fastersg.ohem(*args).detach()) for args in mined)
+        wanted = kl, seg, 0.2 * sum(auxiliary)
+        assert np.allclose([last["kl"], last["seg"], last["aux"]], wanted, rtol=1e-5)
         path = out / "student" / "best.pt"
         net = fastersg.restore(cfg, path, 3)
         assert not net.training and net.auxiliary is None
@@ -1754,7 +1879,7 @@ def test_fastersg_figure_3_correlates_table_and_clock():
     ms, g = made_up_table(cfg, 19), random.Random(cfg.seed)
     archs = [fastersg.random_architecture(cfg, g) for _ in range(5)]
     estimates = [fastersg.table_latency(arch, ms, 19) for arch in archs]
-    clock = {i: {"median": 2 * estimate + 1} for i, estimate in enumerate(estimates)}
+    clock = {i: {"median": 10 / estimate} for i, estimate in enumerate(estimates)}
     with (mock.patch.object(latency, "measure", return_value=clock),
           mock.patch.object(latency, "prepare") as prepared,
           mock.patch.object(common, "draw_lines")):
@@ -1762,7 +1887,10 @@ def test_fastersg_figure_3_correlates_table_and_clock():
     for call, arch in zip(prepared.call_args_list, archs, strict=True):
         assert str(call.args[0]) == str(fastersg.FasterSeg(arch, 19))
         assert call.args[1] == [(1, 3, *cfg.frame)]
-    assert abs(found["pearson_r"] - 1) < 1e-9 and found["table_ms"] == estimates
+    measured = [t["median"] for t in clock.values()]        # the slower the table, the faster
+    r = np.corrcoef(estimates, measured)[0, 1]
+    assert -1 < r < -0.9 and abs(found["pearson_r"] - r) < 1e-9
+    assert found["table_ms"] == estimates and found["measured_ms"] == measured
 
 
 def test_fastersg_wrong_input_is_refused():
@@ -1973,6 +2101,9 @@ def test_fastersg_ablations_from_the_command_line():
         said = call_main(fastersg, "--train", "--eval", *method.flags(tmp, out, train=True),
                          "--arch", "paper", "--no-distill", "--amp")
         assert "student: retrained mIoU on val" in said
+        wrong = "--network", "random", "--weights", out / "student_alone/best.pt"
+        _refused(lambda: call_main(fastersg, "--eval", *method.flags(tmp, out), *wrong),
+                 "--network student")
 
 
 # ---------------------------------------------------------------------------------------------
