@@ -907,8 +907,7 @@ def report_search(cfg, w, connectivity, derived, miou):
     retrained, of the pruned network trained anew, the one that the paper reports.
     """
     told = decisions(w, cfg)
-    links = sum(map(len, connectivity.values()))
-    total = sum(map(len, w.values()))
+    links, total = (sum(map(len, rows.values())) for rows in (connectivity, w))
     common.log_record(cfg.out, stage="found", links=links, **told, **miou)
     print("\n".join(f"  {stage} <- {', '.join(inputs)}" for stage, inputs in connectivity.items()))
     print(f"{links} of {total} connections, {len(connectivity)} of {len(w)} decoder stages, "
@@ -1058,6 +1057,7 @@ def train(cfg):
         return {"task": task_loss(forward(images), labels, cfg.task)}
 
     best = common.fit(run, loss_terms, loader, common.scorer(cfg, cfg.task, Padded))
+    cfg.flags = cfg.flags.replace(f"--init {cfg.init}", "")     # it is for --train alone
     print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
           f"val {100 * best:.2f}, in {folder_of(cfg)}\n"
           + common.next_command(cfg, "sparsemask", "--eval --bench"))
