@@ -1101,8 +1101,7 @@ def scores_of(method, net):
         return {mask: torch.rand(mask.n).to(mask.s) for mask in masks}
     layers, value = layers_of(net), filter_norms
     if method == "slimming":
-        layers = [layer for layer in layers if norms_of(layer)]
-        value = norm_scales
+        layers, value = [layer for layer in layers if norms_of(layer)], norm_scales
     scores = {mask: rows.mean(1) for mask, rows in by_mask(layers, value).items()}
     if method == "uniform":                     # the same share of every mask: a filter's rank
         scores = {mask: -score.argsort(descending=True, stable=True).argsort() / mask.n

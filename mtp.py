@@ -180,6 +180,7 @@ QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), c
 
 
 def conv_bn_relu(c_in, c_out, kernel=3, stride=1):
+    """(B, c_in, H, W) -> (B, c_out, H / stride, W / stride), rounded up."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
@@ -924,13 +925,12 @@ def kept_channels(scores, groups, cfg):
 def overlap(a, b, groups):
     """(share of the channels kept by `a` that `b` keeps too, the same beyond chance): Cohen's kappa
     for two sets of one size, 0 if they agree as random ones would and 1 if they are the same."""
-    same = kept = chosen = channels = 0
-    for g in groups:
-        same += int(torch.isin(a[g.name], b[g.name]).sum())
-        kept += len(a[g.name])
-        chosen += len(b[g.name])
-        channels += g.width
-    share, chance = same / kept, chosen / channels
+    def stays(kept):                                                        # (channels,), 0 or 1
+        return torch.cat([torch.zeros(g.width).index_fill(0, kept[g.name], 1) for g in groups])
+
+    one, other = stays(a), stays(b)
+    share = float((one * other).sum() / one.sum())
+    chance = float(other.mean())
     return share, (share - chance) / max(1 - chance, 1e-9)
 
 
