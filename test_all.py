@@ -3085,6 +3085,14 @@ def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
     assert abs(record["mask_gradient"] / (first.norm() + second.norm()) - 1) < 1e-3
 
 
+def test_bilevel_search_starts_from_a_given_dense_network():
+    given, net = (bilevel_prune.build("tiny", 3) for _ in range(2))
+    with scratch() as tmp:
+        torch.save({"model": given.state_dict()}, tmp / "best.pt")
+        bilevel_prune.start(bilevel_prune.Config(device="cpu", dense=str(tmp / "best.pt")), net)
+    agree(net.state_dict(), given.state_dict())
+
+
 def test_bilevel_training_ends_with_its_schedule():
     cfg = bilevel_prune.Config(device="cpu", size=(32, 32), batch_size=8, epochs=3)
     net = bilevel_prune.build("tiny", 11)
