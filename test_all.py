@@ -2465,7 +2465,7 @@ def run_search(net, batches, cfg, epochs=1):
 
 
 def search_planted(levels, shuffled=False, **changes):
-    """The encoder features that are read after a search, decisions(w), accuracy."""
+    """The encoder features that are read after a search, decisions(w) and w, accuracy."""
     torch.manual_seed(41)
     cfg = sparsemask.Config(device="cpu", lam=0.1, lr_w=0.25, **changes)
     net = sparsemask.FullyDenseNet(Blocks(), 2 ** len(levels), 8, k=changes.get("k", 0))
@@ -2476,7 +2476,8 @@ def search_planted(levels, shuffled=False, **changes):
     read = {t for names in inputs.values() for t in names if t[0] != "D"}
     images, labels = planted_batch(levels)
     right = small(images).argmax(1) == labels
-    return read, sparsemask.decisions(net.connection_weights(), cfg), right.double().mean()
+    w = net.connection_weights()
+    return read, {"w": w, **sparsemask.decisions(w, cfg)}, right.double().mean()
 
 
 def test_sparsemask_planted_sources_are_found():
@@ -2491,13 +2492,16 @@ def test_sparsemask_planted_sources_are_found():
 
 def test_sparsemask_planted_each_half_of_equation_2_is_needed():
     """Table 1, 20 connections: with the task loss alone, or the sparse half alone, nearly all stay
-    and w is undecided; the binary half decides. (That the sparse half leaves fewer shows in larger
-    spaces; its pull is tested in the step below.)"""
+    and w is undecided; the binary half decides. The sparse half brings the mean w of a stage to
+    alpha, 2 / |T_l|, where the task loss leaves it elsewhere."""
     read, binary, _ = search_planted((2,), loss="binary")
     assert "E2" in read and binary["kept"] < 13 and binary["smallest_kept_w"] > 0.1, binary
     for loss in ("task", "sparse"):
         told = search_planted((2,), loss=loss)[1]
         assert told["kept"] > 15 and told["smallest_kept_w"] < 0.1, (loss, told)
+        w = search_planted((2, 4), loss=loss)[1]["w"]
+        off = max(abs(np.mean(list(w[stage].values())) - 2 / len(w[stage])) for stage in ("D2", "D1"))
+        assert off < 0.05 if loss == "sparse" else off > 0.08, (loss, off)
 
 
 def test_sparsemask_planted_l1_and_maskconnect():
