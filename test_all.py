@@ -2500,7 +2500,7 @@ def test_sparsemask_planted_each_half_of_equation_2_is_needed():
         told = search_planted((2,), loss=loss)[1]
         assert told["kept"] > 15 and told["smallest_kept_w"] < 0.1, (loss, told)
         w = search_planted((2, 4), loss=loss)[1]["w"]
-        off = max(abs(np.mean(list(w[stage].values())) - 2 / len(w[stage])) for stage in ("D2", "D1"))
+        off = max(abs(np.mean([*w[stage].values()]) - 2 / len(w[stage])) for stage in ("D2", "D1"))
         assert off < 0.05 if loss == "sparse" else off > 0.08, (loss, off)
 
 
