@@ -157,7 +157,7 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
 
 
 def next_command(cfg, script, stages):
-    """The line that each stage ends with: what to run next, with the flags of this command."""
+    """The line that a search or a training ends with: what to run next, with the same flags."""
     start = f"torchrun --nproc_per_node={world_size()}" if world_size() > 1 else "python"
     return f"next: {start} {script}.py {stages} {cfg.flags}".rstrip()
 
@@ -511,7 +511,7 @@ class Run:
         optimizer.zero_grad()
         sum(terms.values()).backward()
         average_gradients(parameters)                   # a NaN of one rank now stops all of them
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf)           # clips nothing
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.check(**terms, gradient=norm)
         optimizer.step()
 

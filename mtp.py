@@ -377,8 +377,7 @@ def resnet(network, dilated):
     net.fc = nn.Identity()
     if kind.deep_stem:
         conv, bn, _ = conv_bn_relu(64, 128)         # no ReLU: features() applies the ResNet's own
-        net.conv1 = nn.Sequential(
-            conv_bn_relu(3, 64, 3, 2), conv_bn_relu(64, 64), conv, bn)
+        net.conv1 = nn.Sequential(conv_bn_relu(3, 64, 3, 2), conv_bn_relu(64, 64), conv, bn)
         net.bn1 = nn.Identity()                     # that BN is the last one of conv1 now
         first = net.layer1[0]                       # 128 channels go in, not 64
         first.conv1 = nn.Conv2d(128, first.conv1.out_channels, 1, bias=False)
@@ -926,7 +925,8 @@ def overlap(a, b, groups):
     """(share of the channels kept by `a` that `b` keeps too, the same beyond chance): Cohen's kappa
     for two sets of one size, 0 if they agree as random ones would and 1 if they are the same."""
     def stays(kept):                                                        # (channels,), 0 or 1
-        return torch.cat([torch.zeros(g.width).index_fill(0, kept[g.name], 1) for g in groups])
+        masks = [torch.zeros(g.width).index_fill(0, kept[g.name], 1) for g in groups]
+        return torch.cat(masks).double()
 
     one, other = stays(a), stays(b)
     share = float((one * other).sum() / one.sum())

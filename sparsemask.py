@@ -1034,6 +1034,11 @@ def start_from(net, path):
     common.load_weights(net, state, path)
 
 
+def checkpoint_of(cfg):
+    """The best epoch; of edges the last (OURS: mIoU, which tells the best, says little there)."""
+    return Path(cfg.weights or folder_of(cfg) / ("last.pt" if cfg.task == "edges" else "best.pt"))
+
+
 def train(cfg):
     """--train: the network under L_task alone, by the protocol of the search (3.3, 4.1).
 
@@ -1100,11 +1105,8 @@ class SaliencyScores:
 
 
 def restore(cfg, classes):
-    """The trained network, Padded, in eval mode; InputError if the checkpoint is another's.
-
-    Of the best epoch; of edges the last (OURS: mIoU, which tells the best, says little there).
-    """
-    path = Path(cfg.weights or folder_of(cfg) / ("last.pt" if cfg.task == "edges" else "best.pt"))
+    """The trained network, Padded, in eval mode; InputError if the checkpoint is another's."""
+    path = checkpoint_of(cfg)
     state, arch = common.load_checkpoint(path, ("model", "settings")), decoder_of(cfg)
     common.require_same(state["settings"], {"encoder": cfg.encoder, "arch": arch}, path)
     net = build(cfg, classes)
@@ -1211,17 +1213,29 @@ def check(cfg, stages):
               "to a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
 
 
+def check_files(cfg, stages):
+    """Refuse before hours of work what a later stage would find missing."""
+    for stage, split in (("search", "train"), ("train", cfg.train_split), ("eval", cfg.split)):
+        if stage in stages:
+            images = common.open_split(cfg, split, cfg.task)
+            if stage != "eval":                             # BN sees one value a picture at G
+                common.check_batch("batch-size", cfg.batch_size, len(images))
+    if cfg.init and "search" not in stages:
+        common.load_checkpoint(cfg.init)
+    searched = "search" in stages and cfg.network in ("found", "random_like")
+    if (stages & {"train", "eval"} or cfg.export) and not searched:
+        decoder_of(cfg)                                     # reads arch.json
+    if ("eval" in stages or cfg.export) and not stages & {"train", "search"}:
+        common.load_checkpoint(checkpoint_of(cfg))
+
+
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "sparsemask", STAGES, QUICK, __doc__, argv)
     common.setup(cfg)
     cfg.train_split = cfg.train_split or ("trainval" if cfg.dataset == "bsds500" else "train")
     cfg.split = cfg.split or ("test" if cfg.dataset in ("msra_b", "bsds500") else "val")
     check(cfg, stages)
-    for stage, split in (("search", "train"), ("train", cfg.train_split), ("eval", cfg.split)):
-        if stage in stages:                                 # missing? say so before hours of work
-            images = common.open_split(cfg, split, cfg.task)
-            if stage != "eval":                             # BN sees one value a picture at G
-                common.check_batch("batch-size", cfg.batch_size, len(images))
+    check_files(cfg, stages)
     common.write_config(cfg, stages)
     for stage, run in (("search", search), ("train", train), ("eval", evaluate_network),
                        ("bench", bench)):

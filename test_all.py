@@ -1902,6 +1902,7 @@ def test_fastersg_wrong_input_is_refused():
                         ("--train --arch paper", "--arch"), ("--eval", "--train"),
                         ("--train --eval --weights x", "--weights")):
         _refused(lambda: fastersg.main(["--search", *flags.split()]), word)
+    fastersg.check(tiny(search_batch=1, search_size=(64, 65)), {"search"})  # two values: enough
     with scratch() as out:
         path = out / "arch.json"
         good = json.dumps({"classes": 1, "student": FORKED.to_json()})
@@ -2674,8 +2675,8 @@ def test_sparsemask_refuses_wrong_input():
     with contextlib.redirect_stdout(io.StringIO()) as said:
         sparsemask.check(sparsemask.Config(size=(129, 256)), {"search"})
     assert "129 256 is not 32 k + 1" in said.getvalue()
-    cfg = sparsemask.Config(network="unet", out="/nowhere")
-    _refused(lambda: sparsemask.restore(cfg, 3), "/nowhere/unet/best.pt")
+    cfg = sparsemask.Config(network="unet", out="/nowhere", split="val")
+    _refused(lambda: sparsemask.check_files(cfg, {"eval"}), "/nowhere/unet/best.pt")
     with mock.patch.object(common, "world_size", lambda: 2):
         for flags in ("--search", "--train --network unet"):
             _refused(lambda: sparsemask.main([*flags.split(), "--batch-size", "3"]), "3 of 400")
@@ -3351,7 +3352,7 @@ def test_mtp_overlap_by_hand():
     a, b = {"x.0": torch.tensor([0, 1, 2, 3])}, {"x.0": torch.tensor([0, 2, 5, 7])}
     assert mtp.overlap(a, a, [prunable("x", 10)]) == (1, 1)
     # 2 of 4; by chance 4 in 10 would agree
-    assert np.allclose(mtp.overlap(a, b, [prunable("x", 10)]), (0.5, (0.5 - 0.4) / (1 - 0.4)))
+    assert mtp.overlap(a, b, [prunable("x", 10)]) == (0.5, (0.5 - 0.4) / (1 - 0.4))
 
 
 def some_kept(groups):
