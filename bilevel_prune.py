@@ -882,7 +882,7 @@ def optimizer_for(net, cfg, steps):
     from the first term of Eq. (15) for kept channels: Euler's identity in section 5.
     """
     optimizer = torch.optim.SGD(weights_of(net), cfg.lr, MOMENTUM, weight_decay=cfg.weight_decay)
-    return optimizer, common.poly(optimizer, steps)
+    return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, 0.9)
 
 
 def chosen_after(cfg):
@@ -891,7 +891,10 @@ def chosen_after(cfg):
 
 
 def search(cfg, folder=None):
-    """--search: learn masks and weights, choose, cut, write. Returns what finish() does."""
+    """Learn masks and weights, choose, cut; writes arch.json.
+
+    Returns what finish() does.
+    """
     images, loader = open_loader(cfg, "train", train=True)
     if cfg.method == "bilevel" and len(loader) <= cfg.weight_steps:
         raise InputError(f"{len(loader)} batches an epoch are too few for --weight-steps "
@@ -1222,7 +1225,7 @@ def found_network(cfg, classes):
 
 
 def train(cfg):
-    """--train: the found network, from its pruned weights or, a control, from random ones."""
+    """Train the found network further or, with --no-finetune, from random weights."""
     classes = open_split(cfg, "train").num_classes
     if cfg.method == "dense":
         start(cfg, dense_network(cfg, classes))
@@ -1257,8 +1260,11 @@ def trained_network(cfg, classes):
 
 
 def evaluate_network(cfg):
-    """--eval: mIoU, one scale (PAPER 5.2), and pictures. The paper tests Cityscapes at 512x1024:
-    --image-scale 0.5 with --eval alone; labels keep their resolution (OURS)."""
+    """mIoU of the network of --method at one scale (PAPER 5.2), and pictures.
+
+    The paper tests Cityscapes at 512x1024: --image-scale 0.5 with --eval alone; labels keep their
+    resolution (OURS).
+    """
     images, loader = open_loader(cfg, cfg.split)
     kind, net = trained_network(cfg, images.num_classes)
     forward = torch.compile(net) if cfg.compile else net
@@ -1273,7 +1279,7 @@ PRINTED = {"tiny": "1.4 M / 0.6 G", "small": "3.1 M / 1.2 G", "base": "5.1 M / 1
 
 
 def bench(cfg):
-    """--bench: counts beside the paper's; dense and found network side by side.
+    """Parameters, MACs and measured latency, dense beside found and the paper's.
 
     App. F as far as PyTorch goes are --channels-last and --compile; sparse storage and matrix
     reordering are not needed (cut channels leave nothing sparse), a phone's kernels not to be had.
@@ -1324,7 +1330,7 @@ SWEEP = {"beta": (0.001, 0.01, 0.1, 1.0), "lam": (0.01, 0.1, 1.0),        # PAPE
 
 
 def sweep(cfg):
-    """--sweep, Apps. I and J: a search for each value; sweep.md, written anew after each."""
+    """A search for each beta, lambda and target of Apps. I and J; writes sweep.md."""
     lines = ["| swept | value | pruned mIoU | parameters | MACs, by the masks alone | "
              "after the ranking |", "|---|---|---|---|---|---|"]
     for name, values in SWEEP.items():
@@ -1359,11 +1365,9 @@ def draw_search(net, small, rows, folder):
 # 10. main
 # ---------------------------------------------------------------------------------------------
 
-STAGES = {"search": "learn masks and weights, cut the small network out; writes arch.json",
-          "train": "train the found network on, or anew with --no-finetune",
-          "eval": "mIoU and pictures of the network of --method",
-          "bench": "parameters, MACs and measured latency, dense beside found",
-          "sweep": "a search for each beta, lambda and target of Apps. I and J; a table"}
+# In the order in which they run.
+STAGES = {"search": search, "train": train, "sweep": sweep, "eval": evaluate_network,
+          "bench": bench}
 
 
 def check(cfg, stages):
@@ -1374,8 +1378,8 @@ def check(cfg, stages):
         raise InputError("--method dense prunes nothing; use --train, or another --method")
     if dense and cfg.dense:
         raise InputError("--train --method dense trains that network; leave --dense out")
-    if cfg.arch and (searching or dense):
-        raise InputError("--search finds a network and --method dense is one; leave --arch out")
+    if cfg.arch and ("sweep" in stages or dense):
+        raise InputError("--sweep finds networks and --method dense is one; leave --arch out")
     if "sweep" in stages and (cfg.method != "bilevel" or cfg.widths):
         raise InputError("--sweep is of the paper's method; leave out --method and --widths")
     if cfg.widths and cfg.method in ("bilevel", "dense"):
@@ -1393,11 +1397,7 @@ def main(argv=None):
     if stages & {"train", "search", "sweep"}:
         size = None if cfg.network == "deeplab" else cfg.size       # image pooling, or the tokens
         common.check_batch("batch-size", cfg.batch_size, len(open_split(cfg, "train")), size)
-    common.write_config(cfg, stages)
-    for stage, run in (("search", search), ("train", train), ("sweep", sweep),
-                       ("eval", evaluate_network), ("bench", bench)):
-        if stage in stages:
-            run(cfg)
+    common.run_stages(STAGES, stages, cfg)
     if cfg.against:
         kappa = agreement(kept_in(folder_of(cfg)), kept_in(cfg.against))
         print(f"kept channels, these and those of {cfg.against}: kappa {kappa:.2f} (0: no better "

@@ -98,7 +98,8 @@ def flag(name):
 
 
 def add_flag(parser, f):
-    kind = {"help": f"{f.metadata['help']} [{f.default}]".replace("%", "%%")}
+    text = f"{f.metadata['help']} [{f.default}]".removesuffix(" []")
+    kind = {"help": text.replace("%", "%%")}
     if f.type is bool:
         kind["action"] = argparse.BooleanOptionalAction
     elif hasattr(f.type, "__args__"):                   # tuple[int, int] or tuple[float, ...]
@@ -120,21 +121,22 @@ def check_range(f, value):
 def parse_args(config_class, method, stages, quick, description, argv=None):
     """Command line -> (set of chosen stages, config).
 
-    stages: dict name -> help; a flag each. The dataclass defaults are the paper's values; `quick`
-    (dict name -> value) replaces them under --preset quick, the default on synthetic data; an
-    explicit flag wins over both. InputError: unknown flag or choice, a value out of range, a flag
-    that only a later stage than the chosen ones would read.
+    stages: dict name -> function; a flag each, whose help is the function's first line. The
+    dataclass defaults are the paper's values; `quick` (dict name -> value) replaces them under
+    --preset quick, the default on synthetic data; an explicit flag wins over both. InputError:
+    unknown flag or choice, a value out of range, a flag that only a later stage than the chosen
+    ones would read, a file that one of them makes.
     """
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     parser = Parser(prog=f"{method}.py", description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for stage, text in stages.items():
-        parser.add_argument(f"--{stage}", action="store_true", help=text)
+    for name, stage in stages.items():
+        parser.add_argument(f"--{name}", action="store_true", help=stage.__doc__.splitlines()[0])
     options = [f for f in fields(config_class) if "help" in f.metadata]
     for f in options:
         add_flag(parser, f)
     given = vars(parser.parse_args(argv))
-    chosen = {stage for stage in stages if given.pop(stage)}
+    chosen = {name for name in stages if given.pop(name)}
     synthetic = given.get("dataset", "synthetic") == "synthetic"
     preset = given.setdefault("preset", "quick" if synthetic else "paper")
     if not chosen and "export" not in given:
@@ -142,6 +144,9 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
         raise InputError(f"choose a stage, for example: python {method}.py --{next(iter(stages))}")
     reached = [STAGES.index(s) if s in STAGES else len(STAGES)
                for s in chosen | ({"export"} & set(given))]
+    for name, stage in (("arch", "search"), ("weights", "train")):
+        if given.get(name) and stage in chosen:
+            raise InputError(f"--{stage} makes what --{name} would name; leave out one of them")
     for f in options:
         stage = f.metadata["stage"]
         if f.name in given and stage and STAGES.index(stage) > max(reached):
@@ -154,6 +159,15 @@ def parse_args(config_class, method, stages, quick, description, argv=None):
     cfg.out = cfg.out or f"runs/{method}"
     cfg.flags = shlex.join(w for w in argv if w not in {"--resume", *(f"--{s}" for s in stages)})
     return chosen, cfg
+
+
+def run_stages(stages, chosen, cfg):
+    """Call the chosen ones of stages, dict name -> function(cfg), in the order of the dict."""
+    if chosen & {"search", "train", "sweep"}:           # what makes networks
+        write_config(cfg)
+    for name, stage in stages.items():
+        if name in chosen:
+            stage(cfg)
 
 
 def next_command(cfg, script, stages):
@@ -361,15 +375,13 @@ def read_json(path, what):
     return value
 
 
-def write_config(cfg, stages):
-    """config.json: settings, stages, versions, device and git revision of what makes a network."""
-    if not stages & {"search", "train", "sweep"}:
-        return
+def write_config(cfg):
+    """config.json: settings, versions, device and git revision. Before all work, so that a folder
+    that cannot be written is not found out after hours."""
     git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True,
                          cwd=Path(__file__).parent).stdout.strip()      # "" without git
-    about = {"stages": sorted(stages), "python": sys.version.split()[0],
-             "torch": torch.__version__, "torchvision": data.torchvision.__version__,
-             "numpy": np.__version__, "git": git,
+    about = {"python": sys.version.split()[0], "torch": torch.__version__,
+             "torchvision": data.torchvision.__version__, "numpy": np.__version__, "git": git,
              "threads": torch.get_num_threads(), "processes": world_size()}
     write_json(Path(cfg.out) / "config.json", {**asdict(cfg), **about})
 
@@ -542,9 +554,8 @@ class Run:
 
     def save(self, name, **items):
         """Write a checkpoint to the folder; it says how many epochs and which settings made it."""
-        about = {"epoch": self.epoch + 1, "settings": self.settings}
         with replacing(self.folder / name) as temporary:
-            torch.save({**about, **items}, temporary)
+            torch.save({"epoch": self.epoch + 1, "settings": self.settings, **items}, temporary)
 
 
 def fit(run, loss_terms, loader, score):
@@ -568,11 +579,6 @@ def fit(run, loss_terms, loader, score):
     best = run.folder / "best.pt"
     load_weights(model, load_checkpoint(best)["model"], best)
     return run.values["best"]
-
-
-def poly(optimizer, steps, power=0.9):
-    """The schedule lr0 (1 - step / steps)^power; one step a batch."""
-    return torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -951,8 +951,7 @@ def edge_nms(probability):
         beside_y = (y + side * np.sin(angle)) / (height - 1)
         beside_x = (x + side * np.cos(angle)) / (width - 1)
         grid = torch.from_numpy(np.stack([beside_x, beside_y], -1)) * 2 - 1  # the frame is +-1
-        beside = F.grid_sample(torch.from_numpy(edge)[None, None], grid[None],
-                               padding_mode="border", align_corners=True)
+        beside = F.grid_sample(torch.from_numpy(edge)[None, None], grid[None], align_corners=True)
         keep &= edge * 1.01 >= beside[0, 0].numpy()
     fade_y = np.minimum(y, height - 1 - y) / 5
     fade_x = np.minimum(x, width - 1 - x) / 5
@@ -1080,7 +1079,7 @@ class EdgeScores:
         if len(recalls) == 1:
             area = recall[0] * precision[0]
         precisions, first = np.unique(precision, return_index=True)
-        r50 = np.interp(max(precisions[0], 0.5), precisions, recall[first], right=0)
+        r50 = np.interp(0.5, precisions, recall[first], right=0)
         return {"ODS": scores.max(), "OIS": _f_measure(*_rates(self.best)), "AP": area, "R50": r50,
                 "threshold": fine[scores.argmax()]}
 

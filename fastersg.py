@@ -35,7 +35,6 @@ The idea in five lines:
     python fastersg.py --bench --arch paper      10 seconds: the published network, exact counts
 """
 import math
-import random
 import re
 import statistics
 from dataclasses import dataclass, replace
@@ -78,11 +77,12 @@ class Config(BaseConfig):
                               "App. H)", "search", low=0.01, high=16)
     search_batch: int = opt(2, "images a search step (OFFICIAL-CODE)", "search", low=1)
     pretrain_epochs: int = opt(20, "epochs for W alone (PAPER App. F)", "search")
-    search_epochs: int = opt(30, "epochs for W and architecture (PAPER App. F)", "search")
-    search_steps: int = opt(0, "steps an epoch, 0 = one pass over trainA", "search")
+    search_epochs: int = opt(30, "epochs for W and architecture (PAPER App. F)", "search", low=1)
+    search_steps: int = opt(0, "steps an epoch, 0 and at most one pass over trainA", "search")
     # OURS: one rate throughout; OFFICIAL-CODE has 0.02 while pretraining, then this.
     search_lr: float = opt(0.01, "SGD for W while searching", "search")
-    search_decay: float = opt(0.99, "its factor an epoch (PAPER App. H)", "search", high=1)
+    search_decay: float = opt(0.99, "factor of --search-lr an epoch (PAPER App. H)", "search",
+                              high=1)
     arch_lr: float = opt(3e-4, "Adam for alpha, beta, gamma (PAPER App. H)", "search")
     tau: float = opt(1.0, "temperature of Gumbel-softmax (PAPER App. C)", "search", low=1e-3)
     label_stride: int = opt(8, "losses at 1/8 of the size (OFFICIAL-CODE)", "search", low=1)
@@ -94,26 +94,28 @@ class Config(BaseConfig):
     # something else on each device, and so do w1 w2 w3 (`choose_eq3_w`).
     lam: float = opt(0.01, "lambda of Eq. (8), per millisecond (PAPER App. F)", "search")
     decouple: bool = opt(True, "Eq. (3); --no-decouple gives Figure 4(a)", "search")
-    frame: tuple[int, int] = opt((1024, 2048), "its picture, H W (PAPER Table 2)", "search", low=32)
+    frame: tuple[int, int] = opt((1024, 2048), "picture of all latencies, H W (PAPER Table 2)",
+                                 "search", low=32)
     # As alpha = beta in Eq. (6), T scales all candidates alike and decides nothing.
-    target_ms: float = opt(8.3, "T of Eq. (5), ms (PAPER App. B); only scales", "search", low=1e-3)
+    target_ms: float = opt(8.3, "T of Eq. (5), ms (PAPER App. B); changes no choice", "search",
+                           low=1e-3)
     target_power: float = opt(-0.07, "alpha = beta of Eq. (6) (PAPER App. B)", "search", low=-10,
                               high=10)
 
     # The networks that are trained from scratch. But for Eq. (4) the paper is silent on that. An
-    # epoch of the release is 1000 batches, here it is one pass, 247 batches of Cityscapes.
+    # epoch of the release is 1000 batches; OURS: one pass, 247 batches of Cityscapes.
     arch: str = opt("", "arch.json, or 'paper': the published networks [<out>/arch.json]", "train")
     network: str = opt("student", "which one: pruned_teacher is a row of Table 3, random ones are "
                        "the nearest of 200 to the student's latency", "train", NETWORKS)
-    # Small crops are better 32 k + 1: align_corners stretches a map of 3 cells over 96 pixels by
-    # half, and in evaluation one of 5 over 130 hardly at all (28 and 31 mIoU, one seed of CamVid).
+    # Small crops are better 32 k + 1: with align_corners 3 cells on 96 pixels stand 47.5 apart, not
+    # 32, and 4 on 97 exactly 32. One seed of CamVid, crops of 96x128 and 97x129: 28 and 31 mIoU.
     size: tuple[int, int] = opt((512, 1024), "training crop H W (OFFICIAL-CODE)", "train", low=32)
     # OURS: uniform; OFFICIAL-CODE: .75, 1 or 1.25. The search draws scales too.
     scales: tuple[float, float] = opt((0.75, 1.25), "random scale", "search", low=0.1, high=10)
     batch_size: int = opt(12, "images a training step (OFFICIAL-CODE)", "train", low=1)
     epochs: int = opt(600, "training epochs of one network (OFFICIAL-CODE)", "train", low=1)
     lr: float = opt(0.01, "SGD when training a derived network (OFFICIAL-CODE)", "train")
-    lr_decay: float = opt(0.992, "its factor an epoch (OFFICIAL-CODE)", "train", high=1)
+    lr_decay: float = opt(0.992, "factor of --lr an epoch (OFFICIAL-CODE)", "train", high=1)
     distill: bool = opt(True, "Eq. (4), from the teacher, trained first if need be", "train")
     weights: str = opt("", "checkpoint to evaluate or export [<out>/<network>/best.pt]", "eval")
     correlation: int = opt(0, "--bench: N random networks against the table (Figure 3)")
@@ -122,8 +124,9 @@ class Config(BaseConfig):
 # A small search (OURS): a small space, so that each choice gets many steps, and a learning rate of
 # W that falls fast, so that weights that stand still judge the architecture. How far two searches
 # from one pretrained supernet agree, with other batches (seeds 0, 1, 2; docs/results.md): on 5, 3,
-# 5 of 9 operators, where 2.3, 2.7, 2.9 are chance, on all 3 rates and 8, 10, 9 of 11 widths.
-# Twice the epochs raise the margins but not this: on these scenes operators matter little.
+# 5 of 9 operators, where 2.3, 2.7, 2.9 are chance, on all 3 rates (1.7) and on 8, 10, 9 of 11
+# widths, as many as chance (8.4, 8.4, 9.0): nearly all are the narrowest, by the latency. Twice the
+# epochs raise the margins but not this: on these scenes operators matter little.
 QUICK = dict(layers=4, widths=(2, 4), stem_chi=2, size=(128, 256), search_size=(48, 96),
              search_scale=1.0, search_batch=12, pretrain_epochs=3, search_epochs=4, search_lr=0.05,
              search_decay=0.6, arch_lr=0.03, lam=0.1, label_stride=4, held_out=0.06,
@@ -188,28 +191,26 @@ class Architecture:
     branches: dict
 
     def walk(self, rate):
-        """One branch: ([(cell, its input channels), ...], {r: channels of its last map at rate r}).
+        """One branch: ({a cell and all before it: its input channels}, {r: channels of the branch's
+        last map at rate r}).
 
         The last maps are what the head reads: that of `rate` is the branch's end, a finer one is
         the input of the cell that goes down. Two cells, stem_chi 8, branch 16:
-            conv s=8 chi=4 | zoom /2 s=8 chi=6 -> [(conv, 64), (zoom, 32)], {8: 32, 16: 96}
+            conv s=8 chi=4 | zoom /2 s=8 chi=6 -> {(conv,): 64, (conv, zoom): 32}, {8: 32, 16: 96}
         """
-        inputs, last = [], {8: 8 * self.stem_chi}
+        inputs, last, cells = {}, {8: 8 * self.stem_chi}, ()
         for cell in self.branches[rate]:
-            inputs.append((cell, last[cell.rate]))
+            cells = (*cells, cell)
+            inputs[cells] = last[cell.rate]
             last[cell.rate_out] = cell.c_out
         return inputs, last
 
     def distinct_cells(self):
-        """{a cell and all before it: (cell, its input channels)} of the cells that run.
+        """{a cell and all before it: its input channels} of the cells that run.
 
         3.4: branches "share both cell weights and feature maps" up to the first difference.
         """
-        distinct = {}
-        for rate, cells in self.branches.items():
-            inputs, _ = self.walk(rate)
-            distinct |= {tuple(cells[:i + 1]): pair for i, pair in enumerate(inputs)}
-        return distinct
+        return {cells: c_in for rate in self.branches for cells, c_in in self.walk(rate)[0].items()}
 
     def to_json(self):
         rows = {str(rate): list(map(str, cells)) for rate, cells in self.branches.items()}
@@ -257,7 +258,8 @@ PAPER_TEACHER = Architecture.from_json({"stem_chi": 12, "branches": {
     32: ["zoom s=8 chi=12"] + 4 * ["zoom_x2 s=8 chi=12"] + ["zoom_x2 /2 s=8 chi=12"]
         + ["zoom_x2 s=16 chi=12", "zoom s=16 chi=12"] + 5 * ["zoom_x2 s=16 chi=12"]
         + ["zoom_x2 /2 s=16 chi=12"] + 2 * ["conv_x2 s=32 chi=12"]}})
-# OURS: Table 3's pruned teacher has 4.7 M parameters, the release's one at chi 4 has 3.2 M.
+# Table 3's pruned teacher has 4.7 M parameters; the release's teacher at chi 4 has 2.9 M, with the
+# auxiliary heads 3.2 M.
 PUBLISHED = {"student": PAPER_STUDENT, "teacher": PAPER_TEACHER,
              "pruned_teacher": pruned(PAPER_TEACHER, 4, 8)}
 
@@ -300,14 +302,14 @@ def final_sets(branches):
     return list(combinations(RATES, branches))
 
 
-def count_paths(layers):
-    """Section 4.2: resolution paths of all pairs of branches; 1695 for L = 16.
+def count_paths(layers, branches):
+    """Section 4.2: resolution paths of all sets of branches; 1695 for L = 16 and pairs.
 
     A branch that ends at 1/16 goes down after one of L - 1 cells, one at 1/32 after two of them.
     The paper multiplies them; beta can say fewer, as it is the same for both branches of a pair.
     """
     paths = {8: 1, 16: layers - 1, 32: math.comb(layers - 1, 2)}
-    return sum(paths[s] * paths[t] for s, t in combinations(RATES, 2))
+    return sum(math.prod(paths[s] for s in rates) for rates in final_sets(branches))
 
 
 def count_combinations(layers, widths):
@@ -354,8 +356,11 @@ class SliceKernel(torch.autograd.Function):
 class ConvBN(nn.Module):
     """Convolution without bias and BN, of any of the widths c_outs (3.1.3: searchable superkernel).
 
-    Wider connections take a larger corner of one kernel: its first output and input channels. BN is
-    separate for each output width (OFFICIAL-CODE).
+    Wider connections take a larger corner of one kernel: its first output and input channels. Where
+    32 channels come in and 48 are wanted, of a kernel (96, 96, 3, 3) the corner [:48, :32] runs, a
+    sixth of its numbers. The first channels belong to all widths and learn in every pass. BN is
+    separate for each output width (OFFICIAL-CODE): sums over 32 and over 96 inputs differ in mean
+    and variance, and shared statistics would fit none of them in eval mode.
     """
 
     def __init__(self, c_in, c_outs, kernel=3, stride=1):
@@ -404,7 +409,9 @@ class Skip(nn.Module):
 
 
 class SkipDown(nn.Module):
-    """Skip connection of stride 2 (OFFICIAL-CODE): two 1x1 convolutions, of even and odd pixels."""
+    """Skip connection of stride 2 (OFFICIAL-CODE): two 1x1 convolutions, of the pixels that are
+    even and of those that are odd in both directions. Of 4x4 pixels `even` reads (0,0) (0,2) (2,0)
+    (2,2), `odd` (1,1) (1,3) (3,1) (3,3); the others are not read."""
 
     def __init__(self, c_in, c_outs):
         super().__init__()
@@ -418,7 +425,12 @@ class SkipDown(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """3x3 conv. or 3x3 conv. x 2; zoomed ones run at half the resolution (3.1.2, Table 1)."""
+    """3x3 conv. or 3x3 conv. x 2; zoomed ones run at half the resolution (3.1.2, Table 1).
+
+    zoom_x2, stride 1, 64 channels to 32, at 1/8 of 1024x2048: (B, 64, 128, 256), halved (B, 64, 64,
+    128), two 3x3 (B, 32, 64, 128), enlarged (B, 32, 128, 256). A quarter of the pixels and so of
+    the MACs, and one 3x3 kernel spans 6x6 pixels of x.
+    """
 
     def __init__(self, c_in, c_outs, stride, twice, zoomed):
         super().__init__()
@@ -516,6 +528,9 @@ class Head(nn.Module):
 
     sets: tuples of rates, one prediction each (the supernet asks for several).
     last: {branch: {r: channels of its last map at rate r}}, as in Architecture.walk.
+
+    PAPER_STUDENT: (256, H/32) -> up, with 64 -> (128, H/16) -> up, with 32 -> (64, H/8), and (128,
+    H/16) -> up, with 32 -> (64, H/8); together (128, H/8), to the classifier.
     """
 
     def __init__(self, sets, last, chi, num_classes):
@@ -536,7 +551,8 @@ class Head(nn.Module):
             for up, coarse in zip(self.ups[str(s)], COARSE[s]):
                 y = up(y, maps[s][coarse // 2])
             fine_maps[s] = y                                           # (B, c, H/8, W/8)
-        # Coarse first: the map at 1/8 alone varies in width, and slices are cut from the end.
+        # Coarse first: a ConvBN drops its last inputs only, so what varies in width must be last: a
+        # branch at 1/8 ends in a width of its own, the others end in an Up of 8 chi channels.
         return [self.classifiers[str(rates)](torch.cat([fine_maps[s] for s in reversed(rates)], 1))
                 for rates in self.sets]
 
@@ -544,27 +560,27 @@ class Head(nn.Module):
 class FasterSeg(nn.Module):
     """A derived network: (B, 3, H, W) -> logits (B, num_classes, H, W), any H and W.
 
-    auxiliary: with the heads of training; in train mode such a network returns a list, the
-    prediction first. A cell that branches share runs once (3.4).
+    In train mode a list, the prediction first, then those of the auxiliary heads, if it has them.
+    A cell that branches share runs once (3.4).
     """
 
     def __init__(self, arch, num_classes, auxiliary=False):
         super().__init__()
-        distinct, rates = arch.distinct_cells(), sorted(arch.branches)
-        self.stem = Stem(arch.stem_chi)
-        self.cells = nn.ModuleList(operator(cell.op, c_in, [cell.c_out], 1 + cell.down)
-                                   for cell, c_in in distinct.values())
-        index = {prefix: i for i, prefix in enumerate(distinct)}
-        self.paths = {}                             # {branch: [(index of the cell, cell), ...]}
-        for s in rates:
-            cells = arch.branches[s]
-            self.paths[s] = [(index[tuple(cells[:i + 1])], cell) for i, cell in enumerate(cells)]
-        last = {s: arch.walk(s)[1] for s in rates}
+        rates = sorted(arch.branches)
+        walks = {s: arch.walk(s) for s in rates}
+        last = {s: last for s, (_, last) in walks.items()}
+        self.stem, self.cells = Stem(arch.stem_chi), nn.ModuleList()
+        index = {}                                  # {a cell and all before it: its number}
+        for cells, c_in in arch.distinct_cells().items():
+            index[cells], cell = len(index), cells[-1]
+            self.cells.append(operator(cell.op, c_in, [cell.c_out], 1 + cell.down))
+        self.paths = {                              # {branch: [(number of the cell, cell), ...]}
+            s: [(index[cells], cells[-1]) for cells in inputs] for s, (inputs, _) in walks.items()}
         self.head = Head([tuple(rates)], last, arch.stem_chi, num_classes)
-        self.auxiliary = nn.ModuleDict() if auxiliary else None
-        for r in (16, 32):                          # OFFICIAL-CODE: at each rate coarser than 1/8
+        self.auxiliary = nn.ModuleDict()
+        for r in (16, 32) if auxiliary else ():     # OFFICIAL-CODE: at each rate coarser than 1/8
             c = sum(last[s].get(r, 0) for s in rates)
-            if auxiliary and c:
+            if c:
                 self.auxiliary[str(r)] = Classifier(c, None, num_classes)
 
     def forward(self, x):
@@ -576,7 +592,7 @@ class FasterSeg(nn.Module):
                     outputs[index] = self.cells[index](maps[s][cell.rate])
                 maps[s][cell.rate_out] = outputs[index]
         logits = resize(self.head(maps)[0], x.shape[-2:])
-        if not self.training or self.auxiliary is None:
+        if not self.training:
             return logits
         predictions = [logits]
         for r, head in self.auxiliary.items():              # all maps at 1/r, coarse branch first
@@ -642,6 +658,8 @@ class Supernet(nn.Module):
         Those of finer rates are mixed by the same beta as the node, so that the head reads in the
         supernet what it reads in the derived network (OURS; the release joins final maps).
         """
+        # Rates r by node s: {8: {8}} before cell (8, 0), {8: {8}, 16: {8, 16}} behind layer 0, and
+        # from layer 1 on {8: {8}, 16: {8, 16}, 32: {8, 16, 32}}.
         maps = {8: {8: self.stems[who](images)}}
         for l in range(self.layers):
             reached = {}                                    # the nodes of layer l + 1
@@ -652,7 +670,8 @@ class Supernet(nn.Module):
                 j = int(gamma.argmax())
                 for r in sources:
                     cell = self.keep[f"{s} {l}"] if r == s else self.down[f"{r} {l}"]
-                    # Times 1: by this way L_seg reaches the logit of the width that was drawn.
+                    # Times 1, with the gradient of softmax (App. C), which reaches all logits of
+                    # the node: up for j and down for the others, or the reverse.
                     alpha = gamma[j] * draw.alpha[r, l]
                     output = cell(maps[r][r], alpha, j)                     # Eq. (2)
                     ways.append({**maps[r], s: output})     # and the finer maps behind it
@@ -662,8 +681,12 @@ class Supernet(nn.Module):
 
 
 def mixed(beta, from_finer, from_same):
-    """Eq. (1): I_{s,l} = beta0 O_{s/2->s,l-1} + beta1 O_{s->s,l-1}; the same for the finer maps,
-    which may differ in width (channels that lack count as zero). Dicts {r: (B, c, H/r, W/r)}."""
+    """Eq. (1): I_{s,l} = beta0 O_{s/2->s,l-1} + beta1 O_{s->s,l-1}; the same for the finer maps.
+    Dicts {r: (B, c, H/r, W/r)}.
+
+    At rate s both ways have the width of the node. At finer rates they may not: chi 4 and 8 at 1/8
+    are 32 and 64 channels, and 32 channels of zeros are put behind the first.
+    """
     maps = {}
     for r in from_finer:
         c = max(from_finer[r].shape[1], from_same[r].shape[1])
@@ -694,76 +717,81 @@ class Draw:
 
 
 class ArchParameters(nn.Module):
-    """Logits of one architecture; App. D, Eq. (7): softmax makes them probabilities."""
+    """Logits of one architecture; App. D, Eq. (7): softmax makes them probabilities.
+
+    alpha: (cells, 5), beta: (nodes with two inputs, 2), gamma: (nodes, |X|). L = 16, five widths:
+    45, 27 and 47 rows, 514 numbers beside the 250 million of W. The methods below return Draws that
+    differ in their widths. The teacher's gamma is never read: it is always widest (3.3).
+    """
 
     def __init__(self, cfg):
         super().__init__()
         self.layers, self.tau = cfg.layers, cfg.tau
         self.stem_j = cfg.widths.index(cfg.stem_chi)
-        nodes = [(s, l) for l in range(1, cfg.layers + 1) for s in sources_of(l, cfg.layers)]
-        self.keys = {
-            "alpha": cells_of(cfg.layers),
-            "beta": [(s, l) for s, l in nodes if len(sources_of(l, cfg.layers)[s]) == 2],
-            "gamma": nodes}
-        sizes = {"alpha": len(OPERATORS), "beta": 2, "gamma": len(cfg.widths)}
-        for kind, size in sizes.items():            # OFFICIAL-CODE: all logits start at 1e-3
-            logits = torch.full((len(self.keys[kind]), size), 1e-3)
-            self.register_parameter(kind, nn.Parameter(logits))
-
-    def probabilities(self, kind):
-        """{(s, l): softmax of the logits} of "alpha", "beta" or "gamma"."""
-        return dict(zip(self.keys[kind], torch.softmax(getattr(self, kind), 1)))
+        self.cells, self.nodes, self.merges = cells_of(cfg.layers), [], []
+        for l in range(1, cfg.layers + 1):
+            for s, sources in sources_of(l, cfg.layers).items():
+                self.nodes.append((s, l))
+                if len(sources) == 2:
+                    self.merges.append((s, l))
+        self.alpha = nn.Parameter(torch.zeros(len(self.cells), len(OPERATORS)))
+        self.beta = nn.Parameter(torch.zeros(len(self.merges), 2))
+        self.gamma = nn.Parameter(torch.zeros(len(self.nodes), len(cfg.widths)))
 
     def draw(self, gamma):
-        """A Draw with these widths, (nodes, |X|): those that a method below returns."""
-        return Draw(self.probabilities("alpha"), self.probabilities("beta"),
-                    dict(zip(self.keys["gamma"], gamma)))
+        """A Draw with these widths, gamma: (nodes, |X|)."""
+        return Draw(dict(zip(self.cells, torch.softmax(self.alpha, 1))),
+                    dict(zip(self.merges, torch.softmax(self.beta, 1))),
+                    dict(zip(self.nodes, gamma)))
 
-    def fixed(self, j):
-        """Widths by index: one number for all nodes, or (nodes,) -> (nodes, |X|), one-hot."""
+    def one_hot(self, j):
+        """Widths by index: one number for all nodes, or (nodes,) -> (nodes, |X|)."""
         j = torch.as_tensor(j, device=self.gamma.device).expand(len(self.gamma))
         return F.one_hot(j, self.gamma.shape[1]).to(self.gamma.dtype)
 
     def narrowest(self):
-        return self.fixed(0)
+        return self.draw(self.one_hot(0))
 
     def widest(self):
-        return self.fixed(self.gamma.shape[1] - 1)
+        return self.draw(self.one_hot(self.gamma.shape[1] - 1))
 
     def uniform(self):
         """Random widths. From the CPU's generator, so that all ranks and devices draw the same."""
-        return self.fixed(torch.randint(self.gamma.shape[1], (len(self.gamma),)))
+        return self.draw(self.one_hot(torch.randint(self.gamma.shape[1], (len(self.gamma),))))
 
     def gumbel(self):
         """App. C: argmax_i softmax_i((log gamma + o) / tau), o = -log(-log(u)), u uniform.
 
-        Hard, with the gradient of the softmax (OFFICIAL-CODE: straight-through).
+        The argmax of log gamma + o is an exact sample of gamma, whatever tau is; tau smooths the
+        gradient only. OFFICIAL-CODE: straight-through: one-hot, with the gradient of the softmax.
         """
+        # The clamp: u = 0 and u = 1 would be infinite noise.
         u = torch.rand(self.gamma.shape).clamp(1e-10, 1 - 1e-7).to(self.gamma.device)
         noise = -torch.log(-torch.log(u))
         p = torch.softmax((F.log_softmax(self.gamma, 1) + noise) / self.tau, 1)
-        return self.fixed(p.argmax(1)) + p - p.detach()
+        return self.draw(self.one_hot(p.argmax(1)) + p - p.detach())
 
     @torch.no_grad()
     def likeliest(self):
         """3.4: argmax of gamma. Where a skip is the likeliest, its node has the width that the skip
         reads: it is shrunk, and Section 4.2 counts no widths for it. Here and not after the search,
         so that the widths whose latency is reported are those that are derived."""
-        j = dict(zip(self.keys["gamma"], self.gamma.argmax(1).tolist()))
-        alpha, beta = self.probabilities("alpha"), self.probabilities("beta")
-        places = downsampling_places(beta, self.layers)
-        entered = [(16, places[16][0]), (16, places[32][0]), (32, places[32][1])]   # by going down
-        for s, l in self.keys["alpha"]:                     # of a rate in the order of the layers
-            if OPERATORS[alpha[s, l].argmax()] == "skip" and (s, l + 1) not in entered:
+        j = dict(zip(self.nodes, self.gamma.argmax(1).tolist()))
+        places = downsampling_places(self.draw(self.gamma).beta, self.layers)
+        # Nodes that a branch enters by going down. None gets two wishes: branch 16 enters rate 16
+        # where branch 32 does, or after branch 32 has left it, as both follow one beta0[16].
+        entered = [(16, places[16][0]), (16, places[32][0]), (32, places[32][1])]
+        for (s, l), k in zip(self.cells, self.alpha.argmax(1)):     # a rate's layers in order
+            if OPERATORS[k] == "skip" and (s, l + 1) not in entered:
                 j[s, l + 1] = j[s, l] if l else self.stem_j
-        return self.fixed(torch.tensor(list(j.values())))
+        return self.draw(self.one_hot(torch.tensor(list(j.values()))))
 
 
 # ---------------------------------------------------------------------------------------------
 # 5. Losses: segmentation, and latency from a measured table
 #
 # Eq. (8): L = L_seg(M) + lambda Lat(M). The table holds the measured time of every piece that a
-# network of the space can be made of, for one picture size. A derived network's latency is the sum
+# student of the space can be made of, for one picture size. A derived network's latency is the sum
 # of its pieces (App. E: correlation 0.993; `--bench --correlation 40` measures it here), Lat(M) the
 # expectation of that sum under alpha, beta and gamma, which one can differentiate.
 # ---------------------------------------------------------------------------------------------
@@ -773,7 +801,8 @@ def ohem(logits, label, threshold=0.7):
     """App. F: cross-entropy with online hard example mining.
 
     Mean over the pixels whose true class has a probability below `threshold`, but over at least
-    the hardest sixteenth of all (OFFICIAL-CODE: 0.7 and 1/16).
+    the hardest sixteenth of all (OFFICIAL-CODE: 0.7 and 1/16): of 8x8 pixels, 3 of them below 0.7,
+    over 4. Without it the loss of a nearly perfect crop would hang on a few mislabelled pixels.
     logits (B, K, H, W), label (B, H, W) with IGNORE. Returns a scalar.
     """
     loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
@@ -789,7 +818,8 @@ def seg_loss(net, draw, who, images, labels, cfg):
     """L_seg of Eq. (8): OHEM cross-entropy, summed over the predictions of all branch sets.
 
     images (B, 3, H, W), labels (B, H, W) -> scalar. Labels come down to 1 / label_stride, instead
-    of all predictions going up to the full size.
+    of all predictions going up to the full size. At stride 8 nearest takes pixel (8 i, 8 j), on
+    which cell (i, j) of the stem's map is centred: a 3x3 of stride 2 centres output i on 2 i.
     """
     size = [math.ceil(d / cfg.label_stride) for d in labels.shape[-2:]]
     labels = F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
@@ -798,19 +828,18 @@ def seg_loss(net, draw, who, images, labels, cfg):
     return sum(ohem(resize(y.float(), size), labels) for y in logits)
 
 
-# The table has an entry for each piece of a network: (kind, *numbers), which also say how it is
-# made. As they stand in the file:
-#   stem chi | up s c_coarse c_fine c_out | classifier c_in c_mix num_classes
-#   conv, conv_x2, zoom, zoom_x2, skip: operator c_in c_out s stride
-def entry(piece):
-    return " ".join(map(str, piece))
-
-
 def pieces_of(arch, num_classes):
-    """The pieces of a derived network; a cell that branches share is one piece."""
+    """The pieces of a derived network; a cell that branches share is one piece.
+
+    A piece is a tuple (kind, *numbers), which also says how it is made:
+        stem chi | up s c_coarse c_fine c_out | classifier c_in c_mix num_classes
+        conv, conv_x2, zoom, zoom_x2, skip: operator c_in c_out s stride
+    {8: [conv s=8 chi=4]} with stem_chi 8 and 19 classes has three: ("stem", 8),
+    ("conv", 64, 32, 8, 1), ("classifier", 32, 64, 19).
+    """
     chi, last = arch.stem_chi, {s: arch.walk(s)[1] for s in sorted(arch.branches)}
     pieces = [("stem", chi)]
-    for cell, c_in in arch.distinct_cells().values():
+    for (*_, cell), c_in in arch.distinct_cells().items():
         pieces.append((cell.op, c_in, cell.c_out, cell.rate, 1 + cell.down))
     for s in last:
         pieces += [("up", *up) for up in ups_of(s, last[s], chi)]
@@ -854,36 +883,35 @@ def make_piece(piece, frame):
     return lambda: operator(kind, c_in, [c_out], stride), [shape(c_in, s)]
 
 
-def is_measured(piece):
-    """Not a skip of stride 1: it does nothing, and costs nothing."""
-    return piece[0] != "skip" or piece[-1] == 2
-
-
 def measured_table(cfg, num_classes):
-    """{entry: ms} for cfg.frame on this device; stored beside the run folders, measured once."""
-    pieces = chain(*space_pieces(cfg, num_classes).values())
-    entries = {entry(piece): make_piece(piece, cfg.frame) for piece in pieces if is_measured(piece)}
-    return latency.build_table(entries, cfg.device, cfg.frame, Path(cfg.out).parent)
-
-
-def table_latency(arch, ms, num_classes):
-    """App. E: ms of a derived network, the sum of its entries: operators run one after the other,
-    so what they take alone adds up, but for caches and launches (Figure 3: --correlation)."""
-    return sum(ms[entry(piece)] for piece in pieces_of(arch, num_classes))
+    """{piece: ms} for cfg.frame on this device; stored beside the run folders, measured once."""
+    pieces = list(chain(*space_pieces(cfg, num_classes).values()))
+    # A skip of stride 1 does nothing, and costs nothing.
+    names = {piece: " ".join(map(str, piece)) for piece in pieces
+             if piece[0] != "skip" or piece[-1] == 2}
+    modules = {name: make_piece(piece, cfg.frame) for piece, name in names.items()}
+    ms = latency.build_table(modules, cfg.device, cfg.frame, Path(cfg.out).parent)
+    return {piece: ms[names[piece]] if piece in names else 0.0 for piece in pieces}
 
 
 class LatencyTable:
-    """Lat(M): the table as tensors, one a group of space_pieces; expected latencies of a Draw."""
+    """Lat(M): the table as tensors, one a group of space_pieces; expected latencies of a Draw.
+    piece_ms: {piece: ms} of all of them."""
 
-    def __init__(self, cfg, ms, num_classes):
+    def __init__(self, cfg, piece_ms, num_classes):
+        self.piece_ms, self.num_classes = piece_ms, num_classes
         self.layers, self.n = cfg.layers, len(cfg.widths)
         self.final_sets = final_sets(cfg.branches)
         one_hot = [float(chi == cfg.stem_chi) for chi in cfg.widths]
         self.stem_width = torch.tensor(one_hot, device=cfg.device)              # (|X|,)
         self.ms = {}
         for group, pieces in space_pieces(cfg, num_classes).items():
-            values = [ms[entry(piece)] if is_measured(piece) else 0.0 for piece in pieces]
-            self.ms[group] = torch.tensor(values, device=cfg.device)
+            self.ms[group] = torch.tensor([piece_ms[p] for p in pieces], device=cfg.device)
+
+    def network_ms(self, arch):
+        """App. E: ms of a derived network, the sum of its pieces: operators run one after the
+        other, so what they take alone adds up, but for caches and launches (--correlation)."""
+        return sum(self.piece_ms[piece] for piece in pieces_of(arch, self.num_classes))
 
     def __call__(self, draw):
         """{set of branches: expected ms}. Section 3.2: latencies in place of operators in Eqs. (1)
@@ -894,7 +922,9 @@ class LatencyTable:
         width(s, l + 1) = sum_r P(r, l -> s) [skip width(r, l) + (1 - skip) g], skip = alpha_0 if
                           r = s, else 0: a skip hands on the width that it reads
         shared(s, t)    = sum_ab P(a -> s) P(b -> t) shared(a, b), shared(s, s) = ms(s): what the
-                          branches of two nodes of layer l + 1 have in common, which is paid once
+                          branches of two nodes of layer l + 1 have in common, which is paid once.
+                          Walk both back together: while they stand on different nodes they share
+                          nothing, from the first node on that they have in common all before it
         Lat of (s, t)   = stem + ms(s, L) + ms(t, L) - shared(s, t) + head
 
         By hand: skip costs 0 ms, going down 3 by any operator, conv 2 at 1/8 and 4 at 1/16; each
@@ -926,9 +956,14 @@ class LatencyTable:
 
     def through_cell(self, draw, node, r, s, l):
         """What a branch from `node` has spent, and how wide its last maps are, behind the cell
-        between nodes (r, l) and (s, l + 1)."""
+        between nodes (r, l) and (s, l + 1).
+
+        Widths (4, 8); conv costs 1 or 2 ms from 4 and 2 or 4 from 8, skip nothing, both have alpha
+        1/2; the branch reads 8 and the node has 4: 1/2 * 2 = 1 ms.
+        """
         alpha, gamma = draw.alpha[r, l], draw.gamma[s, l + 1]
         by_width = self.ms[r, s // r].view(-1, self.n, self.n)          # (5, |X| in, |X| out)
+        # over the operator k, the width i that is read, the width j that is written
         ms = torch.einsum("k,i,j,kij", alpha, node[r], gamma, by_width)
         width = gamma
         if r == s:
@@ -957,8 +992,10 @@ def weighed_latency(table, draw, w):
     """Eq. (3): w1 Lat(O | s, chi) + w2 Lat(s | O, chi) + w3 Lat(chi | O, s), ms.
 
     "X | Y, Z": Y and Z are constants, at their present values (OURS; the release puts neutral ones:
-    uniform, widest). All three terms then have one value, and as w sums to 1 so has their sum: what
-    w weighs is the gradient of each kind, and one pass does it.
+    uniform, widest). All three terms equal Lat, and so does their weighted sum, as w sums to 1: w
+    changes no value, only how much of the gradient alpha, beta and gamma each get, and one pass
+    does it. (With --no-decouple, w = 1, 1, 1, it is Lat with its full gradient.) With w1 = 0.001 an
+    operator hears a thousandth of what it costs; rates, which hardly move the latency, nearly all.
     """
     def weighed(kind, weight):
         return {key: weight * x + (1 - weight) * x.detach() for key, x in kind.items()}
@@ -993,8 +1030,8 @@ def solve_footnote_1(changes):
 
 
 def choose_eq3_w(cfg, table):
-    """w of Eq. (3): footnote 1 solved for this device, as the paper's w balance the latencies of a
-    1080Ti and of no other device. Prints this device's Table 2."""
+    """w of Eq. (3): footnote 1 solved for this device (OURS; PAPER: 0.001, 0.997, 0.002, which
+    balance the latencies of a 1080Ti and of no other device). Prints this device's Table 2."""
     if not cfg.decouple:
         return 1.0, 1.0, 1.0                    # Lat itself, of which Figure 4(a) tells
     changes = sensitivities(table, cfg)
@@ -1027,32 +1064,17 @@ def choose_eq3_w(cfg, table):
 # ---------------------------------------------------------------------------------------------
 
 
-def run_search(cfg, net, teacher, student, table, loaders):
-    """App. F. net: Supernet (its weights are W), teacher, student: ArchParameters, table:
-    LatencyTable, loaders: of trainA, trainB and held-out pictures. Supernet and both architectures
-    are trained in place."""
+def run_search(run, net, teacher, student, table, loaders):
+    """App. F. net: Supernet (its weights are W), teacher, student: ArchParameters, run: a Run with
+    these and with what start_run adds, table: LatencyTable, loaders: of trainA, trainB and held-out
+    pictures. Supernet and both architectures are trained in place."""
     train_a, train_b, held_out = loaders
-    w = choose_eq3_w(cfg, table)                                                # of Eq. (3)
-    # App. H. fused holds 4% less memory, but wants the momentum of all parameters or of none.
-    sgd = torch.optim.SGD(net.parameters(), cfg.search_lr, 0.9, weight_decay=5e-4, fused=True)
-    for p in net.parameters():
-        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    decay = torch.optim.lr_scheduler.ExponentialLR(sgd, cfg.search_decay)       # App. H
-    adam_t, adam_s = (torch.optim.Adam(arch.parameters(), cfg.arch_lr, betas=(0.5, 0.999))
-                      for arch in (teacher, student))       # OFFICIAL-CODE: betas
-    steps = min(len(train_a), len(train_b), cfg.search_steps or len(train_a))
-    # A new search makes void what an older one has found, and what was trained of it; networks of
-    # another --arch in these folders go too.
-    trained = product(NETWORKS, ("", "_alone"), ("/last.pt", "/best.pt"))
-    stale = ["arch.json", *("".join(parts) for parts in trained)]
-    # Another device, or other threads, would go on with another table.
-    about = {"latency": latency.conditions(cfg.device, torch.float32, cfg.frame)}
-    run = Run("search", "search", cfg, cfg.out, cfg.pretrain_epochs + cfg.search_epochs,
-              steps, about, stale, model=net, teacher=teacher, student=student, sgd=sgd,
-              decay=decay, adam_t=adam_t, adam_s=adam_s)
+    w = choose_eq3_w(run.cfg, table)                                            # of Eq. (3)
+    sgd, decay, adam_t, adam_s = (run.parts[k] for k in ("sgd", "decay", "adam_t", "adam_s"))
     for epoch in run.epochs():
-        batches = islice(run.batches(train_a), steps)
-        if epoch < cfg.pretrain_epochs:
+        # Not to the loader's own end: --search-steps may be less, trainB may have a batch less.
+        batches = islice(run.batches(train_a), run.steps)
+        if epoch < run.cfg.pretrain_epochs:
             pretrain_epoch(run, batches, net, teacher, student, sgd)
         else:
             train_b.sampler.set_epoch(epoch)
@@ -1068,9 +1090,9 @@ def pretrain_epoch(run, batches, net, teacher, student, sgd):
     those enter the search untrained)."""
     for batch in batches:
         with torch.no_grad():
-            passes = [(TEACHER, teacher.draw(teacher.widest()))]
-            for width in (student.narrowest(), student.uniform(), student.uniform()):
-                passes.append((STUDENT, student.draw(width)))
+            passes = [(TEACHER, teacher.widest())]
+            for draw in (student.narrowest(), student.uniform(), student.uniform()):
+                passes.append((STUDENT, draw))
         update_weights(run, "seg", sgd, net, batch, passes)
 
 
@@ -1079,25 +1101,24 @@ def search_epoch(run, pairs, net, teacher, student, sgd, adam_t, adam_s, table, 
     cfg = run.cfg
     for batch, batch_b in pairs:
         with torch.no_grad():                           # to W the architectures are constants
-            t_widest = teacher.draw(teacher.widest())
-            narrowest = student.draw(student.narrowest())
-            widest = student.draw(student.widest())
-            sampled = student.draw(student.gumbel())
+            t_widest, narrowest = teacher.widest(), student.narrowest()
+            widest, sampled = student.widest(), student.gumbel()
         # 1. W by grad_W L_seg(M | W, alpha_T, beta_T) on trainA. T is always widest (3.3).
         update_weights(run, "T", sgd, net, batch, [(TEACHER, t_widest)])
         # 2. W by grad_W L_seg(M | W, alpha_S, beta_S, gamma_S) on trainA, "with the smallest
-        #    width, largest width, and the width that is sampled from the current gamma".
+        #    width, largest width, and the width that is sampled from the current gamma". All
+        #    widths are too many; those between are corners of the widest that hold the narrowest.
         update_weights(run, "S", sgd, net, batch, [
             (STUDENT, narrowest), (STUDENT, widest), (STUDENT, sampled)])
-        # 3. alpha_T, beta_T by their grad of L_seg(M | W, alpha_T, beta_T) on trainB. First
+        # 3. alpha_T, beta_T by their grad of L_seg(M | W, alpha_T, beta_T) on trainB: on trainA
+        #    W would speak for the operator with the most weights, for what it has memorised. First
         #    order: W counts as a constant, so none of it leaks into the next update of W.
         batch_b = common.to_device(*batch_b, cfg)
         net.requires_grad_(False)
-        draw = teacher.draw(teacher.widest())
-        run.descend(adam_t, arch_T=seg_loss(net, draw, TEACHER, *batch_b, cfg))
+        run.descend(adam_t, arch_T=seg_loss(net, teacher.widest(), TEACHER, *batch_b, cfg))
         # 4. alpha_S, beta_S, gamma_S by their grad of Eq. (8) with Eq. (3) in it, on trainB:
         #    L = L_seg(M | W, alpha_S, beta_S, gamma_S) + lambda Lat(alpha_S, beta_S, gamma_S)
-        draw = student.draw(student.gumbel())
+        draw = student.gumbel()
         run.descend(adam_s, arch_S=seg_loss(net, draw, STUDENT, *batch_b, cfg),
                     latency=cfg.lam * weighed_latency(table, draw, w))
         net.requires_grad_(True)
@@ -1119,6 +1140,26 @@ def update_weights(run, name, sgd, net, batch, passes):
     norm = nn.utils.clip_grad_norm_(net.parameters(), 5.0)                  # OFFICIAL-CODE
     run.check(**{name: mean}, gradient_W=norm)
     sgd.step()
+
+
+def start_run(cfg, net, teacher, student, steps):
+    """The Run of a search, with its optimizers, of so many steps an epoch."""
+    # App. H. fused holds 4% less memory, but wants the momentum of all parameters or of none.
+    sgd = torch.optim.SGD(net.parameters(), cfg.search_lr, 0.9, weight_decay=5e-4, fused=True)
+    for p in net.parameters():
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    decay = torch.optim.lr_scheduler.ExponentialLR(sgd, cfg.search_decay)       # App. H
+    adam_t, adam_s = (torch.optim.Adam(arch.parameters(), cfg.arch_lr, betas=(0.5, 0.999))
+                      for arch in (teacher, student))       # OFFICIAL-CODE: betas
+    # A new search makes void what an older one has found, and what was trained of it; networks of
+    # another --arch in these folders go too.
+    trained = product(NETWORKS, ("", "_alone"), ("/last.pt", "/best.pt"))
+    stale = ["arch.json", *("".join(parts) for parts in trained)]
+    # Another device, or other threads, would go on with another table.
+    about = {"latency": latency.conditions(cfg.device, torch.float32, cfg.frame)}
+    return Run("search", "search", cfg, cfg.out, cfg.pretrain_epochs + cfg.search_epochs,
+               steps, about, stale, model=net, teacher=teacher, student=student, sgd=sgd,
+               decay=decay, adam_t=adam_t, adam_s=adam_s)
 
 
 def search_loaders(cfg):
@@ -1145,13 +1186,14 @@ def search_loaders(cfg):
 
 @torch.no_grad()
 def supernet_miou(net, draw, who, loader, cfg):
-    """{set of branches: mIoU} of the supernet itself (not of a derived network) over all ranks.
-    One pass scores all sets; common.evaluate would need one for each."""
+    """{set of branches that App. B chooses from: mIoU} of the supernet itself (not of a derived
+    network) over all ranks. One pass scores all sets; common.evaluate would need one for each."""
+    common.average_buffers(net)
     net.eval()
-    matrices = {rates: ConfusionMatrix(net.num_classes, cfg.device) for rates in net.sets}
+    matrices = {rates: ConfusionMatrix(net.num_classes, cfg.device) for rates in net.final_sets}
     for images, labels in loader:
         with autocast(cfg):
-            outputs = net(images.to(cfg.device), draw, who)
+            outputs = net(images.to(cfg.device), draw, who)[-len(matrices):]
         for matrix, logits in zip(matrices.values(), outputs):
             prediction = resize(logits.float(), labels.shape[-2:]).argmax(1)
             matrix.update(labels.to(cfg.device), prediction)
@@ -1165,7 +1207,8 @@ def supernet_miou(net, draw, who, loader, cfg):
 def decidedness(arch):
     """{kind: (mean largest probability, mean margin to the second)} of the kinds with a choice.
 
-    Entropy would mislead: a larger --arch-lr lowers it, and two runs agree no better.
+    Neither this nor entropy is a proof: on the synthetic scenes a larger --arch-lr and more steps
+    moved both, and two searches agreed no better.
     """
     sureness = {}
     for kind, logits in zip(KINDS, arch.parameters()):
@@ -1179,15 +1222,16 @@ def decidedness(arch):
 def end_search_epoch(run, net, teacher, student, table, held_out):
     """Log and store. `shares`, the mean probability of each choice, shows a collapse; `decided`
     tells whether an argmax means anything."""
-    common.average_buffers(net)
-    draw = student.draw(student.likeliest())
+    draw = student.likeliest()
     scores = supernet_miou(net, draw, STUDENT, held_out, run.cfg)
-    record = {"supernet_miou": sum(scores[s] for s in net.final_sets) / len(net.final_sets),
+    record = {"supernet_miou": statistics.mean(scores.values()),
               "ms": float(table.mean(draw)), "searching": run.epoch >= run.cfg.pretrain_epochs}
-    for name, arch in (("teacher", teacher), ("student", student)):
-        means = [torch.softmax(logits, 1).mean(0).tolist() for logits in arch.parameters()]
-        choices = *OPERATORS, "go down", "stay", *(f"chi {chi}" for chi in run.cfg.widths)
-        record[name] = {"shares": dict(zip(choices, chain(*means))), "decided": decidedness(arch)}
+    choices = *OPERATORS, "go down", "stay", *(f"chi {chi}" for chi in run.cfg.widths)
+    for name, kinds in (("teacher", (teacher.alpha, teacher.beta)),
+                        ("student", (student.alpha, student.beta, student.gamma))):
+        means = [torch.softmax(logits, 1).mean(0).tolist() for logits in kinds]
+        record[name] = {"shares": dict(zip(choices, chain(*means)))}
+    record["student"]["decided"] = decidedness(student)
     margins = [f"{kind} {margin:.2f}" for kind, (_, margin) in record["student"]["decided"].items()]
     run.end_epoch(note=f" | supernet mIoU {100 * record['supernet_miou']:.2f}, {record['ms']:.2f} "
                   f"ms, margins {', '.join(margins)}", **record)
@@ -1213,6 +1257,9 @@ def downsampling_places(beta, layers):
     counts as an undecided node, 0.5: for 1/16 it wins where all others prefer to stay, for 1/32 the
     product decides. Of equal places the last wins, which the walk back from the branch's end meets
     first: with one-hot beta this is the path that Eq. (1) takes.
+
+    L = 4, beta0[16, 2] = .6, beta0[16, 3] = .3, beta0[32, 3] = .7. For 1/16: .5, .6, .3, so l* = 2.
+    For 1/32: (1, 2) .5 * .5, (1, 3) .5 * .7, (2, 3) .6 * .7, so (2, 3).
     """
     beta0 = {(16, 1): 0.5, (32, 2): 0.5} | {node: float(b[0]) for node, b in beta.items()}
     _, once = max((beta0[16, l], l) for l in range(1, layers))
@@ -1246,30 +1293,30 @@ def derive(draw, cfg, who, rates):
 
 def target(accuracy, ms, cfg):
     """Eqs. (5), (6): ACC * (LAT / T)^w. The paper has w = alpha where LAT <= T and w = beta above,
-    and sets both to -0.07: one number here."""
+    and sets both to -0.07: one number here. ACC 0.70 stays 0.700 at T, is 0.667 at 2 T and 0.735 at
+    T / 2: a mild preference beside lambda, which drives the search itself."""
     return accuracy * (ms / cfg.target_ms) ** cfg.target_power
 
 
-def select(cfg, net, teacher, student, ms, held_out):
+def select(cfg, net, teacher, student, table, held_out):
     """App. B: the set of branches with the best target, of those that the supernet scores.
 
     The teacher, which has no latency constraint, is chosen by accuracy alone (OURS). Returns
     ({name: architecture}, {candidate: its numbers}).
     """
     archs, rows = {}, {}
-    for who, name, draw in ((TEACHER, "teacher", teacher.draw(teacher.widest())),
-                            (STUDENT, "student", student.draw(student.likeliest()))):
+    for who, name, draw in ((TEACHER, "teacher", teacher.widest()),
+                            (STUDENT, "student", student.likeliest())):
+        candidates, targets = {}, {}
         # OURS: ACC of Eq. (5) is the supernet's; no candidate is trained for this.
-        scores, best = supernet_miou(net, draw, who, held_out, cfg), 0.0
-        for rates in net.final_sets:
-            arch = derive(draw, cfg, who, rates)
-            row = {"supernet_miou": scores[rates], "target": scores[rates]}
+        for rates, accuracy in supernet_miou(net, draw, who, held_out, cfg).items():
+            candidates[rates] = derive(draw, cfg, who, rates)
+            row = {"supernet_miou": accuracy, "target": accuracy}
             if who == STUDENT:
-                row["table_ms"] = table_latency(arch, ms, net.num_classes)
-                row["target"] = target(scores[rates], row["table_ms"], cfg)
-            rows[f"{name} {rates}"] = row
-            if name not in archs or row["target"] > best:
-                best, archs[name] = row["target"], arch
+                row["table_ms"] = table.network_ms(candidates[rates])
+                row["target"] = target(accuracy, row["table_ms"], cfg)
+            rows[f"{name} {rates}"], targets[rates] = row, row["target"]
+        archs[name] = candidates[max(targets, key=targets.get)]
         small = FasterSeg(archs[name], net.num_classes).to(cfg.device)
         inherit(small, net, who, cfg.widths)
         # With the BN statistics of mixtures, not measured again: a sign of life, not a result.
@@ -1293,7 +1340,8 @@ def copy_slices(small, wide, j=0):
 
     Not load_state_dict: what a superkernel has beyond the width found is left behind. The kernel of
     chi_j is the corner [:c_out, :c_in] of the widest (3.1.3), so shapes alone say which part it is;
-    BN has its own statistics for each width, and j names them.
+    BN has its own statistics for each width, and j names them. At 1/8, chi 6 behind chi 4:
+    conv.weight (48, 32, 3, 3) is a corner of (96, 96, 3, 3), norms.0.weight (48,) all of norms.1's.
     """
     source = wide.state_dict()
     for name, tensor in small.state_dict().items():
@@ -1303,133 +1351,30 @@ def copy_slices(small, wide, j=0):
 
 @torch.no_grad()
 def random_architecture(cfg, generator):
-    """A network of the search's own space: what derive makes of random one-hot parameters. The set
-    of branches, operators and widths are uniform, and so is the path within a set.
-
-    generator: random.Random.
-    """
-    arch, layers = ArchParameters(cfg), cfg.layers
-    for row in (*arch.alpha, *arch.gamma):
-        row[generator.randrange(len(row))] = 100.0          # softmax: 1
-    rates = generator.choice(final_sets(cfg.branches))
-    twice = [((16, a), (32, b)) for a, b in combinations(range(1, layers), 2)]
-    if 32 not in rates:
-        paths = [((16, l),) for l in range(1, layers)]
-    elif 16 not in rates:
-        paths = twice
-    else:       # one beta says both: 1/16 goes down where 1/32 does, or from its second step on
-        paths = [(first, second, (16, l)) for first, second in twice
-                 for l in (first[1], *range(second[1], layers))]
-    down = generator.choice(paths)
-    for node, row in zip(arch.keys["beta"], arch.beta):
-        row[0 if node in down else 1] = 100.0
-    return derive(arch.draw(arch.likeliest()), cfg, STUDENT, rates)
+    """A network of the search's own space: what derive makes of normal logits, for a random set of
+    branches. So paths have the odds that they have before a search: in a deep network few branches
+    enter 1/16 at once, as the first place counts as undecided. generator: torch.Generator."""
+    arch, sets = ArchParameters(cfg), final_sets(cfg.branches)
+    for logits in arch.parameters():
+        logits.normal_(generator=generator)
+    rates = sets[int(torch.randint(len(sets), (), generator=generator))]
+    return derive(arch.likeliest(), cfg, STUDENT, rates)
 
 
-def controls(cfg, student, ms, num_classes, draws=200):
-    """The control that the paper does not have: of `draws` random networks of the space the three
-    whose table latency is nearest to the student's, {"random": ..., "random1": ..., ...}.
+def controls(cfg, student, table):
+    """The control that the paper does not have: of 200 random networks of the space the three whose
+    table latency is nearest to the student's, {"random": ..., "random1": ..., ...}.
 
     Nearest, not within a bound: a search of hours must not end in "there is none".
     """
-    generator, wanted = random.Random(cfg.seed), table_latency(student, ms, num_classes)
-    archs = []
-    for _ in range(draws):
+    generator, archs = torch.Generator().manual_seed(cfg.seed), []
+    wanted = table.network_ms(student)
+    for _ in range(200):
         arch = random_architecture(cfg, generator)
         if arch not in (student, *archs):
             archs.append(arch)
-    archs.sort(key=lambda arch: abs(table_latency(arch, ms, num_classes) - wanted))
+    archs.sort(key=lambda arch: abs(table.network_ms(arch) - wanted))
     return dict(zip(("random", "random1", "random2"), archs))
-
-
-def search(cfg):
-    """--search: pretrain, search, derive; writes arch.json (nothing measured in it), pictures.
-
-    arch.json holds six networks: teacher and student as derived, the teacher at the smallest width
-    (pruned_teacher, Table 3), and three random ones near the student's latency. --train --network
-    takes any of them.
-    """
-    num_classes, loaders = search_loaders(cfg)
-    print(f"search space (4.2): {count_paths(cfg.layers)} paths of pairs of branches, "
-          f"times {count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
-    ms = measured_table(cfg, num_classes)
-    table = LatencyTable(cfg, ms, num_classes)
-    net = place(Supernet(cfg, num_classes), cfg).train()
-    teacher, student = (ArchParameters(cfg).to(cfg.device) for _ in range(2))
-    run_search(cfg, net, teacher, student, table, loaders)
-    archs, rows = select(cfg, net, teacher, student, ms, loaders[2])
-    archs["pruned_teacher"] = pruned(archs["teacher"], min(cfg.widths), cfg.stem_chi)
-    archs |= controls(cfg, archs["student"], ms, num_classes)
-    out = Path(cfg.out)
-    found = {name: arch.to_json() for name, arch in archs.items()}
-    common.write_json(out / "arch.json", {"classes": num_classes, **found})
-    for name in ("random", "random1", "random2"):
-        rows[name] = {"table_ms": table_latency(archs[name], ms, num_classes)}
-    log_record(out, stage="selection", **rows)
-    for name, row in rows.items():
-        print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
-    for rate, cells in archs["student"].branches.items():       # Table 7
-        print(f"student, branch 1/{rate}", *cells, sep="\n  ")
-    print_decidedness(student)
-    for name in ("student", "teacher"):
-        draw_architecture(out / f"arch_{name}.png", archs[name], f"FasterSeg {name}")
-    draw_search(cfg)
-    print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\n"
-          + common.next_command(cfg, "fastersg", "--train --eval"))
-    common.barrier()                            # the other ranks may read arch.json now
-
-
-def print_decidedness(arch):
-    """How sure the argmax of derive is, and a warning where it is little more than a guess.
-
-    What to do about it is more steps: a larger --arch-lr alone moves the margins, and two searches
-    agree no better (QUICK).
-    """
-    for kind, (largest, margin) in decidedness(arch).items():
-        print(f"{kind:9s} mean largest probability {largest:.2f}, mean margin {margin:.2f}")
-        if margin < 0.05:
-            print(f"  warning: UNDECIDED, another seed may choose another {kind}; search longer")
-
-
-# ---------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------
-
-
-def draw_architecture(path, arch, title):
-    """Figure 6: a branch is a row of boxes, lower where its resolution is. A box is a cell: its
-    colour the operator, its number chi; framed in black are the cells that branches share."""
-    rows, colours = list(arch.branches.values()), dict(zip(OPERATORS, common.COLOURS))
-    image, pen, font = common.draw_canvas(title, 56 * max(6, *map(len, rows)) + 90,
-                                          130 * len(rows) + 70)
-    for row, (rate, cells) in enumerate(arch.branches.items()):
-        top = 60 + 130 * row
-        pen.text((12, top), f"branch 1/{rate}", common.INK, font)
-        for i, cell in enumerate(cells):
-            shared = all(cells[:i + 1] == other[:i + 1] for other in rows)
-            x, y = 90 + 56 * i, top + 36 * RATES.index(cell.rate)
-            pen.rectangle((x, y, x + 48, y + 24), colours[cell.op],
-                          common.INK if shared and len(rows) > 1 else None, 2)
-            text = f"{cell.chi} /2" if cell.down else str(cell.chi)
-            pen.text((x + 24, y + 12), text, common.INK, font, "mm")
-    for i, (op, colour) in enumerate(colours.items()):
-        pen.text((12 + 76 * i, image.height - 20), op, colour, font)
-    common.save_png(image, path)
-
-
-def draw_search(cfg):
-    """From the log: what moved when, and Figure 4 (OURS: on held-out pictures; the paper: val)."""
-    records, out = common.read_log(cfg.out, "search"), Path(cfg.out)
-    shares = [r["student"]["shares"] for r in records]
-    common.draw_heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
-                         list(shares[0]), [r["epoch"] + 1 for r in records],
-                         [[share[name] for share in shares] for name in shares[0]])
-    path = {"pretraining": [], "searching": []}
-    for r in records:
-        path["searching" if r["searching"] else "pretraining"].append(
-            (r["ms"], 100 * r["supernet_miou"]))
-    common.draw_lines(out / "search_trajectory.png", "Supernet, held-out pictures (as Figure 4)",
-                      "expected latency (ms)", "mIoU (%)", path, dots=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1505,7 +1450,7 @@ def restore(cfg, path, classes):
 
 
 def train(cfg):
-    """--train: the chosen network; its teacher first, unless that one is there already."""
+    """Train --network from scratch; its teacher first, unless that one is there already."""
     teacher = None
     if cfg.distill or cfg.network == "teacher":
         teacher = train_network(replace(cfg, network="teacher", distill=True))
@@ -1515,15 +1460,96 @@ def train(cfg):
 
 
 # ---------------------------------------------------------------------------------------------
-# 9. Evaluate, bench, export
+# 9. The stages --search, --eval, --bench; export, pictures
 #
 # Three mIoUs that must not be confused: supernet_miou, of all operators at once; derived_miou, of
 # the derived network with the supernet's weights, usually low; retrained mIoU, which counts.
 # ---------------------------------------------------------------------------------------------
 
 
+def search(cfg):
+    """Pretrain the supernet, search, derive; writes arch.json, with nothing measured in it.
+
+    arch.json holds six networks: teacher and student as derived, the teacher at the smallest width
+    (pruned_teacher, Table 3), and three random ones near the student's latency. --train --network
+    takes any of them.
+    """
+    num_classes, loaders = search_loaders(cfg)
+    print(f"search space (4.2): {count_paths(cfg.layers, cfg.branches)} paths, "
+          f"times {count_combinations(cfg.layers, cfg.widths):.1e} cells and widths")
+    table = LatencyTable(cfg, measured_table(cfg, num_classes), num_classes)
+    net = place(Supernet(cfg, num_classes), cfg).train()
+    teacher, student = (ArchParameters(cfg).to(cfg.device) for _ in range(2))
+    steps = min(len(loaders[0]), len(loaders[1]), cfg.search_steps or len(loaders[0]))
+    run = start_run(cfg, net, teacher, student, steps)
+    run_search(run, net, teacher, student, table, loaders)
+    archs, rows = select(cfg, net, teacher, student, table, loaders[2])
+    archs["pruned_teacher"] = pruned(archs["teacher"], min(cfg.widths), cfg.stem_chi)
+    archs |= controls(cfg, archs["student"], table)
+    out = Path(cfg.out)
+    common.write_json(out / "arch.json", {name: arch.to_json() for name, arch in archs.items()})
+    for name in ("random", "random1", "random2"):
+        rows[name] = {"table_ms": table.network_ms(archs[name])}
+    log_record(out, stage="selection", **rows)
+    for name, row in rows.items():
+        print(f"{name:20s} " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+    for rate, cells in archs["student"].branches.items():       # Table 7
+        print(f"student, branch 1/{rate}", *cells, sep="\n  ")
+    print_decidedness(student)
+    for name in ("student", "teacher"):
+        draw_architecture(out / f"arch_{name}.png", archs[name], f"FasterSeg {name}")
+    draw_search(cfg)
+    print(f"\nin {out}: arch.json, log.jsonl, last.pt, arch_*.png, search_*.png\n"
+          + common.next_command(cfg, "fastersg", "--train --eval"))
+    common.barrier()                            # the other ranks may read arch.json now
+
+
+def print_decidedness(arch):
+    """How sure the argmax of derive is, and a warning where it is little more than a guess."""
+    for kind, (largest, margin) in decidedness(arch).items():
+        print(f"{kind:9s} mean largest probability {largest:.2f}, mean margin {margin:.2f}")
+        if margin < 0.05:
+            print(f"  warning: UNDECIDED, another seed may choose another {kind}; compare two "
+                  "searches before you train")
+
+def draw_architecture(path, arch, title):
+    """Figure 6: a branch is a row of boxes, lower where its resolution is. A box is a cell: its
+    colour the operator, its number chi; framed in black are the cells that branches share."""
+    rows, colours = list(arch.branches.values()), dict(zip(OPERATORS, common.COLOURS))
+    image, pen, font = common.draw_canvas(title, 56 * max(6, *map(len, rows)) + 90,
+                                          130 * len(rows) + 70)
+    for row, (rate, cells) in enumerate(arch.branches.items()):
+        top = 60 + 130 * row
+        pen.text((12, top), f"branch 1/{rate}", common.INK, font)
+        for i, cell in enumerate(cells):
+            shared = all(cells[:i + 1] == other[:i + 1] for other in rows)
+            x, y = 90 + 56 * i, top + 36 * RATES.index(cell.rate)
+            pen.rectangle((x, y, x + 48, y + 24), colours[cell.op],
+                          common.INK if shared and len(rows) > 1 else None, 2)
+            text = f"{cell.chi} /2" if cell.down else str(cell.chi)
+            pen.text((x + 24, y + 12), text, common.INK, font, "mm")
+    for i, (op, colour) in enumerate(colours.items()):
+        pen.text((12 + 76 * i, image.height - 20), op, colour, font)
+    common.save_png(image, path)
+
+
+def draw_search(cfg):
+    """From the log: what moved when, and Figure 4 (OURS: on held-out pictures; the paper: val)."""
+    records, out = common.read_log(cfg.out, "search"), Path(cfg.out)
+    shares = [r["student"]["shares"] for r in records]
+    common.draw_heat_map(out / "search_shares.png", "mean probabilities of the student by epoch",
+                         list(shares[0]), [r["epoch"] + 1 for r in records],
+                         [[share[name] for share in shares] for name in shares[0]])
+    path = {"pretraining": [], "searching": []}
+    for r in records:
+        path["searching" if r["searching"] else "pretraining"].append(
+            (r["ms"], 100 * r["supernet_miou"]))
+    common.draw_lines(out / "search_trajectory.png", "Supernet, held-out pictures (as Figure 4)",
+                      "expected latency (ms)", "mIoU (%)", path, dots=True)
+
+
 def evaluate_network(cfg):
-    """--eval: mIoU at the label's own resolution, one scale, no flip (4.4), and pictures."""
+    """mIoU at the label's own resolution, one scale, no flip (4.4), and pictures."""
     images, loader = open_loader(cfg, cfg.split)
     folder, classes = folder_of(cfg), images.num_classes
     net = restore(cfg, cfg.weights or folder / "best.pt", classes)
@@ -1533,56 +1559,47 @@ def evaluate_network(cfg):
     common.draw_segmentations(net, images, cfg, folder)
 
 
-def networks_to_bench(cfg):
-    """{name: architecture}, number of classes: what was found, if there is something, and the
-    published ones."""
-    names, path = dict.fromkeys(("student", "teacher", cfg.network)), arch_path(cfg)
-    archs = {f"published {which}": PUBLISHED[which] for which in names if which in PUBLISHED}
-    if path == "paper" or not cfg.arch and not Path(path).exists():
-        return archs, 19
-    classes = common.read_json(path, "arch.json").get("classes")
-    if not isinstance(classes, int) or not 2 <= classes <= 254:
-        raise InputError(f"{path} does not say for how many classes it was found")
-    for which in names:
-        archs[f"found {which}"] = load_architecture(path, which)
-    return archs, classes
-
-
 def bench(cfg):
-    """--bench: parameters, conv MACs and measured latency (BN folded); writes bench.json."""
-    archs, classes = networks_to_bench(cfg)
-    ms = measured_table(cfg, 19) if cfg.correlation else {}
+    """Parameters, conv MACs and measured latency (BN folded); writes bench.json.
+
+    The published networks and, if there is an arch.json, those found; 19 classes, as in Table 3.
+    """
+    names, path = dict.fromkeys(("student", "teacher", cfg.network)), arch_path(cfg)
+    archs = {f"published {name}": PUBLISHED[name] for name in names if name in PUBLISHED}
+    if path != "paper" and (cfg.arch or Path(path).exists()):
+        archs |= {f"found {name}": load_architecture(path, name) for name in names}
+    piece_ms = measured_table(cfg, 19) if cfg.correlation else {}
     if rank() > 0:                      # only here: a table is measured by rank 0 for all of them
         return
-    about, rows = latency.compare({name: FasterSeg(arch, classes).eval()
-                                   for name, arch in archs.items()}, cfg.frame, cfg)
-    full = FasterSeg(PAPER_STUDENT, 19)
-    macs, params = count_macs(full, (1024, 2048)), count_params(full)
-    print("published student at 1024x2048, 19 classes, ours | paper (Table 3):\n"
+    nets = {name: FasterSeg(arch, 19).eval() for name, arch in archs.items()}
+    about, rows = latency.compare(nets, cfg.frame, cfg)
+    student = FasterSeg(PAPER_STUDENT, 19)
+    macs, params = count_macs(student, (1024, 2048)), count_params(student)
+    print("19 classes; published student at 1024x2048, ours | paper (Table 3):\n"
           f"  parameters {params:,} | 4.4 M with the auxiliary heads\n"
           f"  conv MACs {macs / 1e9:.6f} G | 28.2 G with BN and ReLU\n"
           "  latency: another device and backend, not comparable | 163.9 FPS (1080Ti, TensorRT)")
     if cfg.correlation:
-        rows["correlation"] = correlate(cfg, ms)
+        rows["correlation"] = correlate(cfg, LatencyTable(cfg, piece_ms, 19))
     latency.write_bench(cfg, about, rows)
 
 
-def correlate(cfg, ms, classes=19):
+def correlate(cfg, table):
     """App. E, Figure 3: what the table says of random networks, against their measured latency.
 
     Layers, widths and frame are the settings'. latency_correlation.png; returns the numbers.
     """
-    generator = random.Random(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed)
     archs = [random_architecture(cfg, generator) for _ in range(cfg.correlation)]
-    estimates = [table_latency(arch, ms, classes) for arch in archs]
-    calls = {i: latency.prepare(FasterSeg(arch, classes), [(1, 3, *cfg.frame)], cfg.device)
+    estimates = [table.network_ms(arch) for arch in archs]
+    calls = {i: latency.prepare(FasterSeg(arch, 19), [(1, 3, *cfg.frame)], cfg.device)
              for i, arch in enumerate(archs)}
     measured = [t["median"] for t in latency.measure(calls, cfg.device).values()]
     r = statistics.correlation(estimates, measured)
     print(f"{len(archs)} random networks, {min(measured):.1f} to {max(measured):.1f} ms: Pearson "
           f"r = {r:.4f} (paper, Figure 3: 0.993)")
     common.draw_lines(Path(cfg.out) / "latency_correlation.png",
-                      f"Table against measurement, r = {r:.4f}", "sum of entries (ms)",
+                      f"Table against measurement, r = {r:.4f}", "sum of pieces (ms)",
                       "measured (ms)", {"random network": list(zip(estimates, measured))},
                       dots=True)
     return {"pearson_r": r, "table_ms": estimates, "measured_ms": measured}
@@ -1599,10 +1616,7 @@ def export_network(cfg):
 # 10. main
 # ---------------------------------------------------------------------------------------------
 
-STAGES = {"search": "pretrain the supernet, search, derive; writes arch.json",
-          "train": "train --network from scratch (and its teacher)",
-          "eval": "mIoU and pictures of a trained network",
-          "bench": "parameters, MACs and measured latency"}
+STAGES = {"search": search, "train": train, "eval": evaluate_network, "bench": bench}
 
 
 def check(cfg, stages):
@@ -1611,17 +1625,11 @@ def check(cfg, stages):
     if len(set(cfg.widths)) < len(cfg.widths) or cfg.stem_chi not in cfg.widths:
         raise InputError(f"--widths {cfg.widths} must differ, and contain --stem-chi "
                          f"{cfg.stem_chi}: a skip hands on the stem's width")
-    if "search" in stages and not cfg.pretrain_epochs + cfg.search_epochs:
-        raise InputError("--pretrain-epochs and --search-epochs are both 0: no epoch to search in")
     if cfg.correlation and ("bench" not in stages or cfg.correlation < 3):
         raise InputError("--correlation needs --bench and 3 networks or more")
-    if "search" in stages and cfg.arch:
-        raise InputError("--search writes an arch.json of its own; leave out --arch")
     if "search" in stages and "train" not in stages and ("eval" in stages or cfg.export):
         raise InputError("--search makes void what was trained before; --eval and --export need "
                          "--train with it")
-    if cfg.weights and stages & {"search", "train"}:
-        raise InputError("--eval after --train takes what was trained; leave out --weights")
     if cfg.compile and "search" in stages:
         raise InputError("--compile is for --train, --eval and --bench: the slices of the supernet "
                          "write their gradients themselves, which torch.compile cannot follow; run "
@@ -1642,11 +1650,7 @@ def main(argv=None):
     stages, cfg = common.parse_args(Config, "fastersg", STAGES, QUICK, __doc__, argv)
     common.setup(cfg)
     check(cfg, stages)
-    common.write_config(cfg, stages)
-    for stage, run in (("search", search), ("train", train), ("eval", evaluate_network),
-                       ("bench", bench)):
-        if stage in stages:
-            run(cfg)
+    common.run_stages(STAGES, stages, cfg)
     if cfg.export:
         export_network(cfg)
 

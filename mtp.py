@@ -38,7 +38,7 @@ import copy
 import itertools
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,9 +50,9 @@ import common
 import data
 import latency
 from common import (BaseConfig, InputError, Run, autocast, average_buffers, barrier, count_macs,
-                    count_params, enlarged, evaluate, load_checkpoint, load_weights, log_record,
-                    narrowed, open_loader, open_split, opt, place, poly, rank, sum_over_ranks,
-                    world_size)
+                    count_params, cross_entropy, enlarged, evaluate, load_checkpoint, load_weights,
+                    log_record, narrowed, open_loader, open_split, opt, place, rank,
+                    sum_over_ranks, world_size)
 
 # data.py lets torchvision load beside a torch built without CUDA, so it is taken from there.
 ASPP = data.torchvision.models.segmentation.deeplabv3.ASPP
@@ -154,7 +154,7 @@ class Config(BaseConfig):
 #     decoder    0.81, 0.81, 0.82: both train it by the same loss
 QUICK = dict(network="deeplabv3_resnet18", backbone="none", cls_size=(32, 32), cls_batch=64,
              size=(64, 96), scales=(0.75, 1.5), batch_size=8, dense_cls_epochs=6,
-             dense_cls_lr=0.1, dense_epochs=2, dense_lr=0.05, gamma_rate=250.0, rounds=6,
+             dense_epochs=2, dense_lr=0.05, gamma_rate=250.0, rounds=6,
              inner_steps=16, tolerance=0.0, search_cls_lr=0.01, search_lr=0.01, rho=2.0,
              percentile=75.0, recalibrate=10, cls_epochs=2, cls_lr=0.01, epochs=4,
              lr=0.02, frame=(128, 256))
@@ -594,8 +594,8 @@ def l_seg(forward, images, labels):
     heads, where the network has them, are part of it (OURS: 0.4, PSPNet's weight)."""
     outputs = forward(images)
     main, *extra = outputs if isinstance(outputs, list) else [outputs]
-    loss = common.cross_entropy(main, labels)
-    return loss + 0.4 * sum(common.cross_entropy(y, labels) for y in extra)
+    loss = cross_entropy(main, labels)
+    return loss + 0.4 * sum(cross_entropy(y, labels) for y in extra)
 
 
 class Task(NamedTuple):
@@ -614,9 +614,10 @@ def open_cls(cfg, split):
 def open_cls_loader(cfg, split, train=False):
     """(set, loader) of the classification set; the same pictures in batches to evaluate."""
     images = open_cls(cfg, split)
-    return images, data.make_loader(
-        images, None, data.classification_transform(cfg.cls_size, train),
-        max(1, cfg.cls_batch // world_size()), train, cfg.workers, cfg.seed, rank(), world_size())
+    transform = data.classification_transform(cfg.cls_size, train)
+    batch = cfg.cls_batch // world_size()
+    return images, data.make_loader(images, None, transform, batch, train, cfg.workers, cfg.seed,
+                                    rank(), world_size())
 
 
 def tasks_of(cls, seg, cfg):
@@ -627,13 +628,17 @@ def tasks_of(cls, seg, cfg):
 
     def top1(net):
         return accuracy(net, val1, cfg)
-    return Task(cls, l_cls, batches1, top1), Task(seg, l_seg, batches2, common.scorer(cfg))
+
+    task1 = Task(cls, l_cls, batches1, top1)
+    task2 = Task(seg, l_seg, batches2, common.scorer(cfg))
+    return task1, task2
 
 
 @torch.no_grad()
 def accuracy(net, loader, cfg):
     """Share of a classification split that the network gets right (top-1), over all ranks."""
-    training, counts = net.training, torch.zeros(2, dtype=torch.float64, device=cfg.device)
+    counts = torch.zeros(2, dtype=torch.float64, device=cfg.device)
+    training = net.training
     average_buffers(net)
     net.eval()
     for images, labels in loader:
@@ -695,7 +700,8 @@ def sparse_sgd(net, gamma, lr, cfg):
     rest = [p for p in net.parameters() if id(p) not in special]
     sgd = torch.optim.SGD([{"params": rest, "weight_decay": cfg.weight_decay},
                            {"params": gamma, "lr": cfg.gamma_rate * lr}], lr, cfg.momentum)
-    return sgd, poly(sgd, cfg.rounds * cfg.inner_steps, 1.0)
+    steps = cfg.rounds * cfg.inner_steps
+    return sgd, torch.optim.lr_scheduler.PolynomialLR(sgd, steps, 1.0)
 
 
 @torch.no_grad()
@@ -1095,10 +1101,14 @@ def train(stage, task, name, epochs, lr, power, cfg, folder, **about):
     not from the one of the paper's time.)
     """
     sgd = torch.optim.SGD(task.net.parameters(), lr, cfg.momentum, weight_decay=cfg.weight_decay)
-    schedule = poly(sgd, epochs * len(task.batches), power)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(sgd, epochs * len(task.batches), power)
     run = Run(f"{stage} {name}", stage, cfg, folder / name, epochs, about=about,
               shared=stage == "dense", model=task.net, optimizer=sgd, schedule=schedule)
-    best = common.fit(run, lambda *batch: {"loss": task.loss(*batch)}, task.batches, task.score)
+
+    def loss_terms(*batch):
+        return {"loss": task.loss(*batch)}
+
+    best = common.fit(run, loss_terms, task.batches, task.score)
     print(f"{stage} {name}: best on val {100 * best:.2f}")          # top-1 (Table 7), or mIoU
 
 
@@ -1147,7 +1157,7 @@ def dense_networks(cfg, classes, cls_classes):
 
 
 def fine_tune(cfg):
-    """--train, line 11: the pruned network on classification, then on segmentation."""
+    """Fine-tune the pruned network on classification, then on segmentation (line 11)."""
     folder, path = folder_of(cfg), folder_of(cfg) / "pruned.pt"
     arch = read_arch(arch_path(cfg), classes=open_split(cfg, "train").num_classes,
                      cls_classes=open_cls(cfg, "train").num_classes)
@@ -1182,7 +1192,7 @@ def cut_settings(cfg):
 
 
 def variant(cfg):
-    return cfg.method + (f"_order{cfg.batch_order}" if cfg.batch_order else "")
+    return f"{cfg.method}_order{cfg.batch_order}" if cfg.batch_order else cfg.method
 
 
 def folder_of(cfg):
@@ -1199,9 +1209,11 @@ def arch_path(cfg):
 
 
 def search(cfg):
-    """--search: dense networks, sparse training, the cut; writes arch.json and pruned.pt."""
-    classes, cls_classes = open_split(cfg, "train").num_classes, open_cls(cfg, "train").num_classes
-    groups, folder = groups_of(on_meta(Segmenter, cfg.network, classes)), folder_of(cfg)
+    """Dense networks, Algorithm 1 (or --method), the cut; writes arch.json, pruned.pt."""
+    classes = open_split(cfg, "train").num_classes
+    cls_classes = open_cls(cfg, "train").num_classes
+    groups = groups_of(on_meta(Segmenter, cfg.network, classes))
+    folder = folder_of(cfg)
     # A percentile that cannot be is refused here, before hours of training.
     kept_channels({g.name: torch.ones(g.width) for g in groups}, groups, cfg)
     done = folder / "pruned.pt"
@@ -1241,8 +1253,9 @@ def store_cut(folder, arch, small, kept, cfg):
 
 def sparse_stage(tasks, groups, cfg):
     """Lines 1 to 7 by --method, with both tasks or one; reports before and after."""
-    task1, task2 = (task._replace(batches=RoundOf(task.batches, cfg.inner_steps, cfg.batch_order))
-                    for task in tasks)
+    task1, task2 = (
+        task._replace(batches=RoundOf(task.batches, cfg.inner_steps, cfg.batch_order))
+        for task in tasks)
     inner, outer = part_of(groups, "backbone"), part_of(groups, "decoder")
     dense = scores_of(task2.net, task2.net, groups)
     if cfg.method != "slimming":
@@ -1286,7 +1299,8 @@ def report_gammas(dense, sparse):
     print(f"{'layer':30s} zeros   mean  std/mean, dense -> sparse")
     for name, gamma in sparse.items():
         zeros = (gamma == 0).double().mean()
-        before, after = (s.std() / s.mean().clamp_min(1e-12) for s in (dense[name], gamma))
+        before = dense[name].std() / dense[name].mean().clamp_min(1e-12)
+        after = gamma.std() / gamma.mean().clamp_min(1e-12)
         print(f"{name:30s} {zeros:5.2f} {gamma.mean():6.3f}  {before:.3f} -> {after:.3f}")
 
 
@@ -1327,7 +1341,7 @@ def restore(cfg, images):
 
 
 def evaluate_network(cfg):
-    """--eval: mIoU at the label's own resolution."""
+    """mIoU of a trained network at the label's own resolution, and pictures."""
     images, loader = open_loader(cfg, cfg.split)
     folder, net = folder_of(cfg), restore(cfg, images)
     forward = torch.compile(net) if cfg.compile else net
@@ -1344,8 +1358,10 @@ def uniform_widths(net, percentile):
 
 
 def bench(cfg):
-    """--bench: parameters, conv MACs, latency of the dense network and of every pruned one in this
-    --out (or of --arch), measured in turn; mIoU of those that --eval has seen."""
+    """Parameters, conv MACs and measured latency, dense beside pruned.
+
+    Of every pruned network in this --out, or of --arch; mIoU of those that --eval has seen.
+    """
     if rank() > 0:
         return
     paths = sorted(Path(cfg.out).glob("*/arch.json"))
@@ -1402,7 +1418,7 @@ def compare_with_paper():
     print("sizes, ours | paper (Tables 2 and 3)")
     for network, classes, frame, share, decoder, m, g in PAPER_SIZES:
         params, macs = sizes(network, classes, frame, share, decoder)
-        what = f"{share}x" + ("" if decoder else ", backbone only")
+        what = f"{share}x" if decoder else f"{share}x, backbone only"
         print(f"  {network:20s} {'x'.join(map(str, frame)):9s} {what:19s} {params:11,d} "
               f"{macs / 1e9:10.6f} G | {m} M {g} G")
 
@@ -1411,17 +1427,12 @@ def compare_with_paper():
 # ---------------------------------------------------------------------------------------------
 
 
-STAGES = {"search": "dense training, Algorithm 1 (or --method), cut; writes arch.json, pruned.pt",
-          "train": "fine-tune the pruned network: classification, then segmentation",
-          "eval": "mIoU and pictures of a trained network",
-          "bench": "parameters, MACs and measured latency, dense beside pruned"}
+STAGES = {"search": search, "train": fine_tune, "eval": evaluate_network, "bench": bench}
 
 
 def main(argv=None):
     stages, cfg = common.parse_args(Config, "mtp", STAGES, QUICK, __doc__, argv)
     common.setup(cfg)
-    if cfg.arch and "search" in stages:
-        raise InputError("--search writes an arch.json of its own; leave out --arch")
     if cfg.method in ("uniform", "thinet") and pool_of(cfg) != "layer":
         raise InputError(f"--method {cfg.method} chooses within each layer; leave out --pool")
     if "eval" in stages:
@@ -1429,11 +1440,7 @@ def main(argv=None):
     if stages & {"search", "train"}:                        # BN sees one value a picture
         common.check_batch("cls-batch", cfg.cls_batch, len(open_cls(cfg, "train")))
         common.check_batch("batch-size", cfg.batch_size, len(open_split(cfg, "train")))
-    common.write_config(cfg, stages)
-    for stage, run in (("search", search), ("train", fine_tune), ("eval", evaluate_network),
-                       ("bench", bench)):
-        if stage in stages:
-            run(cfg)
+    common.run_stages(STAGES, stages, cfg)
     if cfg.export:
         net = restore(cfg, open_split(cfg, cfg.split))
         common.export(net, cfg.frame, cfg.export)

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 import common
 import data
 import latency
-from common import BaseConfig, InputError, evaluate, opt, place, rank
+from common import BaseConfig, InputError, autocast, evaluate, open_split, opt, place, rank
 from data import IGNORE, torchvision
 
 # ---------------------------------------------------------------------------------------------
@@ -52,8 +52,13 @@ from data import IGNORE, torchvision
 
 # --loss: what is added to the task loss. ours is Eq. (2), binary and sparse are its halves and task
 # is neither (Table 1); l1 and maskconnect are what Figure 4 compares with.
-TERMS = {"ours": ("binary", "sparse"), "binary": ("binary",), "sparse": ("sparse",), "task": (),
-         "l1": ("l1",), "maskconnect": ()}
+TERMS = {
+    "ours": ("binary", "sparse"),
+    "binary": ("binary",),
+    "sparse": ("sparse",),
+    "task": (),
+    "l1": ("l1",),
+    "maskconnect": ()}
 NETWORKS = ("found", "released", "unet", "sparseacn", "fdn", "random", "random_rule", "random_like",
             "fcn", "deeplabv3")
 
@@ -96,7 +101,6 @@ class Config(BaseConfig):
     lr_encoder: float = opt(0.005, "SGD, encoder (PAPER 4.1)", "search")
     lr_decoder: float = opt(0.05, "SGD, decoder (PAPER 4.1)", "search")
     lr_w: float = opt(0.0, "SGD, w; 0 = the decoder's (OFFICIAL-CODE)", "search")
-    momentum: float = opt(0.9, "of SGD (PAPER 4.1)", "search", high=0.999)
     weight_decay: float = opt(4e-5, "of SGD (PAPER 4.1), on w too (OFFICIAL-CODE)", "search")
     network: str = opt("found", "what --train, --eval and --export work on: found is --arch; "
                        "random_like is random, of about the size of --arch", "train", NETWORKS)
@@ -134,7 +138,8 @@ QUICK = dict(size=(65, 129), batch_size=8, epochs=8, search_epochs=4, weights_en
 # of one width, the last convolution.
 RESNET = ((2, 4, 8, 16, 32), (64, 256, 512, 1024, 2048))
 ENCODERS = {
-    "mobilenet_v2": ((2, 2, 4, 8, 16, 16, 32, 32, 32), (32, 16, 24, 32, 64, 96, 160, 320, 1280)),
+    "mobilenet_v2": ((2, 2, 4, 8, 16, 16, 32, 32, 32),
+                     (32, 16, 24, 32, 64, 96, 160, 320, 1280)),
     "vgg16": ((2, 4, 8, 16, 32), (64, 128, 256, 512, 512)),
     "resnet50": RESNET,
     "resnet101": RESNET}
@@ -235,7 +240,8 @@ def in_order(connectivity, L):
 def check_connectivity(value, L, where):
     """A connectivity read from outside, in the order used here; InputError says what is wrong."""
     known = fully_dense(L)
-    if not isinstance(value, dict) or not all(isinstance(v, (list, tuple)) for v in value.values()):
+    rows = value.values() if isinstance(value, dict) else [None]
+    if not all(isinstance(inputs, (list, tuple)) for inputs in rows):
         raise InputError(f"{where} is not a connectivity: stages with lists of their inputs, such "
                          'as {"D1": ["E1", "G"]}, are expected')
     for stage, inputs in value.items():
@@ -298,7 +304,7 @@ def feature_channels(channels):
     return {f"E{l}": c for l, c in enumerate(channels, 1)} | {"G": channels[-1]}
 
 
-def link_params(connectivity, encoder, width=64):
+def link_params(connectivity, encoder, width):
     """Weights of the connections' 1x1 convolutions. They are nearly all of a decoder: the 1,280
     channels of E_9 and G make a connection from there cost as much as 20 between stages."""
     channels = feature_channels(ENCODERS[encoder][1])
@@ -323,7 +329,7 @@ def random_connectivity(L, generator, rule=False, share=0.5):
             return kept
 
 
-def random_like(connectivity, encoder, generator, width=64):
+def random_like(connectivity, encoder, generator, width):
     """OURS: a random connectivity within a tenth of the size of this one.
 
     The fair control: a random half of all connections is larger than what a search finds.
@@ -371,16 +377,15 @@ def f_up(x, size):
     if x.shape[-2:] == size:                                # interpolate would copy it
         return x
     if x.device.type == "cpu" and torch.is_grad_enabled() and size[0] >= 4 * x.shape[-2]:
-        A, B = (ramp(n, m).to(x) for n, m in zip(x.shape[-2:], size))       # (H, h), (W, w)
+        A, B = (ramp(n, m, x) for n, m in zip(x.shape[-2:], size))          # (H, h), (W, w)
         with torch.autocast("cpu", enabled=False):
             return A @ (x @ B.T)
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
-def ramp(n, m):
-    """(m, n): row i weighs n equidistant samples at the i-th of m places, corners on corners."""
-    at = torch.linspace(0, n - 1, m, dtype=torch.float64)[:, None]
-    return (1 - (at - torch.arange(n)).abs()).clamp(min=0)
+def ramp(n, m, x):
+    """(m, n), as x: row i weighs n equidistant samples at the i-th of m places, ends on ends."""
+    return F.interpolate(torch.eye(n).to(x)[None], m, mode="linear", align_corners=True)[0].T
 
 
 class Encoder(nn.Module):
@@ -754,7 +759,7 @@ def search_connectivity(net, loader, run, cfg, score):
             w_l.requires_grad_(epoch >= cfg.warmup)
 
         for images, labels in run.batches(loader):                          # Figure 1b
-            with common.autocast(cfg):
+            with autocast(cfg):
                 logits = forward(images)                # (B, K, H, W)
 
             # Eq. (2): L_s(w_l, alpha_l) = mu(L_m(w_l, w_l)) + L_m(alpha_l, mu(w_l)). The first half
@@ -860,7 +865,7 @@ def inherit(net, connectivity):
 
 
 def search(cfg):
-    """--search: writes arch.json, derived.pt and pictures."""
+    """Train the Fully Dense Network, prune it; writes arch.json and derived.pt."""
     images, loader = open_data(cfg, "train", train=True)
     encoder = Encoder(cfg.encoder, cfg.weights_encoder)
     k = cfg.k if cfg.loss == "maskconnect" else 0
@@ -907,7 +912,8 @@ def report_search(cfg, w, connectivity, derived, miou):
     retrained, of the pruned network trained anew, the one that the paper reports.
     """
     told = decisions(w, cfg)
-    links, total = (sum(map(len, rows.values())) for rows in (connectivity, w))
+    links = sum(map(len, connectivity.values()))
+    total = sum(map(len, w.values()))
     common.log_record(cfg.out, stage="found", links=links, **told, **miou)
     print("\n".join(f"  {stage} <- {', '.join(inputs)}" for stage, inputs in connectivity.items()))
     print(f"{links} of {total} connections, {len(connectivity)} of {len(w)} decoder stages, "
@@ -975,7 +981,7 @@ def draw_connectivity(path, connectivity, encoder, title):
 def open_data(cfg, split, train=False):
     """(set, loader) of a split for cfg.task: to train augmented and in batches, else one by one."""
     transform = data.edge_transform(cfg.size) if train and cfg.task == "edges" else None
-    images = common.open_split(cfg, split, cfg.task)
+    images = open_split(cfg, split, cfg.task)
     return common.open_loader(cfg, split, train, images, transform)
 
 
@@ -998,8 +1004,8 @@ def poly_sgd(net, cfg, steps):
         if parameter.requires_grad:
             lr = rates.get(name.split(".")[0], cfg.lr_decoder)
             groups.append({"params": [parameter], "lr": lr})
-    sgd = torch.optim.SGD(groups, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-    return sgd, common.poly(sgd, steps, 0.9)            # the power: OFFICIAL-CODE
+    sgd = torch.optim.SGD(groups, momentum=0.9, weight_decay=cfg.weight_decay)      # PAPER 4.1
+    return sgd, torch.optim.lr_scheduler.PolynomialLR(sgd, steps, 0.9)  # power: OFFICIAL-CODE
 
 
 def decoder_of(cfg):
@@ -1040,7 +1046,7 @@ def checkpoint_of(cfg):
 
 
 def train(cfg):
-    """--train: the network under L_task alone, by the protocol of the search (3.3, 4.1).
+    """Train --network from the pre-trained encoder, under L_task alone (3.3, 4.1).
 
     One function for what was found, transferred (5.1), named or random, and for baselines, so that
     all are trained alike. Section 5.1 trains in steps, each from the last one's weights: --init.
@@ -1062,7 +1068,6 @@ def train(cfg):
         return {"task": task_loss(forward(images), labels, cfg.task)}
 
     best = common.fit(run, loss_terms, loader, common.scorer(cfg, cfg.task, Padded))
-    cfg.flags = cfg.flags.replace(f"--init {cfg.init}", "")     # it is for --train alone
     print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
           f"val {100 * best:.2f}, in {folder_of(cfg)}\n"
           + common.next_command(cfg, "sparsemask", "--eval --bench"))
@@ -1115,7 +1120,7 @@ def restore(cfg, classes):
 
 
 def evaluate_network(cfg):
-    """--eval: mIoU, or the scores of Tables 5 and 6, and pictures."""
+    """mIoU of a trained network, or the scores of Tables 5 and 6, and pictures."""
     images, loader = open_data(cfg, cfg.split)
     net, folder = restore(cfg, images.num_classes), folder_of(cfg)
     forward = torch.compile(net) if cfg.compile else net
@@ -1137,7 +1142,7 @@ def map_scores(cfg, net, images, loader):
     scores = SaliencyScores() if cfg.task == "saliency" else data.EdgeScores(cfg.thresholds)
     pictures = [i for _, i in loader.sampler]           # (epoch, picture) of this rank, in order
     for i, (pixels, labels) in zip(pictures, loader):
-        with common.autocast(cfg):
+        with autocast(cfg):
             p = common.probabilities(net, pixels.to(cfg.device), labels.shape[-2:], cfg.eval_scales,
                                      cfg.flip)                              # (1, 2, H, W)
         likely = p[0, 1].double().cpu().numpy()                             # (H, W) in [0, 1]
@@ -1152,12 +1157,17 @@ def map_scores(cfg, net, images, loader):
 
 # Table 1: decoder parameters in M, FPS at 512x512 on a Titan Xp, mIoU on VOC val. (Its two ablation
 # rows, 1.92 M for the sparse half alone and 0.89 M for the binary one, are found, not published.)
-PAPER = {"fcn": (0.03, 156, 63.80), "deeplabv3": (0.67, 50, 72.51), "unet": (0.16, 97, 64.72),
-         "sparseacn": (0.72, 74, 72.23), "fdn": (1.93, 37, 72.72), "released": (0.56, 98, 73.18)}
+PAPER = {
+    "fcn": (0.03, 156, 63.80),
+    "deeplabv3": (0.67, 50, 72.51),
+    "unet": (0.16, 97, 64.72),
+    "sparseacn": (0.72, 74, 72.23),
+    "fdn": (1.93, 37, 72.72),
+    "released": (0.56, 98, 73.18)}
 
 
 def bench(cfg):
-    """--bench: parameters, conv MACs and latency (BN folded) beside Table 1; writes bench.json.
+    """Parameters, conv MACs and latency (BN folded) beside Table 1; writes bench.json.
 
     Always with 21 classes, as in Table 1, and at --frame, where --eval pads to 32 k + 1. Fewer
     parameters are not fewer MACs, which depend on the size of what a stage reads, and fewer MACs
@@ -1184,49 +1194,31 @@ def bench(cfg):
 # 10. main
 # ---------------------------------------------------------------------------------------------
 
-STAGES = {"search": "train the Fully Dense Network, prune it; writes arch.json and derived.pt",
-          "train": "train --network from the pre-trained encoder",
-          "eval": "scores and pictures of a trained network",
-          "bench": "parameters, MACs and measured latency beside Table 1"}
+STAGES = {"search": search, "train": train, "eval": evaluate_network, "bench": bench}
 
 
 def check(cfg, stages):
-    """Refuse early what cannot work together."""
+    """Refuse early what cannot work together, data sets that are missing, batches that do not fit.
+    """
     if cfg.dataset not in data.set_names(cfg.task):
         raise InputError(f"--task {cfg.task} has no data set {cfg.dataset}; choose "
                          f"{', '.join(data.set_names(cfg.task))}")
     if cfg.task == "edges" and cfg.image_scale != 1:
         raise InputError("--image-scale does not go with --task edges: an edge map has no other "
                          "resolution than its picture")
-    if cfg.arch and ("search" in stages or cfg.network not in ("found", "random_like")):
-        raise InputError("--arch is for --network found and random_like, without --search, which "
-                         "writes an arch.json of its own; leave it out")
-    if cfg.weights and "train" in stages:
-        raise InputError("--eval after --train takes what was trained; leave out --weights")
-    if cfg.init and "train" not in stages:
-        raise InputError("--init is where --train starts; add --train, or leave it out")
+    if cfg.arch and cfg.network not in ("found", "random_like"):
+        raise InputError("--arch is for --network found and random_like; leave it out")
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
     trains = stages & {"search", "train"}
     if trains and cfg.encoder != "vgg16" and any(side % 32 != 1 for side in cfg.size):
         print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up "
               "to a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
-
-
-def check_files(cfg, stages):
-    """Refuse before hours of work what a later stage would find missing."""
     for stage, split in (("search", "train"), ("train", cfg.train_split), ("eval", cfg.split)):
         if stage in stages:
-            images = common.open_split(cfg, split, cfg.task)
+            images = open_split(cfg, split, cfg.task)
             if stage != "eval":                             # BN sees one value a picture at G
                 common.check_batch("batch-size", cfg.batch_size, len(images))
-    if cfg.init and "search" not in stages:
-        common.load_checkpoint(cfg.init)
-    searched = "search" in stages and cfg.network in ("found", "random_like")
-    if (stages & {"train", "eval"} or cfg.export) and not searched:
-        decoder_of(cfg)                                     # reads arch.json
-    if ("eval" in stages or cfg.export) and not stages & {"train", "search"}:
-        common.load_checkpoint(checkpoint_of(cfg))
 
 
 def main(argv=None):
@@ -1235,14 +1227,9 @@ def main(argv=None):
     cfg.train_split = cfg.train_split or ("trainval" if cfg.dataset == "bsds500" else "train")
     cfg.split = cfg.split or ("test" if cfg.dataset in ("msra_b", "bsds500") else "val")
     check(cfg, stages)
-    check_files(cfg, stages)
-    common.write_config(cfg, stages)
-    for stage, run in (("search", search), ("train", train), ("eval", evaluate_network),
-                       ("bench", bench)):
-        if stage in stages:
-            run(cfg)
+    common.run_stages(STAGES, stages, cfg)
     if cfg.export:
-        classes = common.open_split(cfg, cfg.split, cfg.task).num_classes
+        classes = open_split(cfg, cfg.split, cfg.task).num_classes
         common.export(restore(cfg, classes), cfg.frame, cfg.export)
 
 

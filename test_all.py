@@ -8,6 +8,7 @@ A GPU is left alone: its sums have no fixed order, and many tests compare two ru
 one, `CUDA_VISIBLE_DEVICES=0 python test_all.py cuda` runs what is for it.
 """
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -53,6 +54,7 @@ import sparsemask
 from data import torchvision
 
 HERE = Path(__file__).resolve().parent
+FORK = multiprocessing.get_context("fork")
 torch.set_num_threads(1)
 
 # ---------------------------------------------------------------------------------------------
@@ -93,21 +95,20 @@ def call_main(module, *flags):
 
 def on_two_ranks(job):
     """job(rank) in two processes, this one and a fork of it, joined by gloo."""
-    with tempfile.TemporaryDirectory() as tmp:
-        child, failed = os.fork(), True
+    def run(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp}/meet", world_size=2, rank=rank,
+                                timeout=timedelta(seconds=60))
         try:
-            dist.init_process_group("gloo", init_method=f"file://{tmp}/meet", world_size=2,
-                                    rank=int(child == 0), timeout=timedelta(seconds=60))
-            job(dist.get_rank())
+            job(rank)
             dist.barrier()
-            failed = False
         finally:
-            if child == 0:
-                if failed:
-                    traceback.print_exc()
-                os._exit(failed)
             dist.destroy_process_group()
-            assert os.waitpid(child, 0)[1] == 0, "rank 1 failed"
+    with scratch() as tmp:
+        other = FORK.Process(target=run, args=[1])
+        other.start()
+        run(0)
+        other.join()
+        assert other.exitcode == 0, "rank 1 failed"
 
 
 def shake_norms(net, seed=0):
@@ -115,24 +116,17 @@ def shake_norms(net, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            for t, low in ((m.running_mean, -1), (m.running_var, 0.5), (m.weight, 0.5),
-                           (m.bias, -1)):
-                t.data.copy_(low + 1.5 * torch.rand(t.shape, generator=generator))
+            for t in (m.running_mean, m.bias):
+                nn.init.uniform_(t, -1, 0.5, generator)
+            for t in (m.running_var, m.weight):
+                nn.init.uniform_(t, 0.5, 2, generator)
     return net
 
 
 def tensors_of(path):
     """All tensors of a checkpoint, flat."""
-    flat = {}
-
-    def visit(value, name):
-        if isinstance(value, torch.Tensor):
-            flat[name] = value
-        elif isinstance(value, (dict, list, tuple)):
-            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
-                visit(v, f"{name}.{k}")
-    visit(torch.load(path, weights_only=True), "")
-    return flat
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(torch.load(path, weights_only=True))
+    return {str(key): leaf for key, leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
 @contextlib.contextmanager
@@ -158,8 +152,8 @@ def three_classes(root, train=12, val=4, height=33, width=65):
     for split, n in (("train", train), ("val", val)):
         for i in range(n):
             cy, cx, bar = rng.integers(8, 24), rng.integers(8, 56), rng.integers(0, 56)
-            bars = np.where(abs(x - bar) < 3, 2, 0)
-            label = np.where((y - cy) ** 2 + (x - cx) ** 2 < 50, 1, bars)
+            label = np.where(abs(x - bar) < 3, 2, 0)
+            label[(y - cy) ** 2 + (x - cx) ** 2 < 50] = 1
             grey = np.array([120, 220, 30])[label] + rng.integers(-20, 20, (height, width))
             put(Path(root, split, "images", f"{i}.png"), grey)
             put(Path(root, split, "labels", f"{i}.png"), label)
@@ -180,110 +174,89 @@ def open_files(name, root=None, split="train", classes=None):
     return data.open_set(tasks.get(name, "segmentation"), name, root, split, classes)
 
 
-def own_folder(root):
-    """One pair of the user's own, three pixels -> paths of its image and its label."""
-    image, label = root / "train/images/a.png", root / "train/labels/a.png"
-    put(image, [[10, 20, 30]])
-    put(label, [[0, 2, 255]])
-    return image, label
-
-
 VOC, ADE = "VOCdevkit/VOC2012", "ADEChallengeData2016"
-# From the tables in the sets' papers and the notes they come with: set, split, image, label,
-# {value in the label file: class, or None where it means nothing}, classes, name of the last.
-TREES = (
-    ("camvid", "val", "val/a.png", "valannot/a.png",
-     {0: 0, 10: 10, 11: 255, 255: 255, 12: None}, 11, "bicyclist"),
-    ("cityscapes", "train", "leftImg8bit/train/ulm/a_leftImg8bit.png",
-     "gtFine/train/ulm/a_gtFine_labelIds.png",
-     {0: 255, 7: 0, 8: 1, 9: 255, 11: 2, 17: 5, 18: 255, 23: 10, 33: 18, 34: None},
-     19, "bicycle"),
-    ("voc", "val", f"{VOC}/JPEGImages/a.jpg", f"{VOC}/SegmentationClass/a.png",
-     {0: 0, 20: 20, 255: 255, 21: None}, 21, "tvmonitor"),
-    ("ade20k", "train", "images/training/a.jpg", "annotations/training/a.png",
-     {0: 255, 2: 1, 151: None}, 150, "class 149"),
-    ("ade20k", "val", f"{ADE}/images/validation/a.jpg", f"{ADE}/annotations/validation/a.png",
-     {0: 255, 1: 0, 150: 149}, 150, "thing 150"),
-    ("bdd100k", "train", "images/10k/train/a.jpg", "labels/sem_seg/masks/train/a.png",
-     {0: 0, 255: 255, 19: None}, 19, "bicycle"),
-    ("bdd100k", "val", "seg/images/val/a.jpg", "seg/labels/val/a_train_id.png",
-     {18: 18}, 19, "bicycle"),
-    ("folder", "test", "test/images/a.png", "test/labels/a.png",
-     {0: 0, 2: 2, 255: 255, 3: None}, 3, "class 2"),
-    ("msra_b", "val", "val/images/a.jpg", "val/masks/a.png",
-     {0: 0, 127: 0, 128: 1, 255: 1}, 2, "salient"),
-    ("bsds500", "val", "val/a.jpg", "val_edges/a_0.png", {0: 0, 1: 1, 255: 1}, 2, "edge"),
-)
+# From the tables in the sets' papers and the notes they come with: set, split, classes, name of
+# the last, index in the label file:class or ? where it means nothing; the image, its label. Index
+# k is drawn in grey 255 - k: two sets take what is seen, not the index.
+TREES = """
+    camvid       val    11   bicyclist  0:0,10:10,11:255,255:255,12:?
+        val/a.png  valannot/a.png
+    cityscapes   train  19   bicycle    0:255,7:0,8:1,9:255,11:2,17:5,18:255,23:10,33:18,34:?
+        leftImg8bit/train/ulm/a_leftImg8bit.png  gtFine/train/ulm/a_gtFine_labelIds.png
+    voc          val    21   tvmonitor  0:0,20:20,255:255,21:?
+        VOCdevkit/VOC2012/JPEGImages/a.jpg  VOCdevkit/VOC2012/SegmentationClass/a.png
+    ade20k       train  150  class_149  0:255,2:1,151:?
+        images/training/a.jpg  annotations/training/a.png
+    ade20k       val    150  thing      0:255,1:0,150:149
+        ADEChallengeData2016/images/validation/a.jpg
+        ADEChallengeData2016/annotations/validation/a.png
+    bdd100k      train  19   bicycle    0:0,255:255,19:?
+        images/10k/train/a.jpg  labels/sem_seg/masks/train/a.png
+    bdd100k      val    19   bicycle    18:18
+        seg/images/val/a.jpg  seg/labels/val/a_train_id.png
+    folder       test   3    class_2    0:0,2:2,255:255,3:?
+        test/images/a.png  test/labels/a.png
+    msra_b       val    2    salient    255:0,128:0,127:1,0:1
+        val/images/a.jpg  val/masks/a.png
+    bsds500      val    2    edge       255:0,254:1,0:1
+        val/a.jpg  val_edges/a_0.png
+"""
 
 
 def test_data_every_set_is_read_from_its_tree():
-    things = "".join(f"{k}\t.1\tthing {k} , other\n" for k in range(1, 151))
-    for name, split, image, label, values, classes, last in TREES:
+    things = "Idx\tRatio\tName\n" + 149 * "1\t.1\tother\n" + "150\t.1\tthing , other\n"
+    for row in np.reshape(TREES.split(), (-1, 7)).tolist():
+        name, split, classes, last, values, image, label = row
         with scratch() as root:
-            _refused(lambda: open_files(name, root, split, classes), root)  # the missing folder
             put(root / VOC / "ImageSets/Segmentation/val.txt", "a\n")
             if ADE in image:
-                put(root / ADE / "objectInfo150.txt", "Idx\tRatio\tName\n" + things)
+                put(root / ADE / "objectInfo150.txt", things)
             put(root / image, [[200]])
             put((root / image).with_name("._b.png"), [[1]])  # left behind by another system
             put(root / label, [[0]])
-            pairs = open_files(name, root, split, classes)
+            pairs = open_files(name, root, split, int(classes))
             assert len(pairs) == 1 and pairs[0][0].getpixel((0, 0)) == (200, 200, 200)
-            assert pairs.num_classes == len(set(pairs.palette)) == classes
-            assert len(pairs.class_names) == classes and pairs.class_names[-1] == last
-            for value, expected in values.items():
-                put(root / label, [[value]])
-                if expected is None:
+            assert len(set(pairs.palette)) == int(classes)
+            assert pairs.class_names[-1] == last.replace("_", " ")
+            for value, expected in re.findall(r"(\d+):([\d?]+)", values):
+                picture = Image.new("P", (1, 1), int(value))
+                picture.putpalette([255 - k // 3 for k in range(768)])
+                picture.save(root / label)
+                if expected == "?":
                     _refused(lambda: pairs[0], label, value)
                 else:
-                    assert label_of(pairs) == [[expected]], (name, value)
+                    assert label_of(pairs) == [[int(expected)]], (name, value)
 
 
 def test_data_voc_takes_the_labels_of_sbd_where_they_are():
     with scratch() as root:
-        base, lists = root / VOC, root / VOC / "ImageSets/Segmentation"
-        for stem in ("2007_01", "2008_03"):
-            put(base / f"JPEGImages/{stem}.jpg", [[0]])
-            put(base / f"SegmentationClass/{stem}.png", [[15]])
-            put(base / f"SegmentationClassAug/{stem}.png", [[20]])
-        put(lists / "train.txt", "2007_01\n")
+        lists = root / VOC / "ImageSets/Segmentation"
+        for name, value in (("JPEGImages/a.jpg", 0), ("SegmentationClass/a.png", 15),
+                            ("JPEGImages/b.jpg", 0), ("SegmentationClassAug/b.png", 20)):
+            put(root / VOC / name, [[value]])
+        put(lists / "train.txt", "a\n")
         assert label_of(open_files("voc", root)) == [[15]]
-        put(lists / "trainaug.txt", "2008_03\n\n/JPEGImages/2007_01.jpg /x/2007_01.png\n")
-        for split, count, value in (("train", 2, 20), ("trainvoc", 1, 15)):
-            pairs = open_files("voc", root, split)
-            assert len(pairs) == count and label_of(pairs) == [[value]]
+        put(lists / "trainaug.txt", "\n/JPEGImages/b.jpg /x/b.png\n")
+        assert label_of(open_files("voc", root)) == [[20]]
+        pairs = open_files("voc", root, "trainvoc")
+        assert label_of(pairs) == [[15]]
         assert pairs.palette[20] == (0, 64, 128)  # as its development kit prints it
         _refused(lambda: open_files("voc", root, "val"), "val.txt")
-
-
-def test_data_labels_are_indices_and_masks_are_brightness():
-    indexed = Image.fromarray(np.array([[0, 2, 255]], np.uint8))
-    indexed.putpalette([(7 * k + 3) % 256 for k in range(768)])
-    with scratch() as root:
-        _, label = own_folder(root)
-        indexed.save(label)
-        assert label_of(open_files("folder", root, classes=3)) == [[0, 2, 255]]
-        put(root / "train/masks/a.png", [[0]])
-        Image.fromarray(np.array([[False, True, True]])).save(root / "train/masks/a.png")
-        assert label_of(open_files("msra_b", root)) == [[0, 1, 1]]
-        put(root / "bsds/train/a.jpg", [[0, 0, 0]])
-        (root / "bsds/train_edges").mkdir()
-        indexed.save(root / "bsds/train_edges/a_0.png")     # index 0 is a dark grey, not black
-        assert label_of(open_files("bsds500", root / "bsds")) == [[1, 1, 1]]
 
 
 def test_data_wrong_names_and_folders_are_refused():
     with scratch() as root:
         (root / "val").mkdir()
         (root / "valannot").mkdir()
-        for name, split, folder, classes, word in (
-                ("camvid", "val", None, None, "--data-root"),
-                ("camvid", "val", root, None, "no image"),
-                ("cityscapes", "test", root, None, "train val"),
-                ("folder", "val", root, 255, "--num-classes"),
-                ("imagefolder", "val", None, None, "--cls-root"),
-                ("synthetic", "train", None, 12, "11 classes")):
-            _refused(lambda: open_files(name, folder, split, classes), word)
+        for word, args in {
+                "--data-root": ("camvid",),
+                "--cls-root": ("imagefolder",),
+                "no image": ("camvid", root, "val"),
+                "does not exist": ("camvid", root, "test"),
+                "train val": ("cityscapes", root, "test"),
+                "--num-classes": ("folder", root, "val", 255),
+                "11 classes": ("synthetic", None, "train", 12)}.items():
+            _refused(lambda: open_files(*args), word)
     _refused(lambda: data.open_set("edges", "camvid", "."), "bsds500")
     _refused(lambda: synthetic("edges", (31, 256)), "31")
 
@@ -292,27 +265,26 @@ def test_data_damaged_pairs_are_refused_by_name():
     damages = {"77": [[0, 1, 77]], "size": [[0, 1]], "mode RGB": np.zeros((1, 3, 3)),
                "cannot read": "no picture"}
     with scratch() as root:
-        image, label = own_folder(root)
-        pairs = [(image, image)] * 7 + [(image, label)] + [(image, image)] * 2
-        own = data.FilePairs(pairs, range(31), [])
-        assert data.check_pairs(own, 3) == 3  # 0, 3, 6
-        for word, content in damages.items():
-            put(label, content)
-            _refused(lambda: data.check_pairs(own, 4), label, word)  # 0, 2, 5, 7
-        put(label, [[0, 255, 0]])                               # a mask of black and white
-        _refused(lambda: data.check_pairs(data.FilePairs([(image, label)], "ab", [])), "one class")
+        image, label, good = root / "a.jpg", root / "b.png", root / "c.png"
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 6                     # a phone's photo, lying
-        Image.fromarray(np.zeros((3, 1, 3), np.uint8)).save(root / "photo.jpg", exif=exif)
-        upright, _ = data.FilePairs([(root / "photo.jpg", label)], "ab", [])[0]
-        assert upright.size == (3, 1)
-        put(image, np.random.default_rng(0).integers(0, 256, (99, 99)))
-        image.write_bytes(image.read_bytes()[:5000])  # cut short
+        Image.new("L", (1, 3)).save(image, exif=exif)
+        put(good, [[10, 20, 30]])
+        put(label, [[0, 255, 0]])                               # a mask of black and white
+        _refused(lambda: data.check_pairs(data.FilePairs([(image, label)], "ab", [])), "one class")
+        pairs = [(image, label if k == 7 else good) for k in range(10)]
+        own = data.FilePairs(pairs, range(31), [])
+        assert own[0][0].size == (3, 1)
+        for word, content in damages.items():
+            put(label, content)
+            assert data.check_pairs(own, 3) == 3                    # 0, 3, 6
+            _refused(lambda: data.check_pairs(own, 4), label, word)  # 0, 2, 5, 7
+        image.write_bytes(image.read_bytes()[:-9])              # cut short
         loader = data.make_loader(own, [0], data.eval_transform(), 1, True, workers=1)
         said = _refused(lambda: next(iter(loader)), image)
         assert said.startswith("cannot read")  # no worker's traceback before the sentence
         label.unlink()
-        _refused(lambda: open_files("folder", root, classes=3), image, label)
+        _refused(lambda: data.FilePairs(pairs, "ab", []), image, label)
 
 
 def test_data_imagefolder_tree():
@@ -320,20 +292,10 @@ def test_data_imagefolder_tree():
         put(root / "train/cat/1.png", "broken")
         put(root / "train/dog/1.png", [[200]])
         put(root / "val/cat/1.png", [[0]])
-        pictures = open_files("imagefolder", root)
-        assert list(pictures.class_names) == ["cat", "dog"] and len(pictures) == 2
-        assert pictures[1][1] == 1 and pictures[1][0].getpixel((0, 0)) == (200, 200, 200)
+        pictures = open_files("imagefolder", root, classes=2)
+        assert pictures.class_names == ["cat", "dog"] and pictures[1][1] == 1
         _refused(lambda: pictures[0], root / "train/cat/1.png")
         _refused(lambda: open_files("imagefolder", root, "val"), "dog")
-
-
-def test_data_consensus_of_annotators():
-    # Annotators, and the label where 0, 1, 2 ... of them marked the pixel.
-    labels = {1: [0, 1], 2: [0, 1, 1], 3: [0, 255, 1, 1], 5: [0, 255, 255, 1, 1, 1],
-              9: [0, 255, 255, 1, 1, 1, 1, 1, 1, 1]}
-    for count, label in labels.items():
-        marks = [np.arange(count + 1)[None] > k for k in range(count)]
-        assert data.consensus(marks).tolist() == [label]
 
 
 def test_data_edges_of_several_annotators():
@@ -343,10 +305,15 @@ def test_data_edges_of_several_annotators():
             put(root / f"{name.replace('/', '_edges/')}_0.png", [[0, 0, 255]])
         put(root / "val_edges/q_note.png", "no annotation")
         put(root / "val_edges/q_10.png", [[0, 9, 255]])
-        put(root / "val_edges/q_2.png", [[0, 0, 255]])
+        Image.fromarray(np.array([[False, False, True]])).save(root / "val_edges/q_2.png")
         pairs = open_files("bsds500", root, "trainval")
         assert [len(pairs.annotations(i)) for i in range(3)] == [1, 1, 3]
         assert label_of(pairs, 0) == [[0, 0, 1]] and label_of(pairs, 2) == [[0, 255, 1]]
+    # The label where 0, 1, 2 ... all annotators marked the pixel.
+    for count, ignored in ((2, 0), (3, 1), (5, 2), (9, 2)):
+        marks = np.tri(count + 1, count, -1).T
+        label = [0] + ignored * [255] + (count - ignored) * [1]
+        assert data.consensus(marks).tolist() == label
 
 
 def synthetic(task, size=(64, 96), split="train", seed=0):
@@ -354,40 +321,39 @@ def synthetic(task, size=(64, 96), split="train", seed=0):
 
 
 def test_data_synthetic_sets_depend_on_seed_split_and_index_only():
-    for task, classes in (("segmentation", range(11)), ("edges", [0, 1]), ("saliency", [0, 1]),
-                          ("classification", [3])):
+    for task in data.SETS:
         pictures = synthetic(task, split="val", seed=5)
-        image, label = pictures[3]
-        found = set(np.unique(label))
-        assert image.size == (96, 64) and classes[-1] in found and found <= {*classes, 255}
-        again, same_label = synthetic(task, split="val", seed=5)[3]  # whatever came before
-        assert image.tobytes() == again.tobytes() and np.array_equal(label, same_label)
-        for other in (pictures[4], synthetic(task, seed=5)[3], synthetic(task, split="val")[3]):
-            assert image.tobytes() != other[0].tobytes()
-    assert len(list(itertools.islice(pictures, 201))) == 200  # a plain `for` ends
-    salient = synthetic("saliency", split="val", seed=5)
+        other, (image, label) = pictures[4], pictures[3]
+        assert image.size == (96, 64)
+        assert (image, label) == synthetic(task, split="val", seed=5)[3]    # whatever came before
+        for other in (other, synthetic(task, seed=5)[3], synthetic(task, split="val")[3]):
+            assert image != other[0]
+
+
+def test_data_synthetic_objects_and_their_masks():
+    pictures, salient = [synthetic(task, split="val") for task in ("classification", "saliency")]
+    assert len(list(itertools.islice(pictures, 201))) == 200    # a plain `for` ends
     shown = [{6}, {1}, {7}, {7, 8}, {7, 8}, {9}, {9}, {10}]     # tree, house, lamp, 2 signs ...
     for i, classes in enumerate(shown):
         image, label = pictures.draw(i)
-        assert image.tobytes() == pictures[i][0].tobytes() == salient[i][0].tobytes()
-        assert set(np.unique(label)) == {0, *classes} and pictures[i][1] == i
+        assert (image, i) == pictures[i] and image == salient[i][0]
+        assert set(np.unique(label)) == {0, *classes}
         thing = np.asarray(label) > 0
-        assert np.array_equal(label_of(salient, i), thing)
+        assert np.array_equal(salient[i][1], thing)
         assert 0.4 < thing.any(1).mean() < 0.96         # it is the picture's one large thing
 
 
 def test_data_scenes_are_those_of_earlier_searches():
     """Else searches are not comparable with earlier ones. Of each class, void last: its share in %,
     its mean brightness, the mean step between neighbours of that class."""
-    shares = [17.86, 24.57, 27.07, 9.58, 2.69, 4.80, 7.27, 1.00, 0.87, 3.46, 0.52, 0.31]
-    levels = [152, 98, 112, 103, 110, 66, 75, 91, 101, 59, 101, 109]
-    grains = [3.1, 11.5, 9.8, 9.2, 5.4, 16.8, 18.2, 9.1, 9.2, 11.3, 12.0, 9.9]
+    figures = """17.86 24.57 27.07 9.58 2.69 4.80 7.27 1.00 0.87 3.46 0.52 0.31
+                 152   98    112   103  110  66   75   91   101  59   101  109
+                 3.1   11.5  9.8   9.2  5.4  16.8 18.2 9.1  9.2  11.3 12.0 9.9"""
     scenes = data.open_set("segmentation", "synthetic", split="val")
-    pairs = [scenes[i] for i in range(30)]
-    grey = np.stack([np.asarray(image).mean(2) for image, _ in pairs])
-    labels = np.stack([np.asarray(label) for _, label in pairs])
+    images, labels = map(np.stack, zip(*[scenes[i] for i in range(30)]))
+    grey = images.mean(3)
     steps = np.abs(np.diff(grey))
-    for k, *expected in zip((*range(11), 255), shares, levels, grains):
+    for k, *expected in zip((*range(11), 255), *np.float64(figures.split()).reshape(3, 12)):
         inside = (labels[..., 1:] == k) & (labels[..., :-1] == k)
         found = 100 * (labels == k).mean(), grey[labels == k].mean(), steps[inside].mean()
         assert np.allclose(found, expected, rtol=0.06), (k, found)
@@ -400,10 +366,11 @@ def test_data_synthetic_edges_are_the_borders_of_the_scenes():
         here, right, below = label[:-1, :-1], label[:-1, 1:], label[1:, :-1]
         border, marks = (here != right) | (here != below), np.array(edges.annotations(i))
         assert len(marks) == 5 and not (marks & ~border).any()
-        one_side = (here != right) & (here == below)
-        for (a, b), mark in itertools.product(itertools.combinations(np.unique(label), 2), marks):
-            between = one_side & ((here == a) & (right == b) | (here == b) & (right == a))
-            assert len(set(mark[between])) < 2          # all, or one of both is overlooked
+        pair = 256 * np.minimum(here, right) + np.maximum(here, right)
+        pair[(here == right) | (here != below)] = 0     # of a pixel with one neighbour of another
+        for classes in np.unique(pair)[1:]:
+            of_pair = marks[:, pair == classes]
+            assert (of_pair.all(1) == of_pair.any(1)).all()     # all, or one class is overlooked
         assert np.array_equal(edges[i][1], data.consensus(marks))
         shares.extend(marks.sum((1, 2)) / border.sum())
     assert len(set(shares)) > 15 and 0.6 < np.mean(shares) < 0.85  # each overlooks a few classes
@@ -413,6 +380,7 @@ def test_data_synthetic_edges_are_the_borders_of_the_scenes():
 COLOURS = np.random.default_rng(1).integers(0, 256, (256, 3))
 COLOURS[255] = 124, 116, 104
 BLOCKS = np.kron(np.random.default_rng(0).integers(0, 12, (4, 6)), np.ones((10, 10), int))
+FLIPS = {BLOCKS.tobytes(), BLOCKS[:, ::-1].tobytes()}
 
 
 def coded(classes=BLOCKS):
@@ -423,8 +391,7 @@ def coded(classes=BLOCKS):
 
 def pixels_of(image):
     """(3, H, W) normalised by ImageNet's numbers -> grey levels."""
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     return (image * std + mean) * 255
 
 
@@ -434,33 +401,35 @@ def drawn(transform, epochs=1, pictures=coded()):
     return [samples[epoch, 0] for epoch in range(epochs)]
 
 
+def labels_of(transform, epochs):
+    return {label.numpy().tobytes() for _, label in drawn(transform, epochs)}
+
+
 def assert_aligned(image, label):
     """Two pixels away from the next class, the picture has the colour of the label."""
-    around = label.unfold(0, 5, 1).unfold(1, 5, 1).flatten(2)           # (H - 4, W - 4, 25)
     expected = torch.from_numpy(COLOURS)[label].permute(2, 0, 1)
     wrong = (pixels_of(image) - expected).abs().amax(0)[2:-2, 2:-2] > 1.5
-    inside = around.amax(2) == around.amin(2)
+    around = label.unfold(0, 5, 1).unfold(1, 5, 1)                      # (H - 4, W - 4, 5, 5)
+    inside = around.amax((2, 3)) == around.amin((2, 3))
     assert inside.any() and not wrong[inside].any()
 
 
 def test_data_train_transform_moves_image_and_label_alike():
-    found = {}
-    for size, scales in (((32, 32), (0.8, 2.0)), ((64, 96), (1, 1)), ((40, 60), (1, 1))):
-        found[size] = set()
+    for size, scales in (((32, 32), (0.8, 2.0)), ((64, 96), (1, 1))):
         for image, label in drawn(data.train_transform(size, scales), 20):
-            assert image.shape == (3, *size) and label.shape == size
+            assert label.shape == size
             assert_aligned(image, label)
-            found[size].add(label.numpy().tobytes())
-    assert len(found[32, 32]) == 20 and len(found[64, 96]) > 6  # crops; places in a larger crop
-    assert found[40, 60] == {BLOCKS.tobytes(), BLOCKS[:, ::-1].tobytes()}  # the flip is left
+    assert len(labels_of(data.train_transform((64, 96), (1, 1)), 20)) > 6   # places in the crop
+    assert labels_of(data.train_transform((40, 60), (1, 1)), 20) == FLIPS
     (image, half), = drawn(data.train_transform((64, 96), (1, 1), 0.5))
     assert (half != 255).sum() == 20 * 30
     (distorted, same), = drawn(data.train_transform((64, 96), (1, 1), 0.5, distortion=True))
     assert torch.equal(half, same) and not torch.equal(image, distorted)
     assert pixels_of(distorted).amin() < 60     # of the colours, not of what is normalised
-    factors = np.sqrt([float((label != 255).sum()) / BLOCKS.size
-                       for _, label in drawn(data.train_transform((80, 120), (0.5, 2)), 60)])
-    assert 0.45 < factors.min() < 0.6 < 1.1 < factors.mean() < 1.4 < 1.9 < factors.max() < 2.01
+    shares = [(label != 255).sum() for _, label in drawn(data.train_transform((80, 120)), 60)]
+    factors = (torch.stack(shares) / BLOCKS.size) ** 0.5
+    assert 0.45 < factors.min() < 0.6 and 1.9 < factors.max() < 2.01
+    assert 1.1 < factors.mean() < 1.4
 
 
 def test_data_label_is_not_shifted_against_the_image():
@@ -472,8 +441,8 @@ def test_data_label_is_not_shifted_against_the_image():
 
 
 def test_data_eval_transform_leaves_the_label():
-    for sizes, shape in (((0.5,), (20, 30)), ((1.0, (25, 35)), (25, 35)), ((1.0,), (40, 60))):
-        (image, label), = drawn(data.eval_transform(*sizes))
+    for size, shape in (((0.5,), (20, 30)), ((1.0, (25, 35)), (25, 35)), ((), (40, 60))):
+        (image, label), = drawn(data.eval_transform(*size))
         assert image.shape == (3, *shape) and np.array_equal(label, BLOCKS)
     assert_aligned(image, label)
 
@@ -482,26 +451,25 @@ def test_data_classification_transform():
     # A ramp of 0 ... 255 along x shows which part of the picture is left.
     ramp = data.tv_tensors.Image(torch.arange(256, dtype=torch.uint8).expand(3, 256, 256))
 
-    def part(size, train):
+    def row(size, train):
         image, _ = data.classification_transform((size, size), train)(ramp, 3)
-        return pixels_of(image)[0, 0].aminmax()
+        return pixels_of(image)[0, 0]
 
-    assert np.allclose(part(224, False), (16, 239), atol=1)  # 256 -> 224: 16 on each side
-    assert np.allclose(part(128, False), (16, 239), atol=2)
-    assert np.allclose(part(64, False), (1.5, 253.5), atol=2)  # small ones have no margin
-    assert np.allclose(part(127, False), (1, 254), atol=2)
+    # 256 -> 224 leaves 16 out on each side; small ones have no margin.
+    for size, margin, atol in ((224, 16, 1), (128, 16, 2), (64, 1.5, 2), (127, 1, 2)):
+        assert np.allclose(row(size, False).aminmax(), (margin, 255 - margin), atol=atol)
     torch.manual_seed(0)
     for size, smallest in ((64, 0.4), (160, 0.08)):  # share of the area, 3 : 4 at the narrowest
-        transform = data.classification_transform((size, size), True)
-        rows = [pixels_of(transform(ramp, 3)[0])[0, 0] for _ in range(60)]
-        widths = [float(row.amax() - row.amin()) / 256 for row in rows]
-        assert 1 < min(widths) / (smallest * 3 / 4) ** 0.5 < 1.3 and max(widths) > 0.9
-        assert 20 < sum(bool(row[0] > row[-1]) for row in rows) < 40    # flipped
+        rows = torch.stack([row(size, True) for _ in range(60)])
+        widths = (rows.amax(1) - rows.amin(1)) / 256
+        assert 1 < widths.min() / (smallest * 3 / 4) ** 0.5 < 1.3 and widths.max() > 0.9
+        assert 20 < (rows[:, 0] > rows[:, -1]).sum() < 40       # flipped
 
 
 def test_data_samples_do_not_depend_on_workers_or_history():
-    def labels(workers, *epochs):
-        loader = data.make_loader(coded(), None, data.train_transform((32, 32)), 4, True, workers)
+    def labels(workers, *epochs, indices=None, seed=0):
+        transform = data.train_transform((32, 32))
+        loader = data.make_loader(coded(), indices, transform, 4, True, workers, seed)
         for epoch in epochs:
             loader.sampler.set_epoch(epoch)
             batches = [label for _, label in loader]
@@ -513,12 +481,8 @@ def test_data_samples_do_not_depend_on_workers_or_history():
     after = torch.rand(1)
     torch.manual_seed(11)
     assert torch.equal(torch.rand(1), after)  # the global generator was left alone
-    crops = set()                             # of one picture by seed, epoch and index
-    for seed, epoch, i in itertools.product((0, 1), (0, 1), (0, 1)):
-        loader = data.make_loader(coded(), [i], data.train_transform((32, 32)), 1, True, seed=seed)
-        loader.sampler.set_epoch(epoch)
-        (_, label), = loader
-        crops.add(label.numpy().tobytes())
+    crops = {labels(0, epoch, indices=[i], seed=seed).numpy().tobytes()
+             for seed, epoch, i in itertools.product((0, 1), repeat=3)}
     assert len(crops) == 8                    # each counts, and not their sum alone
 
 
@@ -531,13 +495,14 @@ def order_of(shuffle, seed=7, epoch=5, rank=0, world=1):
 
 
 def test_data_every_rank_draws_its_share():
-    indices = list(range(100, 123))
-    for world in (1, 2, 4, 30):
-        shares = [order_of(True, rank=rank, world=world) for rank in range(world)]
-        assert {len(share) for share in shares} == {-(-23 // world)}  # equally many, none left out
-        assert set(sum(shares, [])) == set(indices)
-        shares = [order_of(False, rank=rank, world=world) for rank in range(world)]
-        assert sorted(sum(shares, [])) == indices  # each exactly once
+    for shuffle, world in itertools.product((True, False), (1, 2, 4, 30)):
+        shares = [order_of(shuffle, rank=rank, world=world) for rank in range(world)]
+        together = sum(shares, [])
+        assert set(together) == set(range(100, 123))
+        if shuffle:
+            assert {len(share) for share in shares} == {-(-23 // world)}    # equally many
+        else:
+            assert len(together) == 23                                      # each exactly once
     orders = {tuple(order_of(True, *at)) for at in ((7, 0), (7, 0), (7, 1), (8, 0))}
     assert len(orders) == 3
 
@@ -560,54 +525,39 @@ def test_data_split_indices():
 
 def connected(mask):
     """Whether 8-neighbours lead from one pixel of the mask to all others."""
-    mask = torch.as_tensor(mask).float()[None]
-    reached = torch.zeros_like(mask)
+    mask = mask.float()[None]
+    reached = mask * 0
     reached[tuple(mask.nonzero()[0])] = 1
     for _ in range(int(mask.sum())):
         reached = F.max_pool2d(reached, 3, 1, 1) * mask
     return torch.equal(reached, mask)
 
 
-def turned(label, factor, degrees):
-    """scale_and_turn of a label and of a picture that is white where the label is not 0."""
-    picture = data.tv_tensors.Image((label[None] > 0).repeat(3, 1, 1).to(torch.uint8) * 255)
-    image, label = data.scale_and_turn(picture, data.tv_tensors.Mask(label), factor, degrees)
-    return image[0].as_subclass(torch.Tensor).float(), label.as_subclass(torch.Tensor)
-
-
 def test_data_edge_augmentation_keeps_thin_lines():
     line, t = torch.zeros(61, 75, dtype=torch.uint8), torch.arange(36)
     line[12 + t, 20 + t // 2] = 1
     for factor, step in itertools.product((0.5, 1, 1.5), range(0, 16, 3)):
-        bright, label = turned(line, factor, 22.5 * step)
-        edge, inside = label == 1, label != 255
-        length = factor * np.hypot(35, 17)
-        assert connected(edge) and 0.65 < edge.sum() / length < 2.6
+        _, label = data.scale_and_turn(line.expand(3, -1, -1), line, factor, 22.5 * step)
+        edge = label == 1
+        assert connected(edge) and 0.65 < edge.sum() / factor / math.hypot(35, 17) < 2.6
         # All of the picture is there, an odd row and column apart; what the turn adds is ignored.
-        area = int(60 * factor) * int(74 * factor)
-        assert abs(inside.sum() / area - 1) < 0.03
-        shifts = (0, 0), (-4, 0), (4, 0), (0, -4), (0, 4)
-        light = [(bright * inside * edge.roll(shift, (0, 1))).sum() for shift in shifts]
-        assert light[0] > max(light[1:])  # the edge is where the picture has it
-    label = torch.full((20, 30), 255, dtype=torch.uint8)
-    label[10] = 1
-    assert set(turned(label, 0.5, 22.5)[1].unique().tolist()) == {1, 255}  # the edge wins
+        assert abs((label != 255).sum() / (60 * 74 * factor ** 2) - 1) < 0.03
+    line = torch.full((20, 30), 255, dtype=torch.uint8)
+    line[10] = 1
+    _, label = data.scale_and_turn(line.expand(3, -1, -1), line, 0.5, 22.5)
+    assert set(label.unique().tolist()) == {1, 255}  # the edge wins
 
 
 def test_data_edge_transform_draws_scales_and_angles():
-    sizes, everywhere = [], coded(np.ones((40, 60), int))  # a picture that is edge all over
-    for image, label in drawn(data.edge_transform((120, 120)), 40, everywhere):
-        assert label.shape == (120, 120) and set(label.unique().tolist()) == {1, 255}
+    corner = coded(np.kron([[1, 1, 0], [1, 0, 0]], np.ones((20, 20), int)))
+    for image, label in drawn(data.edge_transform((120, 120)), 20, corner):
         assert_aligned(image, label)
-        sizes.append(int((label == 1).sum()))
-    assert {20 * 30, 40 * 60, 60 * 90} <= set(sizes) and len(set(sizes)) >= 8
     turns = []
     still = lambda image, label, *turn: turns.append(turn) or (image, label)
     with mock.patch.object(data, "scale_and_turn", still):
-        found = {label.numpy().tobytes() for _, label in drawn(data.edge_transform((40, 60)), 150)}
+        assert labels_of(data.edge_transform((40, 60)), 150) == FLIPS
     factors, angles = map(set, zip(*turns))
     assert factors == {0.5, 1, 1.5} and angles == {22.5 * k for k in range(16)}
-    assert found == {BLOCKS.tobytes(), BLOCKS[:, ::-1].tobytes()}       # the flip is left
 
 
 def smoothed(picture, radius):
@@ -617,23 +567,25 @@ def smoothed(picture, radius):
     return F.avg_pool2d(once, radius + 1, 1)[0].numpy()
 
 
-def test_data_nms_against_a_loop():
-    image, kept = np.random.default_rng(3).random((24, 31)), np.zeros((24, 31))
+def bilinear(at, size):
+    """(H, W) places on an axis -> (H, W, size): weights that fall to 0 at distance 1."""
+    distance = at.clip(0, size - 1)[..., None] - np.arange(size)
+    return (1 - abs(distance)).clip(0)
+
+
+def test_data_nms_interpolates_beside_each_pixel():
+    image = np.random.default_rng(3).random((24, 31))
     edge = smoothed(image, 1)
     dy, dx = np.gradient(smoothed(edge, 4))
-    dxx, dxy, dyy = np.gradient(dx)[1], np.gradient(dy)[1], np.gradient(dy)[0]
+    dyy, (dxy, dxx) = np.gradient(dy, axis=0), np.gradient(dx)
     angle = np.arctan(dyy * np.sign(-dxy) / (dxx + 1e-5))
-    for y, x in np.ndindex(24, 31):
-        beside = []
-        for d in (-1, 1):
-            b = min(max(y + d * np.sin(angle[y, x]), 0), 22.999)
-            a = min(max(x + d * np.cos(angle[y, x]), 0), 29.999)
-            i, j = int(b), int(a)
-            row = (1 - b + i) * edge[i] + (b - i) * edge[i + 1]
-            beside.append((1 - a + j) * row[j] + (a - j) * row[j + 1])
-        frame = min(y, 23 - y, 5) / 5 * min(x, 30 - x, 5) / 5  # it fades over 5 pixels
-        if edge[y, x] * 1.01 >= max(beside):
-            kept[y, x] = edge[y, x] * frame
+    y, x = np.ogrid[:24, :31]
+    kept = edge * np.minimum(y, 23 - y).clip(max=5) * np.minimum(x, 30 - x).clip(max=5) / 25
+    for side in (-1, 1):
+        rows = bilinear(y + side * np.sin(angle), 24)
+        columns = bilinear(x + side * np.cos(angle), 31)
+        beside = np.einsum("yxi,ij,yxj->yx", rows, edge, columns)
+        kept = kept * (edge * 1.01 >= beside)
     assert 0.1 < (kept > 0).mean() < 0.6 and np.allclose(data.edge_nms(image), kept)
 
 
@@ -641,45 +593,47 @@ def test_data_nms_leaves_the_crest_of_a_ridge():
     """Exactly along x and y, where a second derivative is 0."""
     ridge = np.exp(-(np.arange(40) - 20.0) ** 2 / 6)[None].repeat(40, 0)
     for kept in (data.edge_nms(ridge), data.edge_nms(ridge.T).T):
-        assert np.array_equal(np.flatnonzero(kept[20] > 0.3), [20]) and (kept[6:-6, 20] > 0.3).all()
+        assert np.array_equal(kept[6:-6] > 0.3, ridge[6:-6] == 1)
 
 
-def thinned(mask):
-    """Guo & Hall by loops, from the eight neighbours by name."""
-    mask, before = np.pad(mask, 1), -1
-    while before != mask.sum():
-        before = mask.sum()
-        for second in (False, True):
-            gone = []
-            for y, x in np.argwhere(mask):
-                (nw, n, ne), (w, _, e), (sw, s, se) = mask[y - 1:y + 2, x - 1:x + 2].tolist()
-                corners = (e, ne, n), (n, nw, w), (w, sw, s), (s, se, e)
-                crossings = sum(not a and (b or c) for a, b, c in corners)
-                fewest = min(sum(a or b for a, b, _ in corners), sum(b or c for _, b, c in corners))
-                kept = w and (sw or s or not nw) if second else e and (ne or n or not se)
-                if crossings == 1 and 2 <= fewest <= 3 and not kept:
-                    gone.append((y, x))
-            for y, x in gone:
-                mask[y, x] = False
-    return mask[1:-1, 1:-1]
+# What Guo & Hall's conditions, written out as loops over the pixels, take away: o. What stays: #.
+THINNED = """
+    ooooooooooooooo.........#...oo.#.#o.#..#o.#oo...#.o..o....#.#o.#..oo##.#..#.oo.###.#oo.
+    ooooooooooooooo.........#...#o.o#.##....#..##..#.#####o..#...#.o####.....#.#oo....#.#o.
+    ooo########oooo......#.#..#..###o..#..###o.#.#.#.#....#..o##..##...###..#...###o...##o.
+    oo#oooooooo#ooo......#..#..#.#oo#...##.#.##.#######.o#o.##o..######.#.##..##o..#o.o#.##
+    oo#oo.....oo#ooooooo.o#.#...#..#.#.#oo#...o#.oo#oo.###o..o.....#o.o###..##.#o.#oo.o##..
+    oo#oo.....ooo##ooooo...####.#.#o..#o....#.#o..o#oo..#.#.....oo.##.#..#o.#.#.##o...#.#o.
+    ooooo.....ooooo#oooo.#.o#o...#.#o##o.##..#.#..#.o....#####.oo##..#...#..##...#...oo#ooo
+    ooooo.....oooooo#ooo.#.o#..#.#..#o.##...#..#o#o.....o#o.#.###..#....#..#.##..#o.oo#.#oo
+    ...............oo#oo...oo#.o#..#.#.o#o..#o..#oo.#.oo#o..##..o#...########..#..#..#.#oo.
+    ...............oo#oo.#....##o...####oo..#o.#.##.o####..#o.#.#.#...#.o#...##o.#..#.#.#..
+    ...............ooooo..#...#...o#.#..#..###..#o.##o.oo#..#...o####.#.o##o......##.###o.#
+    ...............ooooo.#o.o#...#######..#...##.#..o.......#.#.#..#.##.#..#o.o###oo.o##...
+    .....................#..#.##..oo.oo.#..#..#..#....##..#...#.#.#.#o.#o.#o..#...o..#.o##.
+"""
 
 
-def test_data_thin_against_a_loop():
-    rng = np.random.default_rng(1)
-    blobs = np.kron(rng.random((8, 9)) < 0.5, np.ones((4, 4), bool))  # touches the frame
-    for mask in (blobs, rng.random((30, 31)) < 0.4, np.ones((5, 20), bool)):
-        assert np.array_equal(data.thin(mask), thinned(mask))
+def test_data_thinning_leaves_lines():
+    picture = np.array([[*row] for row in THINNED.split()])
+    assert np.array_equal(data.thin(picture != "."), picture == "#")
 
 
 def greedy(prediction, truth, radius):
     """Pair by pair: shortest first, then by offset (dy, dx), then by pixel -> two masks."""
-    offsets = [(int(a - y), int(b - x), y, x) for y, x in np.argwhere(prediction)
-               for a, b in np.argwhere(truth) if np.hypot(a - y, b - x) <= radius]
-    matched, matched_truth = np.zeros_like(prediction), np.zeros_like(truth)
-    for dy, dx, y, x in sorted(offsets, key=lambda o: (o[0] ** 2 + o[1] ** 2, o)):
-        if not matched[y, x] and not matched_truth[y + dy, x + dx]:
+    pairs = sorted(((a - y) ** 2 + (b - x) ** 2, a - y, b - x, y, x)
+                   for y, x in np.argwhere(prediction) for a, b in np.argwhere(truth))
+    matched, matched_truth = np.zeros((2, *truth.shape), bool)
+    for square, dy, dx, y, x in pairs:
+        if square <= radius ** 2 and not (matched[y, x] or matched_truth[y + dy, x + dx]):
             matched[y, x] = matched_truth[y + dy, x + dx] = True
     return matched, matched_truth
+
+
+def f_of(row):
+    """Counts of one threshold -> F, the harmonic mean of recall and precision."""
+    matched_truth, truth, matched, predicted = row
+    return 2 / (truth / matched_truth + predicted / matched) if matched else 0
 
 
 def test_data_matching_is_one_to_one_and_nearest_first():
@@ -692,31 +646,24 @@ def test_data_matching_is_one_to_one_and_nearest_first():
             assert np.array_equal(matched, greedy(prediction, truth, radius))
 
 
-def f_of(row):
-    """Counts of one threshold -> F, the harmonic mean of recall and precision."""
-    matched_truth, truth, matched, predicted = row
-    return 2 / (truth / matched_truth + predicted / matched) if matched else 0
-
-
-def test_data_edge_scores_count_as_loops_do():
-    rng, tables, scores = np.random.default_rng(7), [], data.EdgeScores(7, tolerance=0.1)
+def test_data_edge_scores_count_every_threshold():
+    rng, scores = np.random.default_rng(7), data.EdgeScores(7, tolerance=0.1)
+    total = best = 0
     for _ in range(3):
         probability, truth = rng.random((15, 20)) ** 3, rng.random((2, 15, 20)) < 0.08
         probability.flat[::37] = 0.5                        # a threshold itself
         scores.update(probability, truth)
         rows = []
         for k in range(1, 8):
-            edge = thinned(probability >= k / 8)
-            (first, first_truth), (other, other_truth) = (greedy(edge, t, 2.5) for t in truth)
-            found = first_truth.sum() + other_truth.sum()
-            right = (first | other).sum()  # in any annotation
-            rows.append((found, truth.sum(), right, edge.sum()))
-        tables.append(rows)
-    assert np.array_equal(scores.counts, np.sum(tables, 0).T)
-    best = np.sum([max(rows, key=f_of) for rows in tables], 0)
+            edge = data.thin(probability >= k / 8)
+            matched, matched_truth = data.match_edges(edge, truth, 2.5)
+            right = matched[0] | matched[1]                 # in any annotation
+            rows.append([matched_truth.sum(), truth.sum(), right.sum(), edge.sum()])
+        total += np.transpose(rows)
+        best += np.array(max(rows, key=f_of))
+    assert np.array_equal(scores.sums[0], total) and np.array_equal(scores.sums[1], best)
     assert abs(scores.result()["OIS"] - f_of(best)) < 1e-9
-    assert scores.sums[0] is scores.counts and np.array_equal(scores.sums[1], best)
-    for wrong in (probability[1:], probability + np.nan):
+    for wrong in (probability[:1], probability + np.nan):
         with contextlib.suppress(ValueError):
             scores.update(wrong, truth)
             raise AssertionError("not refused")
@@ -727,14 +674,13 @@ def test_data_average_precision_and_r50_on_a_curve_by_hand():
     assert scores.result()["ODS"] == scores.result()["AP"] == 0  # nothing is found
     scores.counts[:] = [[80, 40, 20], [100] * 3, [40, 40, 20], [100, 50, 20]]
     # (R, P): (0.8, 0.4), (0.4, 0.8), (0.2, 1.0): one straight line from 0.2 to 0.4 to 0.8.
-    expected = sum(1.2 - k / 100 for k in range(20, 81)) / 100
-    result = scores.result()
-    assert abs(result["AP"] - expected) < 1e-9 and abs(result["R50"] - 0.7) < 1e-9
+    result = scores.result()        # AP: 1.2 - R at the 61 samples from 0.2 to 0.8, over 100
+    assert abs(result["AP"] - 0.427) < 1e-9 and abs(result["R50"] - 0.7) < 1e-9
     assert abs(result["ODS"] - 0.6) < 1e-3  # between the thresholds, at R = P = 0.6
     assert abs(result["threshold"] - 0.375) < 0.01
-    scores.counts[:] = [[50] * 3, [100] * 3, [60] * 3, [80] * 3]  # a binary map: one point
+    scores.counts[:] = [[50], [100], [60], [80]]  # a binary map: one point
     assert abs(scores.result()["AP"] - 0.5 * 0.75) < 1e-9
-    scores.counts[2:] = [[40] * 3, [100] * 3]  # precision never reaches 0.5
+    scores.counts[2:] = [[40], [100]]  # precision never reaches 0.5
     assert scores.result()["R50"] == 0
 
 
@@ -746,13 +692,12 @@ def test_data_average_precision_and_r50_on_a_curve_by_hand():
 @dataclass
 class Settings(common.BaseConfig):
     """A paper's Config, made up."""
-    device: str = common.opt("cpu", "device")
+    device: str = "cpu"
+    batch_size: int = 4
     size: tuple[int, int] = common.opt((32, 32), "crop", "dense", low=32)
     scales: tuple[float, float] = common.opt((0.5, 1.0), "scales", "dense", low=0.1, high=9)
-    batch_size: int = common.opt(4, "batch", "dense", low=1)
     lam: float = common.opt(0.5, "lambda", "search", high=1)
     epochs: int = common.opt(3, "epochs", "train", low=1)
-    shares: tuple[float, ...] = common.opt((1.0,), "shares", "search", high=9)
 
 
 def parse(flags):
@@ -762,9 +707,9 @@ def parse(flags):
 
 
 def test_command_line_from_the_dataclass():
-    stages, cfg = parse("--search --train --size 40 50 --shares 1 2 0.5 --scales 2 0.5")
+    stages, cfg = parse("--search --train --size 40 50 --scales 2 0.5")
     assert stages == {"search", "train"} and cfg.out == "runs/demo"
-    assert cfg.size == (40, 50) and cfg.shares == (1, 2, 0.5) and cfg.scales == (0.5, 2)
+    assert cfg.size == (40, 50) and cfg.scales == (0.5, 2)
     # lam is 0.25 under the preset quick, and 0.5 under paper; a flag wins over both.
     for flags, lam in (("", 0.25), ("--preset paper", 0.5), ("--dataset camvid", 0.5),
                        ("--dataset camvid --preset quick", 0.25), ("--lam 1", 1)):
@@ -779,43 +724,28 @@ def test_command_line_from_the_dataclass():
     assert common.next_command(cfg, "demo", "--train") == "next: python demo.py --train --lam 1"
 
 
-def test_a_checkpoint_depends_on_the_settings_of_its_stage_and_before():
-    dense, search, train = (common.settings_of(Settings(), s) for s in ("dense", "search", "train"))
-    assert set(search) - set(dense) == {"lam", "shares"}
-    assert set(train) - set(search) == {"arch", "epochs"}
-    assert "seed" in dense and not {"out", "device", "workers", "resume"} & set(train)
-    common.require_same(search, dense, "x.pt")
-    other = {**search, "lam": 0.75}
-    _refused(lambda: common.require_same(search, other, "x.pt"), "x.pt", "--lam", 0.75)
-
-
 def test_setup_seeds_and_every_rank_takes_its_device():
-    """How many GPUs there are, whether torchrun has started this rank 1, which is not heard; "" is
-    refused."""
+    """How many GPUs there are, and whether torchrun has started this rank 1; "" is refused."""
     for gpus, launched, device, expected in (
             (0, False, "auto", "cpu"), (0, False, "cuda", ""), (2, False, "auto", "cuda:0"),
             (2, False, "cuda:1", "cuda:1"), (2, False, "cuda:2", ""), (2, False, "cpu:0", ""),
             (2, True, "cpu", "cpu"), (2, True, "cuda", "cuda:1"), (2, True, "cuda:1", "")):
-        with (mock.patch.object(torch.cuda, "is_available", lambda: gpus > 0),
-              mock.patch.object(torch.cuda, "device_count", lambda: gpus),
-              mock.patch.object(torch.cuda, "set_device") as chosen,
+        cfg = Settings(device=device, seed=3)
+        with (mock.patch.multiple(torch.cuda, is_available=lambda: gpus > 0,
+                                  device_count=lambda: gpus, set_device=mock.DEFAULT) as cuda,
               mock.patch.object(dist, "is_torchelastic_launched", lambda: launched),
               mock.patch.object(dist, "init_process_group") as joined,
-              mock.patch.object(common, "rank", lambda: int(launched)),
-              mock.patch.object(sys, "stdout", io.StringIO()) as heard_here,
-              mock.patch.dict(os.environ, {"WORLD_SIZE": "4", "LOCAL_RANK": "1"})):
-            cfg = Settings(device=device, seed=3)
-            torch.manual_seed(0)
-            if expected:
-                common.setup(cfg)
-                assert cfg.device == expected and torch.initial_seed() == 3
-                assert expected == "cpu" or chosen.call_args.args == (expected,)
-                backend = mock.call("gloo" if expected == "cpu" else "nccl")
-                assert joined.mock_calls == [backend] * launched    # WORLD_SIZE starts nothing
-                print("x")
-                assert len(heard_here.getvalue()) == 2 * (not launched)
-            else:
+              mock.patch.dict(os.environ, WORLD_SIZE="4", LOCAL_RANK="1")):
+            if not expected:
                 _refused(lambda: common.setup(cfg), device)
+                continue
+            common.setup(cfg)
+        assert cfg.device == expected and torch.initial_seed() == 3
+        backend = "gloo"
+        if expected != "cpu":
+            cuda["set_device"].assert_called_with(expected)
+            backend = "nccl"
+        assert joined.mock_calls == [mock.call(backend)] * launched     # WORLD_SIZE starts nothing
 
 
 def test_peak_memory_is_in_gib():
@@ -840,24 +770,26 @@ def test_files_are_whole_or_not_there():
         assert path.read_text() == "old" and os.listdir(path.parent) == ["a.txt"]
 
 
-def test_damaged_and_foreign_files_are_refused():
+def test_damaged_and_foreign_files_are_refused_others_read():
     with scratch() as tmp:
-        path, w, linear = tmp / "a.pt", torch.arange(4.0), nn.Linear(2, 2)
+        path, w = tmp / "a.pt", torch.arange(4.0)
         _refused(lambda: common.load_checkpoint(path), "no checkpoint", path)
-        _refused(lambda: common.read_json(path, "arch.json"), "no arch.json", path)
         for text in ("{", "[]"):
             put(path, text)
-            _refused(lambda: common.read_json(path, "arch.json"), "readable", path)
+            _refused(lambda: common.read_json(path, "arch.json"), "readable arch.json", path)
         torch.save({"weights": w}, path)
         _refused(lambda: common.load_checkpoint(path), path, "no model")
         path.write_bytes(path.read_bytes()[:200])
         _refused(lambda: common.load_checkpoint(path), path, "truncated")
-        for wrapped in ({"w": w}, {"state_dict": {"w": w}}, {"model": {"w": w}}):
-            torch.save(wrapped, path)
-            assert torch.equal(common.load_state_dict(path)["w"], w)
         torch.save({"model": [1]}, path)
         _refused(lambda: common.load_state_dict(path), path, "no state_dict")
-        _refused(lambda: common.load_weights(linear, {"weight": w, "bias": w}, path), path, "fit")
+        torch.save({"model": {"w": w}}, path)
+        agree(common.load_state_dict(path), {"w": w})
+        _refused(lambda: common.classifier("squeezenet1_1", path), path, "fit")
+        whole = torchvision.models.squeezenet1_1()
+        torch.save(whole.state_dict(), path)
+        again = common.classifier("squeezenet1_1", path)
+        agree(again.features.state_dict(), whole.features.state_dict())
 
 
 def toy_run(folder, stop=None, epochs=3, lr=0.1, shared=False, out=None, **settings):
@@ -866,11 +798,12 @@ def toy_run(folder, stop=None, epochs=3, lr=0.1, shared=False, out=None, **setti
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.Conv2d(4, 3, 1))
     sgd = torch.optim.SGD(net.parameters(), lr, 0.9)
-    cfg = Settings(out=str(folder), device="cpu", **settings)
+    cfg = Settings(out=str(folder), **settings)
     images = torch.utils.data.Subset(synthetic("segmentation", (32, 32)), range(12))
     _, loader = common.open_loader(cfg, "train", True, images)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(sgd, 3 * epochs, 0.9)
     run = common.Run("toy", "train", cfg, folder, epochs, model=net, optimizer=sgd,
-                     schedule=common.poly(sgd, 3 * epochs), stale=["arch.json"], shared=shared)
+                     schedule=schedule, stale=["arch.json"], shared=shared)
 
     def terms(forward, x, y):
         if run.epoch == stop:
@@ -900,16 +833,16 @@ def test_progress_is_live_on_a_terminal():
 
 
 def test_run_resumes_bit_for_bit():
+    """Under settings that a stage before the end may change; what is logged again counts."""
     with scratch() as tmp:
         toy_run(tmp / "whole")
         toy_run(tmp / "broken", stop=1)
-        common.log_record(tmp / "broken", stage="toy", epoch=2)     # what is done again counts
+        common.log_record(tmp / "broken", stage="toy", epoch=2)
         common.log_record(tmp / "broken", stage="eval", epoch=3)
-        toy_run(tmp / "broken", resume=True)
-        a, b = tensors_of(tmp / "whole/last.pt"), tensors_of(tmp / "broken/last.pt")
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        toy_run(tmp / "broken", stop=0, resume=True, split="test")      # goes on after epoch 0
         assert common.read_log(tmp / "whole", "toy") == common.read_log(tmp / "broken", "toy")
-        _refused(lambda: toy_run(tmp / "broken", resume=True, image_scale=0.5), "--image-scale")
+        _refused(lambda: toy_run(tmp / "broken", resume=True, image_scale=0.5), tmp,
+                 "--image-scale 1.0", "0.5")
 
 
 def test_new_run_replaces_an_older_one_after_its_first_epoch():
@@ -930,24 +863,20 @@ def test_new_run_replaces_an_older_one_after_its_first_epoch():
         assert abs(lr - 0.1 * (1 - 3 / 9) ** 0.9) < 1e-9        # 3 of 9 batches, poly
 
 
-def test_an_epoch_logs_its_own_terms():
-    """Not those of an earlier one, which may have trained by another loss."""
+def test_every_epoch_has_its_own_terms_and_random_numbers():
+    """It may train by another loss than the one before. Without a seed of its own the dropout, and
+    the widths of a search, of all epochs would be alike."""
+    draws = []
     with scratch() as tmp:
-        run = common.Run("x", "train", Settings(), tmp, 2, 1, model=nn.Linear(1, 1))
-        for epoch in run.epochs():
-            run.check(**{f"loss{epoch}": torch.tensor(1.0)})
-            quiet(run.end_epoch)
-            _refused(lambda: quiet(run.end_epoch, math.nan), "no pixel")
-        assert [("loss0" in r, "loss1" in r) for r in common.read_log(tmp, "x")] == [
-            (True, False), (False, True)]
-
-
-def test_every_epoch_and_seed_has_its_own_random_numbers():
-    """Else the dropout, and the widths of a search, of all epochs would be alike."""
-    with scratch() as tmp:
-        runs = [common.Run("x", "train", Settings(seed=seed), tmp, 2) for seed in (0, 0, 1)]
-        draws = [[float(torch.rand(())) for _ in run.epochs()] for run in runs]
-    assert draws[0] == draws[1] and len({*draws[0], *draws[2]}) == 4
+        for seed in (0, 1):
+            run = common.Run("x", "train", Settings(seed=seed), tmp, 2, 1)
+            for epoch in run.epochs():
+                draws.append(torch.rand(()).item())
+                run.check(**{f"loss{epoch}": torch.tensor(1.0)})
+                quiet(run.end_epoch)
+                _refused(lambda: quiet(run.end_epoch, math.nan), "no pixel")
+        first, second = common.read_log(tmp, "x")
+    assert first.keys() ^ second.keys() == {"loss0", "loss1"} and len(set(draws)) == 4
 
 
 def test_trained_once_then_shared():
@@ -964,28 +893,25 @@ def test_trained_once_then_shared():
         assert common.load_checkpoint(tmp / "last.pt")["epoch"] == 4
 
 
-def test_two_ranks_stay_equal():
+def test_gradients_statistics_files_and_nans_of_two_ranks():
     def job(rank):
-        with mock.patch.object(common, "load_weights"):     # as trained: not read from one file
-            net = toy_run(tmp)
-        for key, value in net.state_dict().items():
-            first = value.clone()
-            dist.broadcast(first, 0)
-            assert torch.equal(first, value), key           # BN statistics too
         w, grid = nn.Parameter(torch.zeros(2, 3, 4, 5)), torch.arange(120.0).view(2, 3, 4, 5)
         grid = grid.contiguous(memory_format=torch.channels_last)
         w.grad = grid * (1 + 2 * rank)
-        common.average_gradients([w, nn.Parameter(torch.zeros(1))])
+        common.average_gradients([w])
         assert torch.equal(w.grad, 2 * grid) and w.grad.stride() == grid.stride()
-        # NaN on one rank alone has to stop both.
-        run = common.Run("x", "train", Settings(), tmp, 1)
+        norm = nn.BatchNorm2d(1)
+        norm.running_mean += rank
+        run = common.Run("x", "train", Settings(), tmp, 1, model=norm)
         next(run.epochs())
+        quiet(run.end_epoch)
+        assert norm.running_mean == 0.5
+        # NaN on one rank alone has to stop both.
         loss = w.sum() * (math.nan if rank else 1)
         _refused(lambda: run.descend(torch.optim.SGD([w], 0.1), loss=loss), "not finite")
         assert w.count_nonzero() == 0
-        if rank == 1:
-            common.write_text(tmp / "theirs", "")           # rank 0 writes, the others nothing
-            assert not (tmp / "theirs").exists()
+        common.write_text(tmp / str(rank), "")          # rank 0 writes, the others nothing
+        assert (tmp / str(rank)).exists() == (rank == 0)
     with scratch() as tmp:
         on_two_ranks(job)
 
@@ -1004,125 +930,78 @@ def test_synchronised_bn_leaves_the_network_plain():
 
 
 def test_every_process_gets_a_batch_that_bn_can_use():
-    cfg = Settings(device="cpu", batch_size=4, size=(32, 32))
-    with mock.patch.object(common, "world_size", lambda: 2):
-        assert common.open_loader(cfg, "train", True)[1].batch_size == 2
-        for loader in (common.open_loader(cfg, "val")[1], common.open_loader(cfg, "train")[1]):
-            assert loader.batch_size == 1 and not loader.sampler.shuffle
-    cfg = replace(cfg, image_scale=0.5, scales=(1.0, 1.0), seed=7)
-    with (mock.patch.object(common, "world_size", lambda: 2),
-          mock.patch.object(common, "rank", lambda: 1)):
-        images, loader = common.open_loader(cfg, "train", True)
-        sampler = loader.sampler
-        assert (sampler.rank, sampler.world_size) == (1, 2)     # its own share
-        assert images.seed == sampler.seed == loader.dataset.seed == 7
-        assert (next(iter(loader))[1] != 255).sum() <= 2 * 16 * 16
-        image, label = next(iter(common.open_loader(cfg, "val")[1]))
+    cfg = Settings(image_scale=0.5, scales=(1.0, 1.0), seed=7)
+    images, loader = common.open_loader(cfg, "train", True)
+    assert images.seed == loader.sampler.seed == loader.dataset.seed == 7
+    assert (next(iter(loader))[1] != 255).sum() <= 4 * 16 * 16
+    for split in ("train", "val"):
+        _, loader = common.open_loader(cfg, split)
+        image, label = next(iter(loader))
         assert image.shape == (1, 3, 16, 16) and label.shape == (1, 32, 32)
-    for ranks, batch, pictures, size, fits in (
-            (1, 2, 9, None, True), (1, 1, 9, None, False), (1, 2, 1, None, False),
-            (2, 4, 4, None, True), (2, 5, 9, None, False), (2, 2, 9, None, False),
-            (2, 4, 3, None, False),
-            (2, 2, 9, (64, 65), True), (2, 2, 9, (64, 64), False), (1, 1, 1, (65, 1), True)):
-        with mock.patch.object(common, "world_size", lambda: ranks):
-            if fits:
-                common.check_batch("batch", batch, pictures, size)
-            else:
-                _refused(lambda: common.check_batch("batch", batch, pictures, size),
-                         f"--batch {batch} of {pictures} training pictures over {ranks} process")
+        assert not loader.sampler.shuffle
+    with mock.patch.object(common, "world_size", lambda: 2):
+        for fine in ((4, 4), (2, 9, (64, 65))):
+            common.check_batch("batch", *fine)
+        for wrong in ((4, 3), (5, 9), (2, 9, (64, 64))):
+            _refused(lambda: common.check_batch("batch", *wrong), "--batch", *wrong[:2])
 
 
-def test_narrowed_layers_by_hand():
+def test_cut_and_folded_layers_that_are_alike():
+    """Depth-wise convolutions have one set of channels; what shall not be cut or folded."""
     out, into, x = torch.tensor([0, 2, 3]), torch.tensor([1, 4]), torch.randn(2, 5, 7, 7)
-    for layer in (nn.Conv2d(5, 5, 3, groups=5), shake_norms(nn.BatchNorm2d(5)).eval()):
-        small = common.narrowed(layer, out, into)           # `into` means nothing here
-        assert torch.allclose(small(x[:, out]), layer(x)[:, out], atol=1e-6)
-    x[:, [0, 2, 3]] = 0                                     # what is cut away does not count
-    conv = nn.Conv2d(5, 4, 3)
-    small = common.narrowed(conv, out, into)
-    assert small.in_channels == 2 and torch.allclose(small(x[:, into]), conv(x)[:, out], atol=1e-5)
+    layer = nn.Conv2d(5, 5, 3, groups=5)
+    agree(common.narrowed(layer, out, into)(x[:, out]), layer(x)[:, out])
+    assert common.narrowed(nn.Conv2d(5, 4, 3), out, into).in_channels == 2
     with contextlib.suppress(ValueError):
         common.narrowed(nn.Conv2d(4, 4, 1, groups=2), out)
         raise AssertionError("half-grouped convolution was cut")
-
-
-def test_fold_bn_keeps_the_output():
-    net = shake_norms(torchvision.models.mobilenet_v2()).double().eval()
-    x, folded = torch.randn(1, 3, 32, 32).double(), common.fold_bn(net)
-    assert "BatchNorm2d" in str(net) and "BatchNorm2d" not in str(folded)
-    assert torch.allclose(folded(x), net(x), rtol=1e-9)
     apart = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(3)])      # neighbours of two sizes
     assert isinstance(common.fold_bn(apart)[1], nn.BatchNorm2d)
 
 
-def test_classifier_weights_from_a_file():
-    """All but the head, of a whole network or of its `features`."""
-    net = torchvision.models.squeezenet1_1()
-    with scratch() as tmp:
-        path = tmp / "a.pth"
-        for state in (net.state_dict(), net.features.state_dict()):
-            torch.save(state, path)
-            again = common.classifier("squeezenet1_1", str(path))
-            equal = [torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters())]
-            assert all(equal[:-2]) and not equal[-2]
-        _refused(lambda: common.classifier("shufflenet_v2_x0_5", str(path)), path, "fit")
-
-
-def test_confusion_matrix_counts_what_occurs():
-    torch.manual_seed(0)
-    label, guess = torch.randint(0, 4, (2, 9, 7)), torch.randint(0, 4, (2, 9, 7))
-    label[0, :2] = 255
-    label[label == 2], guess[guess == 3] = 0, 1             # 2 only predicted, 3 only in the label
-    matrix, ious = common.ConfusionMatrix(6), []            # 4 and 5 occur nowhere
-    matrix.update(label[:1], guess[:1])
-    matrix.update(label[1:], guess[1:])
-    for k in range(4):
-        seen, found = label[label != 255] == k, guess[label != 255] == k
-        ious.append((seen & found).sum() / (seen | found).sum())
-    assert abs(matrix.miou() - sum(ious) / 4) < 1e-6
-    assert matrix.iou().isnan().tolist()[4:] == [True, True]
+def test_miou_is_of_the_classes_that_occur():
+    """Of five, class 2 is only predicted, class 3 only in the label, class 4 nowhere."""
+    matrix = common.ConfusionMatrix(5)
+    matrix.matrix[0, :3], matrix.matrix[1, 1], matrix.matrix[3, 0] = torch.tensor([3, 1, 1]), 2, 1
+    ious = torch.tensor([3 / 6, 2 / 3, 0, 0, math.nan], dtype=torch.float64)
+    agree(matrix.iou(), ious, equal_nan=True)
+    assert abs(matrix.miou() - (3 / 6 + 2 / 3) / 4) < 1e-9
 
 
 def test_cross_entropy_leaves_out_void():
     logits, label = torch.randn(2, 5, 6, 8), torch.randint(0, 5, (2, 6, 8))
-    chosen = logits.softmax(1).gather(1, label[:, None])[:, 0]
-    label[0, 0] = 255
-    expected = -chosen[label != 255].log().mean()
-    assert abs(common.cross_entropy(logits, label) - expected) < 1e-5
+    label[:, 0] = 255
+    agree(common.cross_entropy(logits, label), F.cross_entropy(logits[:, :, 1:], label[:, 1:]))
     assert common.cross_entropy(logits, torch.full_like(label, 255)) == 0       # not NaN
 
 
 def test_evaluation_at_the_labels_resolution():
     """One scale is the argmax of the enlarged logits; several are means of probabilities."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.BatchNorm2d(5)).train()
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.BatchNorm2d(5)).eval()
     image, label = torch.randn(1, 3, 40, 48), torch.randint(0, 5, (1, 70, 80))
+    label[0, :9] = 255
     half = F.interpolate(image, (32, 36), mode="bilinear", antialias=True)      # 30 is below 32
 
     def logits(x):
-        with torch.no_grad():
-            return F.interpolate(copy.deepcopy(net).eval()(x), (70, 80), mode="bilinear")
+        return F.interpolate(net(x), (70, 80), mode="bilinear").detach()
 
     def both(x):
         return logits(x).softmax(1) + logits(x.flip(-1)).flip(-1).softmax(1)
 
     def expect(scores, pictures=1, total=1, **options):
-        found = common.evaluate(net, [(image, label)] * pictures, 5, Settings(), **options).matrix
-        for a, b in np.ndindex(5, 5):
-            assert found[a, b] == total * ((label == a) & (scores.argmax(1) == b)).sum()
+        matrix = common.evaluate(net, [(image, label)] * pictures, 5, Settings(), **options).matrix
+        once, *_ = np.histogram2d(label.ravel(), scores.argmax(1).ravel(), range(6))   # not 255
+        assert (matrix.numpy() == total * once).all()
 
-    expect(logits(image))
-    expect(both(image), flip=True)
-    four = both(image) + both(half)
+    one, four = logits(image), both(image) + both(half)
     expect(four, flip=True, scales=(1.0, 0.75))
     with torch.no_grad():
-        mean = common.probabilities(copy.deepcopy(net).eval(), image, (70, 80), (1.0, 0.75), True)
-    assert torch.allclose(mean, four / 4, atol=1e-6)
-    assert net.training
-    net.eval()
-    expect(logits(image))
-    assert not net.training                                 # as it was
-    on_two_ranks(lambda rank: expect(logits(image), 1 + rank, total=3))
+        agree(common.probabilities(net, image, (70, 80), (1.0, 0.75), True), four / 4)
+    for training in (False, True):
+        net.train(training)
+        expect(one)
+        assert net.training == training                     # as it was
+    on_two_ranks(lambda rank: expect(one, 1 + rank, total=3))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1130,51 +1009,42 @@ def test_evaluation_at_the_labels_resolution():
 # ---------------------------------------------------------------------------------------------
 
 
-def where(path, colour):
-    """(rows, columns) of the pixels of this colour, left of the legend."""
-    pixels = np.asarray(Image.open(path))[:, :650].astype(int)
-    return np.nonzero(abs(pixels - data.ImageColor.getrgb(colour)).max(-1) <= 8)
+def colours_at(path, *places):
+    picture = Image.open(path)
+    return ["#%02x%02x%02x" % picture.getpixel(place) for place in places]
 
 
-def test_lines_and_dots():
+def test_lines_heat_map_and_bars():
+    blue, orange, *_ = common.COLOURS
     peak = [(x, float(x == 15)) for x in range(10, 31)]
     series = {"peak": peak + [(3, math.inf)], "dot": [(30, 0.5)], "none": []}
     with scratch() as tmp:
-        common.draw_lines(tmp / "a.png", "title", "epoch", "share", series)
-        rows, columns = where(tmp / "a.png", common.COLOURS[0])
-        _, x = where(tmp / "a.png", common.COLOURS[1])
-    top = columns[rows <= rows.min() + 3].mean()            # the peak is at 5 of 20
-    assert abs((top - columns.min()) / np.ptp(columns) - 0.25) < 0.01
-    assert abs(x.mean() - columns.max()) < 3                # one point is drawn as a dot
-
-
-def test_heat_map_and_bars():
-    with scratch() as tmp:
-        path, values = tmp / "a.png", [[0.5, math.nan], [-1, 2]]
-        common.draw_heat_map(path, "t", ["r0", "r1"], ["c0", "c1"], values)
-        picture = Image.open(path)
-        cells = [picture.getpixel((182 + 64 * x, 64 + 16 * y)) for y, x in np.ndindex(2, 2)]
-        assert cells == [(132, 152, 181), (200, 200, 200), (255, 255, 255), (8, 48, 107)]
+        path = tmp / "a.png"
+        common.draw_lines(path, "title", "epoch", "share", series)
+        # Between the first two points, the peak at 5 of 20, one point drawn as a dot.
+        assert colours_at(path, (84, 390), (212, 58), (637, 223)) == [blue, blue, orange]
+        common.draw_heat_map(path, "t", ["r0", "r1"], ["c0", "c1"], [[0.5, math.nan], [-1, 2]])
+        shown = colours_at(path, (182, 64), (246, 64), (182, 80), (246, 80))
+        assert shown == ["#8498b5", "#c8c8c8", "#ffffff", "#08306b"]
         common.draw_bars(path, "t", {"first": (10, 40), "second": (30, 30)})
-        rows, columns = where(path, common.COLOURS[0])
-    first, second = (np.ptp(columns[rows == row]) for row in (rows.min(), rows.max()))
-    assert abs(first / second - 10 / 30) < 0.02
+        shown = colours_at(path, (306, 46), (310, 46), (521, 62), (525, 62))
+        assert shown == [blue, common.FAINT, blue, "#ffffff"]
 
 
 def test_segmentations_are_drawn_beside_their_labels():
     """All is class 0, the last rows void; the network sees class 1 everywhere."""
+    class Pictures(list):
+        palette, num_classes = [(255, 0, 0), (0, 0, 255)], 2
+
     net = lambda x: torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+    picture, label = Image.new("RGB", (30, 20), (100, 100, 100)), Image.new("L", (30, 20))
+    label.paste(255, (0, 15, 30, 20))
     with scratch() as tmp:
-        put(tmp / "a.png", np.full((20, 30), 100))
-        put(tmp / "b.png", [[0] * 30] * 15 + [[255] * 30] * 5)
-        pairs = [(tmp / "a.png", tmp / "b.png")] * 3
-        pictures = data.FilePairs(pairs, "ab", [(255, 0, 0), (0, 0, 255)])
-        quiet(common.draw_segmentations, net, pictures, Settings(), tmp)
-        sheet = np.asarray(Image.open(tmp / "segmentations.png"))
-    height, width = sheet.shape[0] // 3, sheet.shape[1] // 3
-    row = sheet[height // 2, width // 2::width].tolist()
-    assert row == [[100, 100, 100], [193, 40, 40], [40, 40, 193]]       # 0.4 picture + 0.6
-    assert sheet[height - 15, width + width // 2].tolist() == [100, 100, 100]           # void
+        quiet(common.draw_segmentations, net, Pictures(3 * [(picture, label)]), Settings(), tmp)
+        # In the third row, the last one of void.
+        places = (180, 500), (540, 500), (900, 500), (540, 720)
+        shown = colours_at(tmp / "segmentations.png", *places)
+    assert shown == ["#646464", "#c12828", "#2828c1", "#646464"]        # 0.4 picture + 0.6
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1182,52 +1052,41 @@ def test_segmentations_are_drawn_beside_their_labels():
 # ---------------------------------------------------------------------------------------------
 
 
-def conv_table(sizes, root, ms=None, chunk=24):
-    """build_table for convolutions of these sizes; ms: made up, else measured."""
+def conv_table(sizes, root, ms):
+    """build_table for convolutions of these sizes, each of which takes so many ms."""
     entries = {f"conv {c}": (functools.partial(nn.Conv2d, 3, c, 3), [(1, 3, 16, 16)])
                for c in sizes}
-    made_up = lambda calls, *rest: {name: {"median": ms} for name in calls}
-    with mock.patch.object(latency, "measure", made_up if ms else latency.measure):
-        return quiet(latency.build_table, entries, "cpu", (16, 16), root, 2, chunk)
+    measured = lambda calls, *rest: dict.fromkeys(calls, {"median": ms})
+    with mock.patch.object(latency, "measure", measured):
+        return quiet(latency.build_table, entries, "cpu", (16, 16), root)
 
 
 def test_latency_table_is_completed_in_random_order_by_chunk():
     """Sizes grow from entry to entry; a slow minute must not hit the large ones only."""
-    tables = []
+    tables, state = [], torch.get_rng_state()
     store = lambda path, value: tables.append(list(value["ms"]))
     with scratch() as root, mock.patch.object(latency, "write_json", store):
-        torch.manual_seed(0)
-        table = conv_table(range(1, 13), root, 1.0, chunk=5)
-        after = torch.rand(())
-    torch.manual_seed(0)
-    assert torch.rand(()) == after                          # drawn as with a stored table
-    assert [len(rows) for rows in tables] == [5, 10, 12] and tables[0] != list(table)[:5]
+        table = conv_table(range(1, 31), root, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)        # draws go on as with a stored table
+    assert [len(rows) for rows in tables] == [24, 30] and tables[0] != list(table)[:24]
 
 
 def test_latency_table_measures_what_is_missing_and_refuses_foreign_files():
     with scratch() as root:
-        first = conv_table([2, 4], root)
-        table = conv_table([2, 4, 6], root)
-        assert list(table) == ["conv 2", "conv 4", "conv 6"] and min(table.values()) > 0
-        assert table | first == table == conv_table([2, 4, 6], root, 1.0)     # not measured again
+        conv_table([2, 4], root, 0.125)
+        assert conv_table([6, 4], root, 2.0) == {"conv 6": 2.0, "conv 4": 0.125}
         path, = root.iterdir()
-        good, value = path.read_text(), str(table["conv 2"])
-        for old, new in (('"threads": ', '"threads": 9'), (value, "0.0"), (value, "NaN"),
-                         (value, '"1"'), ("}", "")):
+        good = path.read_text()
+        for old, new, word in (('"threads": ', '"threads": 9', "other"), ("0.125", "0.0", "other"),
+                               ("0.125", "NaN", "other"), ("0.125", '"1"', "other"),
+                               ("}", "", "latency table")):
             put(path, good.replace(old, new))
-            _refused(lambda: conv_table([2], root), path, "latency table" if new == "" else "other")
-
-
-def test_latency_table_is_rank_0s():
-    def job(rank):
-        with scratch() as root:
-            assert conv_table([2], root, ms=1.0 + rank) == {"conv 2": 1.0}
-    on_two_ranks(job)
+            _refused(lambda: conv_table([2], root, 1.0), path, word)
 
 
 def test_latency_is_measured_in_turn_after_warm_up():
     """On a clock that the calls move: by so many ms, and 500 more the first time."""
-    now, order, ms = [0.0], [], {"a": 0.25, "b": 30, "c": 0.001}
+    now, order, ms = [0.0], [], {"a": 0.25, "b": 30.0, "c": 0.001}
 
     def call(name):
         now[0] += (ms[name] + 500 * (name not in order)) / 1000
@@ -1236,71 +1095,69 @@ def test_latency_is_measured_in_turn_after_warm_up():
     calls = {name: functools.partial(call, name) for name in ms}
     with mock.patch.object(time, "perf_counter", lambda: now[0]):
         found = latency.measure(calls, "cpu", rounds=5)
-    for name in ms:
-        assert abs(found[name]["median"] - ms[name]) < 1e-6
+    agree({name: times["median"] for name, times in found.items()}, ms, rtol=0, atol=1e-6)
     assert [name for name, _ in itertools.groupby(order)] == ["a", "b", "c"] * 6
     # Two of warm-up; then short calls are repeated, until 1 ms or 20 times.
-    assert [order.count(name) for name in ms] == [2 + 5 * 4, 2 + 5, 2 + 5 * 20]
-    samples = [1, 1, *range(20, 0, -1)]                     # two of warm-up
-    with mock.patch.object(latency, "milliseconds", side_effect=samples):
+    assert collections.Counter(order) == {"a": 2 + 5 * 4, "b": 2 + 5, "c": 2 + 5 * 20}
+    with mock.patch.object(latency, "milliseconds", side_effect=[1, 1, 99, *range(19, 0, -1)]):
         assert latency.measure({"a": None}, "cpu", rounds=20) == {"a": {"median": 10.5, "p90": 19}}
 
 
-def test_latency_on_a_gpu_is_taken_by_its_own_events():
-    """Stand-ins for CUDA's; each sample says 0.5 ms, so calls are made by twos."""
+def test_latency_on_a_gpu_is_that_of_a_graph_by_the_gpus_clock():
+    """Stand-ins for CUDA's: after a warm-up the call is captured once, and then only replayed; each
+    sample says 0.5 ms, so replays are made by twos."""
     cuda = mock.MagicMock()
     cuda.Event().elapsed_time.return_value = 0.5
-    with mock.patch.multiple(torch.cuda, Event=cuda.Event, device=cuda.device):
-        found = latency.measure({"a": cuda.call}, "cuda:1", rounds=3)
-    assert found["a"]["median"] == 0.25 and cuda.call.call_count == 10 + 3 * 2
-    cuda.device.assert_called_once_with(torch.device("cuda:1"))
-    assert cuda.Event.call_args_list[1:] == 2 * (10 + 3) * [mock.call(enable_timing=True)]
-    done = [name.replace("Event().", "") for name, *_ in cuda.mock_calls]
-    assert done[-7:-1] == ["record", "call", "call", "record", "synchronize", "elapsed_time"]
-    assert done[-1] == "device().__exit__"
-
-
-def test_latency_on_a_gpu_is_that_of_a_graph():
-    """Stand-ins for CUDA's: after a warm-up the call is captured once, and then only replayed."""
-    cuda, names = mock.MagicMock(), ("Stream", "current_stream", "stream", "CUDAGraph", "graph")
+    names = "Event", "device", "Stream", "current_stream", "stream", "CUDAGraph", "graph"
     with (mock.patch.multiple(torch.cuda, **{name: getattr(cuda, name) for name in names}),
           torch.backends.cudnn.flags(benchmark=False)):
-        latency.captured(cuda.call)()
+        calls = {"a": latency.captured(cuda.call)}
         assert torch.backends.cudnn.benchmark
+        found = latency.measure(calls, "cuda:1", rounds=3)
+    assert found["a"]["median"] == 0.25
+    cuda.device.assert_called_once_with(torch.device("cuda:1"))
+    cuda.Event.assert_called_with(enable_timing=True)
+    done = [name for name, *_ in cuda.mock_calls]
     kinds = "call", "graph().__enter__", "CUDAGraph().replay"
-    done = [name for name, *_ in cuda.mock_calls if name in kinds]
-    assert done == ["call", "call", "call", "graph().__enter__", "call", "CUDAGraph().replay"]
+    graph = ["call"] * 3 + ["graph().__enter__", "call"] + ["CUDAGraph().replay"] * (10 + 3 * 2)
+    assert [name for name in done if name in kinds] == graph
+    assert [name.split(".")[-1] for name in done[-7:]] == [
+        "record", "replay", "replay", "record", "synchronize", "elapsed_time", "__exit__"]
 
 
-def test_latency_conditions_and_what_is_measured():
-    net = shake_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+def test_latency_conditions():
+    about = {"device": "cuda", "torch": torch.__version__, "threads": None, "dtype": "tf32",
+             "layout": "NCHW", "compiled": False, "graph": True, "frame": [4, 6]}
+    with mock.patch.object(latency, "device_name", str):
+        assert latency.conditions("cuda", torch.float32, (4, 6)) == about
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            assert latency.conditions("cuda", torch.float32, (4, 6))["dtype"] == "float32"
+        about |= {"device": "cpu", "threads": torch.get_num_threads(), "dtype": "float32",
+                  "layout": "NHWC", "compiled": True, "graph": False}
+        assert latency.conditions("cpu", torch.float32, (4, 6), True, True) == about
+
+
+def test_latency_is_that_of_the_folded_network():
+    net = shake_norms(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
     torch.manual_seed(0)
-    call = latency.prepare(net, [(2, 3, 9, 9)], "cpu", torch.float64, channels_last=True)
-    with mock.patch.object(F, "batch_norm", None):          # it is folded
+    call = latency.prepare(net, [(2, 3, 9, 9)], "cpu", torch.float64)
+    with mock.patch.object(F, "batch_norm", None):
         seen = call()
     torch.manual_seed(0)
     x = torch.randn(2, 3, 9, 9).double()
-    assert torch.allclose(seen, copy.deepcopy(net).double().eval()(x), atol=1e-5)
-    assert seen.dtype == torch.float64 and seen.shape == (2, 4, 7, 7) and net.training
-    assert seen.is_contiguous(memory_format=torch.channels_last)
-    assert latency.prepare(net, [(2, 3, 9, 9)], "cpu")().is_contiguous()
-    with mock.patch.object(latency, "device_name", str):
-        for device, allowed, dtype in (("cuda", True, "tf32"), ("cuda", False, "float32"),
-                                       ("cpu", True, "float32")):
-            with torch.backends.cudnn.flags(allow_tf32=allowed):
-                about = latency.conditions(device, torch.float32, (4, 6), True, True)
-            assert about["dtype"] == dtype and about["graph"] == (device == "cuda")
-            assert about["frame"] == [4, 6] and about["layout"] == "NHWC" and about["compiled"]
-            assert about["threads"] == (None if device == "cuda" else torch.get_num_threads())
-            assert about["device"] == device and about["torch"] == torch.__version__
-        about = latency.conditions("cpu", torch.bfloat16, (4, 6))
-        assert (about["dtype"], about["layout"], about["compiled"]) == ("bfloat16", "NCHW", False)
+    agree(seen, copy.deepcopy(net).double().eval()(x), atol=1e-5, rtol=0)
+    assert net.training and seen.is_contiguous()
+
+    def measure(calls, device):
+        output = calls["a"]()
+        assert output.dtype == torch.bfloat16 and output.shape == (1, 4, 7, 7)
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        return {"a": {"median": 4.0, "p90": 5.0}}
+
     cfg = Settings(amp=True, channels_last=True)
-    with (mock.patch.object(latency, "prepare", wraps=latency.prepare) as prepared,
-          mock.patch.object(latency, "measure", lambda *_: {"a": {"median": 4.0, "p90": 5.0}})):
+    with mock.patch.object(latency, "measure", measure):
         about, rows = quiet(latency.compare, {"a": net}, (9, 9), cfg)
-    prepared.assert_called_once_with(net, [(1, 3, 9, 9)], "cpu", torch.bfloat16, True, False)
-    assert about == latency.conditions("cpu", torch.bfloat16, (9, 9), True, False)
+    assert about == latency.conditions("cpu", torch.bfloat16, (9, 9), True)
     assert rows == {"a": {"params": 4 * 27 + 4 + 8, "conv_macs": 49 * 4 * 27, "median_ms": 4.0,
                           "p90_ms": 5.0, "fps": 250.0}}
 
@@ -1321,40 +1178,41 @@ def test_fastersg_published_networks_have_their_exact_size():
         assert common.count_macs(net, (1024, 2048)) == macs
     training = fastersg.FasterSeg(fastersg.PAPER_STUDENT, 19, auxiliary=True)
     assert common.count_params(training.auxiliary) == 931046
+    slim = fastersg.PUBLISHED["pruned_teacher"]
+    assert slim.stem_chi == 8
+    assert {cell.chi for cells in slim.branches.values() for cell in cells} == {4}
 
 
 def test_fastersg_counts_of_section_4_2_and_weights_of_footnote_1():
-    assert fastersg.count_paths(16) == 15 + 105 + 1575 == 1695
+    assert fastersg.count_paths(16, 2) == 15 + 105 + 1575
     assert fastersg.count_combinations(16, (4, 6, 8, 10, 12)) == 21 ** 42 + 125
-    keys = fastersg.ArchParameters(fastersg.Config()).keys
-    assert len(keys["alpha"]) == 16 + 15 + 14 and len(keys["beta"]) == 14 + 13
-    assert len(keys["gamma"]) == 16 + 16 + 15
+    logits = fastersg.ArchParameters(fastersg.Config()).parameters()
+    assert [len(rows) for rows in logits] == [16 + 15 + 14, 14 + 13, 16 + 16 + 15]
     w = fastersg.solve_footnote_1((10.42, 0.01, 5.54))
-    assert [round(v, 3) for v in w] == [0.001, 0.997, 0.002] and abs(sum(w) - 1) < 1e-12
+    assert [round(v, 3) for v in w] == [0.001, 0.997, 0.002]
     assert fastersg.solve_footnote_1((4.0, 2.0, 0.0)) == [1 / 3, 2 / 3, 0.0]
 
 
-def test_fastersg_losses_against_loops():
+def test_fastersg_losses():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
-    kl = F.kl_div(log_t, log_s, reduction="sum", log_target=True)   # KL(q^s || q^t)
-    assert abs(fastersg.distillation(student, teacher) - kl / (2 * 4 * 5)) < 1e-6
-    logits, label = 2 * torch.randn(2, 5, 6, 8), torch.randint(0, 5, (2, 6, 8))
+    kl = F.kl_div(log_t, log_s, reduction="none", log_target=True)  # KL(q^s || q^t)
+    assert abs(fastersg.distillation(student, teacher) - kl.sum(1).mean()) < 1e-6
+    # OHEM: the true class, 0, has probability p; a sixteenth is 4 pixels, or all of them.
+    p, label = torch.rand(2, 4, 8), torch.zeros(2, 4, 8, dtype=torch.long)
     label[0, 0] = 255
     few = torch.full_like(label, 255)
-    few[1, 2, 3] = 4                                        # less than a sixteenth is valid
-    for target, threshold in ((label, 0.7), (label, 1e-6), (few, 1e-6)):
-        p, losses = torch.softmax(logits, 1), []
-        for b, y, x in (target != 255).nonzero().tolist():
-            losses.append(-math.log(p[b, target[b, y, x], y, x]))
-        losses.sort(reverse=True)
-        hard = [loss for loss in losses if loss > -math.log(threshold)]
-        kept = max(hard, losses[:96 // 16], key=len)
-        assert abs(fastersg.ohem(logits, target, threshold) - sum(kept) / len(kept)) < 1e-5
-    assert fastersg.ohem(logits, torch.full_like(label, 255)) == 0      # zero, not NaN
+    few[1, 2, 3] = 0
+    easy = 0.7 + 0.3 * p
+    for p, target, kept in ((p, label, (p[label == 0] < 0.7).sum()), (easy, label, 4),
+                            (easy, few, 1)):
+        hardest = p[target == 0].sort().values[:kept]
+        found = fastersg.ohem(torch.stack([p, 1 - p], 1).log(), target)
+        assert abs(found + hardest.log().mean()) < 1e-5
+    assert fastersg.ohem(student, torch.full((2, 4, 5), 255)) == 0      # zero, not NaN
     # That of the search: every prediction counts, against every third pixel's label.
-    label, outputs = torch.randint(0, 5, (2, 6, 9)), torch.randn(6, 2, 5, 4, 4).unbind()
+    label, outputs = torch.randint(0, 5, (2, 6, 9)), torch.randn(6, 2, 5, 4, 4)
     expected = sum(fastersg.ohem(sized(y, (2, 3)), label[:, ::3, ::3]) for y in outputs)
     found = fastersg.seg_loss(lambda *_: outputs, None, STUDENT, None, label, tiny(label_stride=3))
     assert abs(found - expected) < 1e-5
@@ -1371,18 +1229,18 @@ def sized(x, size):
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
-def plain_operator(name, op, x, stride, j=0):
-    size, half = x.shape[-2:], [-(-d // 2) for d in x.shape[-2:]]
+def plain_operator(name, op, x, stride, j):
     if name == "skip" and stride == 1:
         return torch.cat([x, 0 * x], 1)[:, :op.c_outs[j]]
     if name == "skip":
         odd = F.pad(x[..., 1:, 1:], (0, 1, 0, 1))
         return F.relu(torch.cat([conv_bn(op.even, x, j), conv_bn(op.odd, odd, j)], 1))
-    y = conv_bn(op.first, sized(x, half) if "zoom" in name else x, j)
+    y = sized(x, (3, 3)) if "zoom" in name else x           # half of 5 x 6
+    y = conv_bn(op.first, y, j)
     if "x2" in name:
         y = conv_bn(op.second, F.relu(y), j)
     if "zoom" in name and stride == 1:
-        y = sized(y, size)
+        y = sized(y, (5, 6))
     return F.relu(y)
 
 
@@ -1391,22 +1249,19 @@ def test_fastersg_equation_2_and_its_slices():
     torch.manual_seed(0)
     for stride, j, c_in in itertools.product((1, 2), (0, 1), (4, 6)):
         net = fastersg.Mixture(6, [4, 8], stride).double()
-        twin, gradients = copy.deepcopy(net), []
+        twin, found = copy.deepcopy(net), []
         x = torch.randn(2, c_in, 5, 6).double().requires_grad_()
         alpha = torch.rand(5).double().requires_grad_()
         plain = sum(a * plain_operator(name, op, x, stride, j)
                     for a, name, op in zip(alpha, fastersg.OPERATORS, twin.ops))
-        for out in (plain, net(x, alpha, j)):
+        for module, out in ((twin, plain), (net, net(x, alpha, j))):
             x.grad = alpha.grad = None
             for _ in range(2):
                 out.square().sum().backward(retain_graph=True)
-            gradients.append(torch.cat([out.flatten(), x.grad.flatten(), alpha.grad]))
-        assert torch.allclose(*gradients, atol=1e-9)
-        for p, q in zip(net.parameters(), twin.parameters()):
-            assert (p.grad is None) == (q.grad is None)     # those of another width
-            assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-9)
-        for p, q in zip(net.buffers(), twin.buffers()):
-            assert not p.is_floating_point() or torch.allclose(p, q, atol=1e-9)
+            # None: of another width
+            grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+            found.append([out, x.grad, alpha.grad, grads, module.state_dict()])
+        agree(*found)
 
 
 FORKED = fastersg.Architecture.from_json({"stem_chi": 2, "branches": {
@@ -1422,31 +1277,21 @@ def test_fastersg_network_written_out():
     x = torch.randn(2, 3, 70, 95).double()
 
     def up(layer, coarse, fine):
-        y = sized(F.relu(conv_bn(layer.reduce, coarse)), fine.shape[-2:])
-        return F.relu(conv_bn(layer.fuse, torch.cat([y, fine], 1)))
-
-    def chain(layers, y):
-        for layer in layers:
-            y = conv_bn(layer, y) if isinstance(layer, fastersg.ConvBN) else layer(y)
-        return y
-
-    def classify(head, *maps):
-        return sized(chain(head, torch.cat(maps, 1)), x.shape[-2:])
-    stem = chain(net.stem, x)                               # (2, 16, 9, 12)
-    a = plain_operator("conv_x2", net.cells[0], stem, 1)    # (2, 16, 9, 12)
-    b = plain_operator("zoom", net.cells[1], a, 2)          # (2, 32, 5, 6)
-    c = plain_operator("zoom_x2", net.cells[2], b, 1)       # (2, 48, 5, 6)
-    d = plain_operator("skip", net.cells[3], b, 2)          # (2, 32, 3, 3)
+        y = sized(F.relu(layer.reduce(coarse)), fine.shape[-2:])
+        return F.relu(layer.fuse(torch.cat([y, fine], 1)))
+    a = net.cells[0](net.stem(x))                           # (2, 16, 9, 12)
+    b = net.cells[1](a)                                     # (2, 32, 5, 6)
+    c, d = net.cells[2](b), net.cells[3](b)                 # (2, 48, 5, 6), (2, 32, 3, 3)
     (from_16,), (to_16, then_8) = net.head.ups["16"], net.head.ups["32"]
-    fine, coarse = up(from_16, c, a), up(then_8, up(to_16, d, b), a)
-    expected = [classify(net.head.classifiers["(16, 32)"], coarse, fine),
-                classify(net.auxiliary["16"], b, c), classify(net.auxiliary["32"], d)]
+    joint = up(then_8, up(to_16, d, b), a), up(from_16, c, a)
+    logits = (net.head.classifiers["(16, 32)"](torch.cat(joint, 1)),
+              net.auxiliary["16"](torch.cat([b, c], 1)), net.auxiliary["32"](d))
+    expected = [sized(y, (70, 95)) for y in logits]
     for forward in (net, common.fold_bn(net)):
-        assert torch.allclose(forward(x), expected[0], atol=1e-9)
+        agree(forward(x), expected[0])
     for m in net.modules():                                 # train mode, but with these statistics
         m.training = not isinstance(m, nn.BatchNorm2d)
-    for y, wanted in zip(net(x), expected, strict=True):
-        assert torch.allclose(y, wanted, atol=1e-9)
+    agree(net(x), expected)
 
 
 def test_fastersg_pieces_make_up_the_network():
@@ -1474,15 +1319,13 @@ def tiny(**changes):
     return fastersg.Config(**{**TINY, **changes})
 
 
-def table_of(cfg, cost, classes=7):
-    """{entry: cost(piece)} of a student's space."""
-    pieces = dict.fromkeys(itertools.chain(*fastersg.space_pieces(cfg, classes).values()))
-    return {fastersg.entry(piece): cost(piece) for piece in pieces}
-
-
-def made_up_table(cfg, classes=7):
-    g = random.Random(0)
-    return table_of(cfg, lambda piece: g.uniform(0.1, 1), classes)
+def table_of(cfg, cost=None, classes=7):
+    """LatencyTable of a student's space, of cost(piece) or made up; skips that stay are free."""
+    g, ms = random.Random(0), {}
+    for piece in itertools.chain(*fastersg.space_pieces(cfg, classes).values()):
+        value = cost(piece) if cost else g.uniform(0.1, 1)
+        ms[piece] = 0.0 if piece[0] == "skip" and piece[-1] == 1 else value
+    return fastersg.LatencyTable(cfg, ms, classes)
 
 
 def one_hot_arch(cfg, g, **given):
@@ -1495,182 +1338,116 @@ def one_hot_arch(cfg, g, **given):
     return arch
 
 
-def paths_of(cfg):
-    """One-hot beta of every path."""
-    return list(itertools.product(range(2), repeat=2 * cfg.layers - 5))
-
-
-def every_skip(cfg, g, beta):
-    """This path with each place of skips on it, all other choices random."""
-    path = one_hot_arch(cfg, g, beta=beta, alpha=[1] * (3 * cfg.layers - 3))
-    branches = fastersg.derive(path.draw(path.widest()), cfg, STUDENT, fastersg.RATES).branches
-    used = {(cell.rate, cell.layer) for cells in branches.values() for cell in cells}
-    for count in range(len(used) + 1):
-        for skips in itertools.combinations(sorted(used), count):
-            alpha = {cell: g.randrange(1, 5) for cell in path.keys["alpha"]}
-            alpha |= dict.fromkeys(skips, 0)
-            yield one_hot_arch(cfg, g, beta=beta, alpha=list(alpha.values()))
-
-
-@torch.no_grad()
-def test_fastersg_derived_has_the_relaxed_latency():
-    """Every path with every place of skips at L = 4, samples at L = 5 and 6."""
-    g = random.Random(0)
-    for layers, stem_chi in ((4, 2), (5, 2), (6, 1)):
-        cfg = tiny(layers=layers, stem_chi=stem_chi)
-        ms = made_up_table(cfg)
-        table = fastersg.LatencyTable(cfg, ms, 7)
-        for beta in g.sample(paths_of(cfg), 8):
-            archs = every_skip(cfg, g, beta) if layers == 4 else [one_hot_arch(cfg, g, beta=beta)]
-            for draw in (arch.draw(arch.likeliest()) for arch in archs):
-                for rates, relaxed in table(draw).items():
-                    found = fastersg.derive(draw, cfg, STUDENT, rates)
-                    assert abs(fastersg.table_latency(found, ms, 7) - relaxed) < 1e-5, beta
+def bits(count):
+    return list(itertools.product(range(2), repeat=count))
 
 
 @torch.no_grad()
 def test_fastersg_derived_equals_relaxed():
-    """The property that makes a search trustworthy: one-hot parameters, copied kernels, same
-    output, for teacher and student; every path of L = 4, samples at L = 5 and 6."""
+    """The property that makes a search trustworthy, for one-hot parameters: every path with every
+    place of skips at L = 4 has the same latency, every path the same output from copied kernels,
+    for teacher and student; samples at L = 5 and 6."""
     g, image = random.Random(0), torch.randn(1, 3, 38, 53).double()
-    for layers, count in ((4, 8), (5, 2), (6, 1)):
-        cfg = tiny(layers=layers)
+    for layers, stem_chi, paths, count in ((4, 2, 8, 512), (5, 2, 2, 4), (6, 1, 1, 8)):
+        cfg = tiny(layers=layers, stem_chi=stem_chi)
+        table = table_of(cfg)
         net = shake_norms(fastersg.Supernet(cfg, 7)).double().eval()
-        for i, beta in enumerate(g.sample(paths_of(cfg), count)):
-            who, arch = i % 2, one_hot_arch(cfg, g, beta=beta).double()
-            draw = arch.draw(arch.widest() if who == TEACHER else arch.likeliest())
+        for i, beta in enumerate(g.sample(bits(2 * layers - 5), paths)):
+            seen = []
+            for cells in g.sample(bits(3 * layers - 3), count):         # 0: a skip
+                alpha = [cell * g.randrange(1, 5) for cell in cells]
+                arch = one_hot_arch(cfg, g, alpha=alpha, beta=beta)
+                draw = arch.draw(torch.softmax(arch.gamma, 1))
+                branches = fastersg.derive(draw, cfg, STUDENT, fastersg.RATES).branches
+                kept = [[(cell.layer, cell.op == "skip") for cell in cells]
+                        for cells in branches.values()]
+                if kept in seen:                            # it skips elsewhere, off the path
+                    continue
+                seen.append(kept)
+                for rates, relaxed in table(draw).items():
+                    found = fastersg.Architecture(stem_chi, {s: branches[s] for s in rates})
+                    assert abs(table.network_ms(found) - relaxed) < 1e-5, beta
+            who, arch = i % 2, arch.double()
+            draw = arch.widest() if who == TEACHER else arch.likeliest()
             relaxed = dict(zip(net.sets, net(image, draw, who)))
             for rates in net.final_sets:
                 small = fastersg.FasterSeg(fastersg.derive(draw, cfg, who, rates), 7)
                 fastersg.inherit(small.double().eval(), net, who, cfg.widths)
-                wanted = sized(relaxed[rates], image.shape[-2:])
-                assert torch.allclose(small(image), wanted, atol=1e-9), (layers, beta, rates)
+                agree(small(image), sized(relaxed[rates], (38, 53)))
+
+
+def test_fastersg_expected_latency_and_its_gradient():
+    """The law of total expectation for every row of alpha, beta and gamma: the mean of what its
+    choices lead to, all else as it is. Row by row that ends at discrete networks, whose latency is
+    tested above. No skips in the last layer: the widths that meet there count as independent."""
+    cfg = tiny(widths=(2, 4, 6))
+    table = table_of(cfg)
+    arch, w = fastersg.ArchParameters(cfg), (0.2, 0.5, 0.3)
+    torch.manual_seed(0)
+    for p in arch.parameters():
+        nn.init.normal_(p)
+    arch.alpha.data[[3, 6, 8], 0] = -math.inf
+    draw = arch.draw(torch.softmax(arch.gamma, 1))
+    full, weighed = table.mean(draw), fastersg.weighed_latency(table, draw, w)
+    assert abs(weighed - full) < 1e-5
+    for kind, factor in zip(("alpha", "beta", "gamma"), w):
+        rows = getattr(draw, kind)
+        for key, p in rows.items():
+            choices = [replace(draw, **{kind: {**rows, key: row}}) for row in torch.eye(len(p))]
+            means = torch.stack([table.mean(choice) for choice in choices])
+            slopes, ours = (torch.autograd.grad(y, p, retain_graph=True)[0]
+                            for y in (full, weighed))
+            assert abs(p @ means - full) < 1e-5, key
+            assert torch.allclose(slopes - slopes[0], means - means[0], atol=1e-5), key
+            assert torch.allclose(ours, factor * slopes, rtol=1e-4, atol=1e-6)      # Eq. (3)
+    assert fastersg.choose_eq3_w(replace(cfg, decouple=False), table) == (1.0, 1.0, 1.0)
+    changes = fastersg.sensitivities(table, cfg)
+    assert quiet(fastersg.choose_eq3_w, cfg, table) == fastersg.solve_footnote_1(changes)
 
 
 @torch.no_grad()
-def test_fastersg_expected_latency_against_enumeration():
-    """Eqs. (1), (2) with latencies: the mean over discrete networks, weighed by probability. All
-    of beta is soft; so are the widths of some nodes, and two cells may be skips."""
-    cfg = tiny()
-    ms, expected = made_up_table(cfg), dict.fromkeys(fastersg.final_sets(2), 0.0)
-    arch = one_hot_arch(cfg, random.Random(1), alpha=[2, 4, 1, 3, 2, 4, 1, 3, 2])
-    torch.manual_seed(3)
-    soft = [("beta", node) for node in arch.keys["beta"]]
-    soft += [("alpha", (8, 0)), ("alpha", (8, 1)), ("gamma", (8, 2)), ("gamma", (16, 2)),
-             ("gamma", (8, 4)), ("gamma", (16, 4)), ("gamma", (32, 4))]
-    for kind, key in soft:                                  # the first two choices
-        logits = getattr(arch, kind)[arch.keys[kind].index(key)]
-        logits[:] = -math.inf
-        logits[:2] = torch.randn(2)
-    mixed = arch.draw(torch.softmax(arch.gamma, 1))
-    for choices in itertools.product(range(2), repeat=len(soft)):
-        p, hard = 1.0, fastersg.Draw(dict(mixed.alpha), dict(mixed.beta), dict(mixed.gamma))
-        for (kind, key), i in zip(soft, choices):
-            rows = getattr(hard, kind)
-            p *= float(rows[key][i])
-            rows[key] = torch.eye(5)[i]
-        for rates in expected:
-            found = fastersg.derive(hard, cfg, STUDENT, rates)
-            expected[rates] += p * fastersg.table_latency(found, ms, 7)
-    found = fastersg.LatencyTable(cfg, ms, 7)(mixed)
-    assert found.keys() == expected.keys()
-    for rates, value in found.items():
-        assert abs(value - expected[rates]) < 1e-5, rates
-
-
-def test_fastersg_expected_latency_by_hand():
-    """The example in LatencyTable: half skip (0 ms), half conv (2 ms, at 1/16 4), down always 3."""
+def test_fastersg_latencies_and_sensitivities_by_hand():
+    """Branches 8, 16, 32 alone; stem and head cost nothing, and nor do skips that stay."""
     cfg = tiny(branches=1)
 
-    def cost(piece):
-        kind, rate, stride = piece[0], piece[-2], piece[-1]
-        if kind not in fastersg.OPERATORS or kind == "skip" and stride == 1:
-            return 0.0                                      # stem and head too
-        if stride == 2:
-            return 3.0
-        return 4.0 if rate == 16 else 2.0
-    table = fastersg.LatencyTable(cfg, table_of(cfg, cost), 7)
+    def table(cost):
+        cells = fastersg.OPERATORS
+        return table_of(cfg, lambda piece: float(piece[0] in cells and cost(*piece)))
+    # The example in LatencyTable: half skip, half conv of 2 ms, at 1/16 4; down always 3.
     arch = fastersg.ArchParameters(cfg)
-    with torch.no_grad():
-        arch.alpha[:, :2] = 100.0                           # half skip, half conv
-        arch.beta.copy_(torch.tensor([[-100.0, 100.0]] * 3))            # stay
-        arch.beta[0] = torch.tensor([math.log(1 / 4), math.log(3 / 4)])
-        values = table(arch.draw(arch.widest()))
-    # At 1/8 four cells of 1; 4.75 of node (16, 2) and two cells of 2; down, down, two cells of 1.
-    for rate, ms in ((8, 4), (16, 4.75 + 4), (32, 3 + 3 + 2)):
-        assert abs(float(values[rate,]) - ms) < 1e-5
+    arch.alpha[:, :2] = 100.0
+    arch.beta[:, 1] = 100.0                                 # stay
+    arch.beta[0] = torch.tensor([1 / 4, 3 / 4]).log()
+    example = table(lambda op, c_in, c_out, s, stride: 3 if stride == 2 else s / 4)
+    found = example(arch.widest())
+    # At 1/8 four cells of 1; 4.75 of node (16, 2) and two cells of 2.
+    assert abs(found[8,] - 4) < 1e-5 and abs(found[16,] - 4.75 - 4) < 1e-5
+    # Table 2: each cell of rate 16 that stays and is no skip costs 1 ms, branch 16 has one to three
+    # of them: 1 + 1/2 + 1/4 if beta is uniform; branch 32 then 1/4, at the ends none.
+    changes = fastersg.sensitivities(table(lambda *piece: piece[-2:] == (16, 1)), cfg)
+    assert np.allclose(changes, [(7 / 4 + 1 / 4) / 3, 4 / 5 * (3 - 1) / 3, 0], atol=1e-5)
 
 
-def test_fastersg_equation_3_weighs_the_gradients():
-    cfg = tiny(layers=5, widths=(2, 4, 6))
-    table = fastersg.LatencyTable(cfg, made_up_table(cfg), 7)
-    torch.manual_seed(0)
+@torch.no_grad()
+def test_fastersg_places_by_hand():
+    """beta0 of nodes (16, 2), (16, 3), (32, 3), (16, 4), (32, 4); of (16, 1), (32, 2) it is 0.5."""
+    cfg = tiny(layers=5)
     arch = fastersg.ArchParameters(cfg)
-    for p in arch.parameters():
-        nn.init.normal_(p, std=0.5)
-    draw, w = arch.draw(arch.gumbel()), (0.2, 0.5, 0.3)
-    full, weighed = table.mean(draw), fastersg.weighed_latency(table, draw, w)
-    assert abs(weighed - full) < 1e-5
-    for p, factor in zip(arch.parameters(), w):             # alpha, beta, gamma
-        grad, = torch.autograd.grad(full, p, retain_graph=True)
-        ours, = torch.autograd.grad(weighed, p, retain_graph=True)
-        assert (grad.abs().max(1).values > 0).all()         # every choice has an influence
-        assert torch.allclose(ours, factor * grad, rtol=1e-4, atol=1e-6)
-    assert fastersg.choose_eq3_w(replace(cfg, decouple=False), table) == (1.0, 1.0, 1.0)
-    w, _ = heard(fastersg.choose_eq3_w, cfg, table)
-    exact, arch = copy.deepcopy(table), arch.double()       # and the gradient is the latency's
-    exact.ms = {group: ms.double() for group, ms in table.ms.items()}
-    exact.stem_width = table.stem_width.double()
-    assert torch.autograd.gradcheck(
-        lambda *_: exact.mean(arch.draw(torch.softmax(arch.gamma, 1))), [*arch.parameters()],
-        fast_mode=True)
-    assert w == fastersg.solve_footnote_1(fastersg.sensitivities(table, cfg))
-
-
-def test_fastersg_sensitivities_of_table_2():
-    """Tables that make the numbers known: branches 8, 16, 32 alone, alpha uniform."""
-    cfg = tiny(layers=5, branches=1)
-
-    def changes(cost):
-        ms = table_of(cfg, lambda piece: float(piece[0] in fastersg.OPERATORS and cost(*piece[1:])))
-        return fastersg.sensitivities(fastersg.LatencyTable(cfg, ms, 7), cfg)
-    # All cells cost 1 ms, but for skips that stay: those alone leave 0, 1 and 2 cells of 5.
-    assert np.allclose(changes(lambda *channels: 1), [(5 + 4 + 3) / 3, 0, 0], atol=1e-5)
-    # Those of rate 16 that stay: branch 16 has one if it goes down late, four if early.
-    operator, rate, width = changes(lambda c_in, c_out, s, stride: s == 16 and stride == 1)
-    assert operator > 0 and abs(rate - 0.8 * (4 - 1) / 3) < 1e-5 and abs(width) < 1e-5
-
-
-def test_fastersg_places_against_brute_force():
-    g, layers = random.Random(0), 6
-    places, nodes = range(1, layers), fastersg.ArchParameters(tiny(layers=layers)).keys["beta"]
-    for _ in range(50):
-        given = {node: (p := g.random(), 1 - p) for node in nodes}
-        beta = {node: p for node, (p, _) in given.items()}
-        beta[16, 1] = beta[32, 2] = 0.5                     # one input: as if undecided
-        alone = max(places, key=lambda l: beta[16, l])
-        pair = max(itertools.combinations(places, 2),
-                   key=lambda pair: beta[16, pair[0]] * beta[32, pair[1]])
-        assert fastersg.downsampling_places(given, layers) == {8: (), 16: (alone,), 32: pair}
-    start = dict.fromkeys(given, (0.5, 0.5))                # of equal places the last
-    assert fastersg.downsampling_places(start, layers) == {8: (), 16: (5,), 32: (4, 5)}
-
-
-def test_fastersg_a_cell_that_goes_down_has_its_own_width():
-    """Where the product of footnote 2 takes a node that prefers to stay, and the cell that would
-    have stayed is a skip, the node is as wide as gamma says, not as wide as the skip's input."""
-    cfg = tiny(layers=8)
-    arch = fastersg.ArchParameters(cfg)
-    with torch.no_grad():
-        arch.beta.copy_(torch.tensor([[-3.0, 3.0]] * len(arch.beta)))
-        for node, p in (((16, 5), 0.9), ((32, 6), 0.4)):    # 0.36 against 1/4 of (16, 1), (32, 2)
-            row = arch.keys["beta"].index(node)
-            arch.beta[row] = torch.tensor([p, 1 - p]).log()
-        arch.alpha[:, 1] = 1.0
-        arch.alpha[arch.keys["alpha"].index((32, 5))] = torch.tensor([9.0, 0, 0, 0, 0])
-        arch.gamma[arch.keys["gamma"].index((32, 6)), 1] = 1.0          # the wider of two
-    cells = fastersg.derive(arch.draw(arch.likeliest()), cfg, fastersg.STUDENT, (32,)).branches[32]
-    assert [(c.rate, c.layer, c.chi) for c in cells if c.down] == [(8, 4, 1), (16, 5, 2)]
+    for beta0, once, twice in (
+            ((0.5, 0.5, 0.5, 0.5, 0.5), 4, (3, 4)),         # of equal places the last
+            ((0.4, 0.4, 0.4, 0.4, 0.4), 1, (1, 2)),
+            ((0.7, 0.1, 0.1, 0.9, 0.35), 4, (1, 2)),        # 0.5 0.5 is more than 0.7 0.35,
+            ((0.9, 0.1, 0.1, 0.1, 0.4), 2, (2, 4))):        # and less than 0.9 0.4
+        arch.beta[:] = torch.tensor([(p, 1 - p) for p in beta0]).log()
+        places = fastersg.downsampling_places(arch.widest().beta, 5)
+        assert places == {8: (), 16: (once,), 32: twice}
+    # So node (32, 4) prefers to stay, and the cell that would have stayed is a skip: the node is as
+    # wide as gamma says, not as wide as the skip's input.
+    arch.alpha[:, 1] = 1.0
+    arch.alpha[-2, 0] = 9.0                                 # cell (32, 3)
+    arch.gamma[-4, 1] = 1.0                                 # node (32, 4): the wider of two
+    cells = fastersg.derive(arch.likeliest(), cfg, STUDENT, (32,)).branches[32]
+    assert [(c.rate, c.layer, c.chi) for c in cells if c.down] == [(8, 1, 1), (16, 3, 2)]
 
 
 def test_fastersg_gumbel_softmax_is_torchs():
@@ -1681,59 +1458,69 @@ def test_fastersg_gumbel_softmax_is_torchs():
     torch.manual_seed(5)
     noise = torch.empty(arch.gamma.shape).exponential_()    # F.gumbel_softmax takes -log of it
     with mock.patch.object(torch, "rand", lambda *shape: torch.exp(-noise)):
-        ours = arch.gumbel()
+        ours = torch.stack([*arch.gumbel().gamma.values()])
     torch.manual_seed(5)
     theirs = F.gumbel_softmax(F.log_softmax(arch.gamma, 1), tau=0.7, hard=True)
     assert torch.allclose(ours, theirs, atol=1e-6)
     grads = [torch.autograd.grad(y.square().sum(), arch.gamma)[0] for y in (ours, theirs)]
-    assert grads[0].abs().max() > 1e-3 and torch.allclose(*grads, atol=1e-6)
+    assert torch.allclose(*grads, atol=1e-6)
 
 
 class Batches(list):
     """A loader of given batches."""
-    class sampler:
-        set_epoch = staticmethod(lambda epoch: None)
+    sampler = mock.Mock()
+
+
+def trio(cfg, net):
+    """What a search trains: W, and the parameters of teacher and student."""
+    return nn.ModuleDict({"W": net, "T": fastersg.ArchParameters(cfg),
+                          "S": fastersg.ArchParameters(cfg)})
+
+
+def searched(cfg, table, loss, nets, *loaders):
+    """The Run of run_search under another segmentation loss."""
+    with scratch() as out, mock.patch.multiple(fastersg, seg_loss=loss,
+                                               end_search_epoch=mock.DEFAULT) as mocks:
+        run = fastersg.start_run(replace(cfg, out=str(out)), *nets.values(), cfg.search_steps)
+        quiet(fastersg.run_search, run, *nets.values(), table, (*loaders, None))
+    return mocks["end_search_epoch"].call_args.args[0]
 
 
 def test_fastersg_each_update_moves_what_appendix_f_says():
     """Each pass of pretraining and of the four updates: whose, at which widths, on which data; and
-    what has moved since the one before."""
+    behind it what has moved."""
     cfg = tiny(widths=(1, 2, 3), pretrain_epochs=1, search_epochs=1, search_steps=1)
     torch.manual_seed(0)
-    net = fastersg.Supernet(cfg, 7)
-    teacher, student = fastersg.ArchParameters(cfg), fastersg.ArchParameters(cfg)
-    everything = nn.ModuleDict({"W": net, "T": teacher, "S": student})
-    table = fastersg.LatencyTable(cfg, made_up_table(cfg), 7)
+    nets, events, before = trio(cfg, fastersg.Supernet(cfg, 7)), [], {}
     a, b = ((torch.randn(2, 3, 32, 64), torch.randint(0, 7, (2, 32, 64))) for _ in range(2))
-    passes, states, real_loss = [], [], fastersg.seg_loss
+    real_loss = fastersg.seg_loss
 
-    def note_state():
-        states.append({name: p.detach().clone() for name, p in everything.named_parameters()})
+    def note_moves():
+        moved = {name if name[0] in "TS" else "W" for name, p in nets.named_parameters()
+                 if before and not torch.equal(p, before[name])}
+        events.extend(sorted(moved))
+        before.update(copy.deepcopy(dict(nets.named_parameters())))
 
-    def spy(network, draw, who, images, *rest):
-        widths = {int(gamma.argmax()) for gamma in draw.gamma.values()}
-        width = "mixed" if len(widths) > 1 else "min" if 0 in widths else "max"
-        passes.append(f"{'TS'[who]} {width} {'A' if images is a[0] else 'B'}")
-        note_state()
-        return real_loss(network, draw, who, images, *rest)
-    with (scratch() as out, mock.patch.object(Batches.sampler, "set_epoch") as order,
-          mock.patch.multiple(fastersg, seg_loss=spy, end_search_epoch=mock.DEFAULT) as mocks):
-        quiet(fastersg.run_search, replace(cfg, out=str(out)), net, teacher, student, table,
-              (Batches([a, a]), Batches([b, b]), None))
-    assert order.call_args_list == [mock.call(0), mock.call(1), mock.call(1)]   # A; B and A
-    note_state()
-    for i, (before, after) in enumerate(itertools.pairwise(states)):
-        moved = [name for name in before if not torch.equal(before[name], after[name])]
-        passes[i] += "".join(sorted({" W" if "W" in name else " " + name for name in moved}))
-    assert passes == ["T max A", "S min A", "S mixed A", "S mixed A W",     # pretraining
-                      "T max A W",                                          # 1
-                      "S min A", "S max A", "S mixed A W",                  # 2
-                      "T max B T.alpha T.beta",                             # 3
-                      "S mixed B S.alpha S.beta S.gamma"]                   # 4
-    left = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-    assert abs(left.norm() - 5) < 1e-3                      # of update 2, clipped; 3 and 4 add none
-    sgd = mocks["end_search_epoch"].call_args.args[0].parts["sgd"]
-    group, = sgd.param_groups
+    def spy(net, draw, who, images, *rest):
+        note_moves()
+        widths = sorted({int(gamma.argmax()) for gamma in draw.gamma.values()})
+        events.append(f"{'TS'[who]} {widths} {'AB'[images is b[0]]}")
+        return real_loss(net, draw, who, images, *rest)
+    Batches.sampler.reset_mock()
+    run = searched(cfg, table_of(cfg), spy, nets, Batches([a, a]), Batches([b, b]))
+    note_moves()
+    assert events == [
+        "T [2] A", "S [0] A", "S [0, 1, 2] A", "S [0, 1, 2] A", "W",        # pretraining
+        "T [2] A", "W",                                                     # 1
+        "S [0] A", "S [2] A", "S [0, 1, 2] A", "W",                         # 2
+        "T [2] B", "T.alpha", "T.beta",                                     # 3
+        "S [0, 1, 2] B", "S.alpha", "S.beta", "S.gamma"]                    # 4
+    epochs = [call.args[0] for call in Batches.sampler.set_epoch.call_args_list]
+    assert epochs == [0, 1, 1]                              # A; B and A
+    left = nn.utils.get_total_norm([p.grad for p in nets["W"].parameters()
+                                    if p.grad is not None])
+    assert abs(left - 5) < 1e-3                             # of update 2, clipped; 3 and 4 add none
+    group, = run.parts["sgd"].param_groups
     assert abs(group["lr"] - 0.01 * 0.99 ** 2) < 1e-9                       # App. H
     assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
 
@@ -1758,67 +1545,49 @@ def test_fastersg_selection_by_appendix_b():
     """The teacher by the supernet's accuracy, the student by Eq. (5)."""
     torch.manual_seed(0)
     cfg = tiny(target_power=-0.5)
-    net, ms = shake_norms(fastersg.Supernet(cfg, 3)).train(), made_up_table(cfg, 3)
+    net, table = shake_norms(fastersg.Supernet(cfg, 3)).train(), table_of(cfg, classes=3)
     archs = [one_hot_arch(cfg, random.Random(seed)) for seed in (3, 4)]
     loader = [(torch.randn(1, 3, 32, 64), torch.randint(0, 3, (1, 32, 64))) for _ in range(2)]
-    found, rows = fastersg.select(cfg, net, *archs, ms, loader)
+    found, rows = fastersg.select(cfg, net, *archs, table, loader)
     assert net.training
-    net.eval()
-    for who, name, widths in ((TEACHER, "teacher", archs[0].widest()),
-                              (STUDENT, "student", archs[1].likeliest())):
-        draw, targets = archs[who].draw(widths), {}
+    for who, name, draw in ((TEACHER, "teacher", archs[0].widest()),
+                            (STUDENT, "student", archs[1].likeliest())):
+        candidates = {}
         for rates in net.final_sets:
-            matrix = common.ConfusionMatrix(3)
-            for x, label in loader:
-                logits = net(x, draw, who)[net.sets.index(rates)]
-                matrix.update(label, sized(logits, (32, 64)).argmax(1))
-            targets[rates] = matrix.miou()
+            arch, row = fastersg.derive(draw, cfg, who, rates), rows[f"{name} {rates}"]
+            target = row["supernet_miou"]
             if who == STUDENT:
-                small = fastersg.derive(draw, cfg, STUDENT, rates)
-                targets[rates] *= (8.3 / fastersg.table_latency(small, ms, 3)) ** 0.5
-            assert abs(rows[f"{name} {rates}"]["target"] - targets[rates]) < 1e-9
-        best = tuple(found[name].branches)
-        assert best == max(targets, key=targets.get)
-        derived = rows[name]["derived_miou"]                # one-hot: that of the relaxed network
-        assert abs(derived - rows[f"{name} {best}"]["supernet_miou"]) < 1e-3
-    alike = mock.patch.object(fastersg, "supernet_miou", lambda *_: dict.fromkeys(net.sets, 0.5))
-    with alike:                                             # the fastest, which is not the first
-        found, rows = fastersg.select(cfg, net, *archs, ms, loader)
-    times = {rates: rows[f"student {rates}"]["table_ms"] for rates in net.final_sets}
-    fastest_set = min(times, key=times.get)
-    assert tuple(found["student"].branches) == fastest_set != net.final_sets[0]
-    assert max(times.values()) < 8.3                        # targets are larger than accuracies
+                target *= (8.3 / table.network_ms(arch)) ** 0.5
+            assert abs(row["target"] - target) < 1e-9
+            candidates[target] = arch, row
+        arch, row = candidates[max(candidates)]
+        assert found[name] == arch
+        # One-hot: that of the relaxed network.
+        assert abs(rows[name]["derived_miou"] - row["supernet_miou"]) < 1e-3
 
 
 def test_fastersg_random_control():
-    """They have the student's latency, and their paths are those that a search can find."""
-    cfg, g = tiny(), random.Random(4)
-    ms = made_up_table(cfg)
+    """They have the student's latency, and everything that a search can find comes up."""
+    cfg, g, table = tiny(), torch.Generator().manual_seed(4), table_of(tiny())
     student = fastersg.random_architecture(cfg, g)
-    wanted = fastersg.table_latency(student, ms, 7)
-    twins = fastersg.controls(cfg, student, ms, 7)
-    assert len({str(arch) for arch in (student, *twins.values())}) == 4
-    for twin in twins.values():
-        assert abs(fastersg.table_latency(twin, ms, 7) / wanted - 1) <= 0.03
-
-    def path_of(arch):
-        return [(s, c.layer) for s, cells in arch.branches.items() for c in cells if c.down]
-    paths = collections.Counter()
-    for _ in range(1200):
-        arch = fastersg.random_architecture(cfg, g)
-        paths[tuple(arch.branches), str(path_of(arch))] += 1
-    expected = {(8, 16): 400 / 3, (8, 32): 400 / 3, (16, 32): 400 / 7}      # all alike in a set
-    assert len(paths) == 3 + 3 + 7
-    assert all(abs(n / expected[rates] - 1) < 0.35 for (rates, _), n in paths.items()), paths
-    pruned = fastersg.pruned(FORKED, 1, 4)                  # the slimmest width, the student's stem
-    text = json.dumps(FORKED.to_json()).replace('"stem_chi": 2', '"stem_chi": 4')
-    assert pruned.to_json() == json.loads(re.sub(r"chi=\d", "chi=1", text))
+    archs = [student, *fastersg.controls(cfg, student, table).values()]
+    assert len(set(map(str, archs))) == 4
+    times = [table.network_ms(arch) for arch in archs]
+    assert np.allclose(times, times[0], rtol=0.03)
+    paths, cells = collections.Counter(), collections.Counter()
+    for _ in range(600):
+        branches = fastersg.random_architecture(cfg, g).branches.items()
+        paths[tuple((s, cell.layer) for s, row in branches for cell in row if cell.down)] += 1
+        cells.update((cell.op, cell.chi) for _, row in branches for cell in row if not cell.down)
+    # Three ways down to 1/16, three in two steps to 1/32, seven to both; operators are alike.
+    assert len(paths) == 3 + 3 + 7 and min(paths.values()) > 2, paths
+    assert len(cells) == 4 * 2 and max(cells.values()) < 1.3 * min(cells.values()), cells
 
 
 def test_fastersg_says_how_decided_it_is():
     arch = fastersg.ArchParameters(tiny(widths=(2,)))
     with torch.no_grad():
-        arch.alpha[:, 0] = 1e-3 + math.log(4)               # (1/2, 1/8, 1/8, 1/8, 1/8)
+        arch.alpha[:, 0] = math.log(4)                      # (1/2, 1/8, 1/8, 1/8, 1/8)
     _, text = heard(fastersg.print_decidedness, arch)
     assert np.allclose(fastersg.decidedness(arch)["operator"], (0.5, 0.375))
     assert "width" not in text and text.count("UNDECIDED") == 1         # that of the rate
@@ -1826,14 +1595,13 @@ def test_fastersg_says_how_decided_it_is():
 
 def test_fastersg_logs_what_a_search_epoch_has_found():
     cfg = tiny(pretrain_epochs=1)
-    teacher, student = fastersg.ArchParameters(cfg), one_hot_arch(cfg, random.Random(0), **{
-        "alpha": [2] * 9, "beta": [1] * 3, "gamma": [0] * 11})
+    student = one_hot_arch(cfg, None, alpha=[2] * 9, beta=[1] * 3, gamma=[0] * 11)
     net, run = mock.Mock(final_sets=fastersg.final_sets(2)), mock.Mock(cfg=cfg, epoch=1)
     net.buffers.return_value = []
-    scores = {(8, 16): 0.1, (8, 32): 0.2, (16, 32): 0.6, (8,): 0.9}     # one branch does not count
-    table = fastersg.LatencyTable(cfg, made_up_table(cfg), 7)
+    scores = {(8, 16): 0.1, (8, 32): 0.2, (16, 32): 0.6}
     with mock.patch.object(fastersg, "supernet_miou", lambda *_: scores):
-        fastersg.end_search_epoch(run, net, teacher, student, table, None)
+        fastersg.end_search_epoch(run, net, fastersg.ArchParameters(cfg), student,
+                                  table_of(cfg), None)
     record = run.end_epoch.call_args.kwargs
     assert abs(record["supernet_miou"] - 0.3) < 1e-9 and record["searching"] is True
     shares = record["student"]["shares"]
@@ -1841,60 +1609,54 @@ def test_fastersg_logs_what_a_search_epoch_has_found():
 
 
 def test_fastersg_trains_teacher_then_student():
-    """Eq. (4) for the student, unless --no-distill; the teacher once, and it stays as it is."""
-    batches = Batches([(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))] * 3)
-    images, small = mock.Mock(num_classes=3), fastersg.pruned(FORKED, 1, 4)
-    with (scratch() as out,
-          mock.patch.object(fastersg, "open_loader", lambda *a, **k: (images, batches)),
-          mock.patch.object(common, "open_loader", lambda *a, **k: (images, batches)),
-          mock.patch.object(fastersg, "ohem", wraps=fastersg.ohem) as mined,
-          mock.patch.object(fastersg, "distillation", wraps=fastersg.distillation) as distilled):
-        cfg = fastersg.Config(device="cpu", out=str(out), epochs=1, batch_size=2, lr_decay=0.5)
-        archs = {"teacher": FORKED.to_json(), "student": small.to_json()}
-        (out / "arch.json").write_text(json.dumps(archs))
-        for folder, distill in (("student", True), ("student_alone", False), ("student", True)):
-            _, text = heard(fastersg.train, replace(cfg, distill=distill))
-            state = common.load_checkpoint(out / folder / "last.pt", ("optimizer",))
-            group, = state["optimizer"]["param_groups"]
-            assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.005, 0.9, 5e-4)
-        assert "teacher: trained already" in text
-        assert [call.args[1].requires_grad for call in distilled.call_args_list] == [False] * 6
-        teacher = fastersg.restore(replace(cfg, network="teacher"), out / "teacher/best.pt", 3)
-        soft = teacher(batches[0][0])
-        assert all(torch.equal(call.args[1], soft) for call in distilled.call_args_list)
-        kl = float(fastersg.distillation(*distilled.call_args.args).detach())
-        last = common.read_log(out / "student", "student")[-1]
-        mined = [call.args for call in mined.call_args_list[-3:]]
-        seg, *auxiliary = (float(fastersg.ohem(*args).detach()) for args in mined)
-        wanted = kl, seg, 0.2 * sum(auxiliary)
-        assert np.allclose([last["kl"], last["seg"], last["aux"]], wanted, rtol=1e-5)
-        path = out / "student" / "best.pt"
-        net = fastersg.restore(cfg, path, 3)
-        assert not net.training and net.auxiliary is None
-        _refused(lambda: fastersg.restore(replace(cfg, arch="paper"), path, 3), "--arch")
+    """Eq. (4) for the student, unless --no-distill, from a teacher that is shared and stays as it
+    is. common.fit is not run: it has tests of its own."""
+    cfg, fit = fastersg.Config(device="cpu", lr_decay=0.5), mock.Mock(return_value=0.5)
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    opened = mock.Mock(num_classes=3), 3 * [(images, labels)]
+    with (mock.patch.multiple(fastersg, open_loader=lambda *args, **options: opened,
+                              load_architecture=lambda path, which: FORKED),
+          mock.patch.multiple(common, fit=fit, scorer=mock.DEFAULT)):
+        quiet(fastersg.train, cfg)
+        quiet(fastersg.train, replace(cfg, distill=False))
+    runs, loss_terms = zip(*(call.args[:2] for call in fit.call_args_list))
+    assert [(run.folder.name, run.resume) for run in runs] == [
+        ("teacher", True), ("student", False), ("student_alone", False)]
+    teacher, student, alone = (run.parts["model"] for run in runs)
+    terms = loss_terms[1](student.train(), images, labels)
+    sum(terms.values()).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    logits, *auxiliary = student(images)
+    agree(terms, {"seg": fastersg.ohem(logits, labels),
+                  "aux": 0.2 * sum(fastersg.ohem(y, labels) for y in auxiliary),
+                  "kl": fastersg.distillation(logits, teacher(images))})
+    assert loss_terms[2](alone.train(), images, labels).keys() == {"seg", "aux"}
+    group, = runs[1].parts["optimizer"].param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 5e-4)
+    rates = [runs[1].parts["schedule"].lr_lambdas[0](step) for step in (2, 3)]
+    assert rates == [1, 0.5]                                # once an epoch
 
 
 def test_fastersg_figure_3_correlates_table_and_clock():
-    cfg = tiny(correlation=5)
-    ms, g = made_up_table(cfg, 19), random.Random(cfg.seed)
-    archs = [fastersg.random_architecture(cfg, g) for _ in range(5)]
-    estimates = [fastersg.table_latency(arch, ms, 19) for arch in archs]
-    clock = {i: {"median": 10 / estimate} for i, estimate in enumerate(estimates)}
-    with (mock.patch.object(latency, "measure", return_value=clock),
-          mock.patch.object(latency, "prepare") as prepared,
+    cfg, times = tiny(correlation=5), [3.0, 1.0, 4.0, 1.5, 9.0]
+    table = table_of(cfg, classes=19)
+    clock = mock.Mock(return_value={i: {"median": time} for i, time in enumerate(times)})
+    with (mock.patch.multiple(latency, measure=clock, prepare=lambda *args: args),
+          mock.patch.object(fastersg, "FasterSeg", lambda *args: args),
           mock.patch.object(common, "draw_lines")):
-        found, _ = heard(fastersg.correlate, cfg, ms)
-    for call, arch in zip(prepared.call_args_list, archs, strict=True):
-        assert str(call.args[0]) == str(fastersg.FasterSeg(arch, 19))
-        assert call.args[1] == [(1, 3, *cfg.frame)]
-    measured = [t["median"] for t in clock.values()]        # the slower the table, the faster
-    r = np.corrcoef(estimates, measured)[0, 1]
-    assert -1 < r < -0.9 and abs(found["pearson_r"] - r) < 1e-9
-    assert found["table_ms"] == estimates and found["measured_ms"] == measured
+        found = quiet(fastersg.correlate, cfg, table)
+    g = torch.Generator().manual_seed(cfg.seed)
+    archs = [fastersg.random_architecture(cfg, g) for _ in times]
+    assert clock.call_args.args[0] == {i: ((arch, 19), [(1, 3, *cfg.frame)], "cpu")
+                                       for i, arch in enumerate(archs)}
+    estimates = [table.network_ms(arch) for arch in archs]
+    r = np.corrcoef(estimates, times)[0, 1]
+    assert found == {"pearson_r": found["pearson_r"], "table_ms": estimates, "measured_ms": times}
+    assert abs(found["pearson_r"] - r) < 1e-9
 
 
 def test_fastersg_wrong_input_is_refused():
-    for flags, word in (("--pretrain-epochs 0 --search-epochs 0", "no epoch"),
+    for flags, word in (("--search-epochs 0", "--search-epochs"),
                         ("--stem-chi 3", "--stem-chi"), ("--compile", "compile"),
                         ("--correlation 5", "--bench"), ("--bench --correlation 2", "3 networks"),
                         ("--search-batch 1 --search-size 32 64", "--search-batch"),
@@ -1905,15 +1667,13 @@ def test_fastersg_wrong_input_is_refused():
     fastersg.check(tiny(search_batch=1, search_size=(64, 65)), {"search"})  # two values: enough
     with scratch() as out:
         path = out / "arch.json"
-        good = json.dumps({"classes": 1, "student": FORKED.to_json()})
+        good = json.dumps({"student": FORKED.to_json()})
         for old, new, word in (("student", "teacher", "student"), ("zoom", "zomo", "zomo"),
                                ("zoom_x2 s=16", "zoom s=8", "rates"), ("chi=2", "chi=0", "chi=0"),
                                ('"32"', '"64"', "64"),
                                ('"stem_chi": 2', '"stem_chi": 0', "stem_chi")):
             path.write_text(good.replace(old, new, 1))
             _refused(lambda: fastersg.load_architecture(str(path), "student"), word)
-        path.write_text(good)
-        _refused(lambda: fastersg.networks_to_bench(fastersg.Config(arch=str(path))), "classes")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1941,7 +1701,7 @@ def fastest(cfg, ms, branches):
     chi = cfg.stem_chi
 
     def cost(*piece):
-        return ms[fastersg.entry(piece)]
+        return ms[piece]
 
     def head(s, c):
         if s == 8:
@@ -1979,15 +1739,12 @@ def indifferent(*rest):
     return torch.zeros((), requires_grad=True)
 
 
-def search_alone(cfg, table, loss, net=None, batches=None):
-    """Teacher and student after run_search under another segmentation loss."""
-    net, archs = net or nn.Linear(1, 1), [fastersg.ArchParameters(cfg) for _ in range(2)]
-    batches = batches or Batches([(torch.zeros(1), torch.zeros(1))] * cfg.search_steps)
-    with scratch() as out, mock.patch.multiple(fastersg, seg_loss=loss,
-                                               end_search_epoch=mock.DEFAULT):
-        quiet(fastersg.run_search, replace(cfg, out=str(out)), net, *archs, table,
-              (batches, batches, None))
-    return archs
+def searched_alone(cfg, table, loss):
+    """The student after a search in which no network is needed."""
+    nets = trio(cfg, nn.Linear(1, 1))
+    batches = Batches([(torch.zeros(1), torch.zeros(1))] * cfg.search_steps)
+    searched(cfg, table, loss, nets, batches, batches)
+    return nets["S"]
 
 
 def test_fastersg_planted_fastest_network():
@@ -1996,15 +1753,13 @@ def test_fastersg_planted_fastest_network():
     for others it ends further off.)"""
     for stem_chi, sigma, seed in ((4, 0.0, 0), (2, 0.3, 2), (4, 0.3, 2)):
         cfg, g = fastersg.Config(**PLANT, stem_chi=stem_chi), random.Random(seed)
-        ms = table_of(cfg, lambda piece: modelled_ms(piece) * math.exp(sigma * g.gauss(0, 1)))
-        table = fastersg.LatencyTable(cfg, ms, 7)
-        _, student = search_alone(cfg, table, indifferent)
-        excess = []
+        table = table_of(cfg, lambda piece: modelled_ms(piece) * math.exp(sigma * g.gauss(0, 1)))
+        student, excess = searched_alone(cfg, table, indifferent), []
         for arch in (student, fastersg.ArchParameters(cfg)):            # searched, and not
-            draw = arch.draw(arch.likeliest())
             for rates in table.final_sets:
-                found = fastersg.derive(draw, cfg, STUDENT, rates)
-                excess.append(fastersg.table_latency(found, ms, 7) / fastest(cfg, ms, rates) - 1)
+                found = fastersg.derive(arch.likeliest(), cfg, STUDENT, rates)
+                least = fastest(cfg, table.piece_ms, rates)
+                excess.append(table.network_ms(found) / least - 1)
         assert min(excess) > -1e-9 and max(excess[:3]) < 0.02 < 0.05 < max(excess[3:]), excess
 
 
@@ -2013,45 +1768,42 @@ def test_fastersg_planted_sensitivities():
     the latency pulls harder at operators, which it is the most sensitive to. With the weights of
     footnote 1 all three kinds give way; without, operators collapse alone (Figure 4a)."""
     cfg = fastersg.Config(**PLANT, stem_chi=2)
-    table = fastersg.LatencyTable(cfg, table_of(cfg, modelled_ms), 7)
+    table = table_of(cfg, modelled_ms)
     start = fastersg.ArchParameters(cfg)
     table.mean(start.draw(torch.softmax(start.gamma, 1))).backward()
     slow = [p.grad.argmax(1) for p in start.parameters()]
 
-    def shares(alpha, beta, gamma):
+    def shares(kinds):
         """Mean probability of the slow choices of each kind."""
-        return [rows.gather(1, choice[:, None]).mean()
-                for rows, choice in zip((alpha, beta, gamma), slow)]
+        return [rows.gather(1, choice[:, None]).mean() for rows, choice in zip(kinds, slow)]
 
     def accuracy(net, draw, *rest):
-        kinds = [torch.stack([*kind.values()]) for kind in (draw.alpha, draw.beta, draw.gamma)]
-        return indifferent() - sum(shares(*kinds))
-    changes, kept = fastersg.sensitivities(table, cfg), {}
-    for decouple, scale in ((True, fastersg.solve_footnote_1(changes)[0]), (False, 1.0)):
-        _, student = search_alone(replace(cfg, decouple=decouple, lam=12 / changes[0] / scale),
-                                  table, accuracy)
-        kept[decouple] = shares(*(torch.softmax(p, 1) for p in student.parameters()))
-    operators, rates, widths = kept[False]
+        kinds = [torch.stack([*rows.values()]) for rows in vars(draw).values()]
+        return indifferent() - sum(shares(kinds))
+    changes, kept = fastersg.sensitivities(table, cfg), []
+    for decouple, w in ((True, fastersg.solve_footnote_1(changes)[0]), (False, 1.0)):
+        settings = replace(cfg, decouple=decouple, lam=12 / changes[0] / w)
+        student = searched_alone(settings, table, accuracy)
+        kept.append(shares(torch.softmax(p, 1) for p in student.parameters()))
+    with_w, (operators, rates, widths) = kept
     assert operators < 0.05 and rates > 0.9 and widths > 0.5, kept
-    assert max(kept[True]) < 0.4, kept
+    assert max(with_w) < 0.4, kept
 
 
 def planted_pictures(distant):
-    """Batches of 64x96 pictures in three colours. Local: 16-pixel blocks, the label is the block's
-    colour. Distant: grey, in each of two bands a marker; the label is the colour of its band's."""
+    """Batches of pictures of 4 x 6 blocks in three colours. Local: the label is a block's colour.
+    Distant: that of one of two bands, of which a single block shows it, the others are grey."""
     g, batches = torch.Generator().manual_seed(0), Batches()
-    rows, columns = (2, 1) if distant else (4, 6)
     for _ in range(12):
-        label = torch.randint(0, 3, (6, rows, columns), generator=g)
-        label = label.repeat_interleave(64 // rows, 1).repeat_interleave(96 // columns, 2)
-        image = 3 * F.one_hot(label, 3).permute(0, 3, 1, 2) - 1.5
+        label, shown = torch.randint(0, 3, (6, 4, 6), generator=g), torch.ones(6, 4, 6)
         if distant:
-            marker = torch.zeros(6, 1, 64, 96)
-            for b, band in itertools.product(range(6), (0, 32)):
-                y, x = (int(torch.randint(0, n, (), generator=g)) for n in (17, 81))
-                marker[b, :, band + y:band + y + 16, x:x + 16] = 1
-            image = image * marker
-        batches.append((image + 0.2 * torch.randn(image.shape, generator=g), label))
+            label = label[:, [0, 0, 1, 1], :1].expand(6, 4, 6)
+            shown = F.one_hot(torch.randint(0, 12, (6, 2), generator=g), 12).view(6, 4, 6)
+        image = (3 * F.one_hot(label, 3) - 1.5) * shown[..., None]
+        pair = [blocks.repeat_interleave(16, -2).repeat_interleave(16, -1)
+                for blocks in (image.permute(0, 3, 1, 2), label)]
+        pair[0] += 0.2 * torch.randn(pair[0].shape, generator=g)
+        batches.append(pair)
     return batches
 
 
@@ -2061,28 +1813,29 @@ def test_fastersg_planted_skips_and_reach():
     nothing has pretrained, so that each of the four updates is needed."""
     cfg = fastersg.Config(device="cpu", layers=4, widths=(2,), stem_chi=2, branches=1, lam=0.0,
                           search_lr=0.1, arch_lr=0.15, pretrain_epochs=0, search_epochs=2,
-                          search_steps=9)
-    table, found = fastersg.LatencyTable(cfg, made_up_table(cfg, 3), 3), []
+                          search_steps=9, seed=1)
+    table = table_of(cfg, classes=3)
     real_loss, real_update = fastersg.seg_loss, fastersg.update_weights
 
     def one_pass(*rest):                                    # of one width all passes are the same
         real_update(*rest[:-1], rest[-1][-1:])
-    for chosen, distant in ((TEACHER, False), (STUDENT, False),
-                            (STUDENT, True)):
+    for chosen, distant in ((TEACHER, False), (STUDENT, False), (STUDENT, True)):
         def loss(net, draw, who, *rest):
-            return (real_loss if who == chosen else indifferent)(net, draw, who, *rest)
-        torch.manual_seed(0)
-        net = fastersg.Supernet(cfg, 3).train()
+            return real_loss(net, draw, who, *rest) if who == chosen else indifferent()
+        torch.manual_seed(1)
+        nets, batches = trio(cfg, fastersg.Supernet(cfg, 3)), planted_pictures(distant)
         with mock.patch.object(fastersg, "update_weights", one_pass):
-            arch = search_alone(cfg, table, loss, net, planted_pictures(distant))[chosen]
-        alpha = torch.softmax(arch.alpha.detach(), 1)[:4].mean(0)       # of the cells at 1/8
-        reach = alpha @ torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0])
-        found.append((float(alpha[0]), float(reach)))
-    # At the start, and where a network's W is not trained: skips 0.2 and reach 1.5 to 1.8. Seeds
-    # and processors move the reach by 0.15: found are 0.6, 0.6 and 2.1.
-    teacher, (near_skips, near_reach), (far_skips, far_reach) = found
-    assert teacher[0] > 0.35 and teacher[1] < 1.2, found
-    assert near_skips > 0.1 + far_skips and near_reach < 1.2 < 1.5 < far_reach, found
+            searched(cfg, table, loss, nets, batches, batches)
+        alpha = torch.softmax(nets["TS"[chosen]].alpha.detach(), 1)
+        alpha = alpha[:4].mean(0)                           # of the cells at 1/8
+        skips, reach = float(alpha[0]), float(alpha @ torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0]))
+        # At the start, and where a network's W is not trained: skips 0.2 and reach 1.5 to 1.8.
+        # Seeds and processors move the reach by 0.2: found are 0.5 and 0.8, 0.7 and 0.6, 0.2 and
+        # 2.1.
+        if distant:
+            assert skips < 0.25 and reach > 1.5, (skips, reach)
+        else:
+            assert skips > 0.35 and reach < 1.2, (skips, reach)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2102,9 +1855,10 @@ def test_fastersg_ablations_from_the_command_line():
         said = call_main(fastersg, "--train", "--eval", *method.flags(tmp, out, train=True),
                          "--arch", "paper", "--no-distill", "--amp")
         assert "student: retrained mIoU on val" in said
-        wrong = "--network", "random", "--weights", out / "student_alone/best.pt"
-        _refused(lambda: call_main(fastersg, "--eval", *method.flags(tmp, out), *wrong),
-                 "--network student")
+        flags = *method.flags(tmp, out), "--weights", out / "student_alone/best.pt"
+        for wrong, word in ((("--network", "random"), "--network student"),
+                            (("--arch", out / "arch.json"), "--arch")):
+            _refused(lambda: call_main(fastersg, "--eval", *flags, *wrong), word)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2112,47 +1866,15 @@ def test_fastersg_ablations_from_the_command_line():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_sparsemask_theorems_1_and_2():
-    """A stage is the 1x1 convolution of all its inputs, up-sampled and side by side."""
-    stage = sparsemask.Decoder({"D1": ("E1", "E2")}, {"E1": 3, "E2": 4}, nn.Identity())
-    fine, coarse = torch.randn(2, 3, 8, 12), torch.randn(2, 4, 5, 7)
-    side_by_side = torch.cat([fine, sparsemask.f_up(coarse, (8, 12))], 1)
-    weight = torch.cat([conv.weight for conv in stage.conv.values()], 1)
-    want = stage.norm["D1"](F.conv2d(side_by_side, weight))
-    assert torch.allclose(stage({"E1": fine, "E2": coarse}), want, atol=1e-5)
-
-
-def test_sparsemask_encoder_runs_as_far_as_it_is_read():
-    for inputs, stages in ((("E1", "E3"), 3), (("E1", "G"), 9)):
-        net = sparsemask.SparseMaskNet({"D1": inputs}, sparsemask.Encoder("mobilenet_v2"), 3, 8)
-        assert net(torch.randn(2, 3, 33, 65)).shape == (2, 3, 33, 65)
-        assert len(net.encoder(torch.randn(2, 3, 33, 65)).keys() - {"G"}) == stages
-
-
-def test_sparsemask_f_up_is_interpolate():
-    """Also where it is a product of matrices: enlarged four times or more, with a gradient."""
-    for cells in ((1, 1), (3, 5), (9, 12), (33, 49)):
-        x = torch.randn(1, 2, *cells).double().requires_grad_()
-        want = F.interpolate(x, (33, 49), mode="bilinear", align_corners=True)
-        weight = torch.randn_like(want)
-        slopes = [torch.autograd.grad((y * weight).sum(), x)[0]
-                  for y in (want, sparsemask.f_up(x, (33, 49)))]
-        assert torch.allclose(sparsemask.f_up(x, (33, 49)), want) and torch.allclose(*slopes)
-
-
 def test_sparsemask_coarse_cells_lie_where_they_belong():
     """Every 32nd pixel of a ramp, enlarged again, is the ramp: at 32 k + 1 pixels, to which
     pictures of other sizes are padded."""
-    class EveryCell(nn.Module):
-        def forward(self, images):
-            return sparsemask.f_up(images[..., ::32, ::32], images.shape[-2:])
-
-    padded = sparsemask.Padded(EveryCell().eval())
+    padded = sparsemask.Padded(mock.Mock(training=False))
+    padded.net.side_effect = lambda x: sparsemask.f_up(x[..., ::32, ::32], x.shape[-2:])
     ramp = torch.arange(144.0).expand(1, 3, 130, 144) + torch.arange(130.0)[:, None]
     logits = padded(ramp)
     assert logits.shape == ramp.shape and not padded.training
     assert torch.allclose(logits[..., :129, :129], ramp[..., :129, :129], atol=1e-3)
-    assert all(side % 32 == 1 for side in (*sparsemask.Config.size, *sparsemask.QUICK["size"]))
 
 
 def dense_net(**options):
@@ -2166,103 +1888,87 @@ def dense_net(**options):
 
 
 def plain_decoder(decoder, features, w):
-    """Eq. (4) as it is written: convolution, BN, up-sampling and w one connection at a time."""
+    """Eq. (4) as it is written: every connection is enlarged and weighed alone."""
+    @functools.cache
+    def links(t):                                       # to all readers; BN is per channel
+        return decoder.link_norm[t](decoder.conv[t](decoder.act(features[t])))
+
     features = dict(features)
     for stage, inputs in decoder.connectivity.items():
         size, total = features["E" + stage[1:]].shape[-2:], 0
         for t, w_t in zip(inputs, w[stage]):
-            slot, norm = decoder.slot(stage, t), decoder.link_norm[t]
-            z = F.conv2d(decoder.act(features[t]), decoder.conv[t].weight[slot])
-            if isinstance(norm, nn.BatchNorm2d):
-                z = F.batch_norm(z, norm.running_mean[slot], norm.running_var[slot],
-                                 norm.weight[slot], norm.bias[slot], True, norm.momentum)
+            z = links(t)[:, decoder.slot(stage, t)]
             total = total + w_t * F.interpolate(z, size, mode="bilinear", align_corners=True)
         features[stage] = decoder.norm[stage](total)
     return decoder.act(features["D1"])
 
 
 def test_sparsemask_fused_decoder_equals_the_plain_one():
-    """Same output, gradients and running statistics."""
+    """Same gradients, seen in a step of SGD, and running statistics."""
+    images = torch.randn(3, 3, 40, 72, dtype=torch.float64)
     for bn in (True, False):
-        fused = dense_net(bn=bn)
-        plain = copy.deepcopy(fused)
+        fused, plain = dense_net(bn=bn), dense_net(bn=bn)
         plain.decoder.forward = functools.partial(plain_decoder, plain.decoder)
-        images = torch.randn(3, 3, 40, 72, dtype=torch.float64)
-        pairs = [(fused(images), plain(images))]
-        for logits in pairs[0]:
-            logits.square().mean().backward()
-        for a, b in zip(fused.parameters(), plain.parameters()):
-            if a.requires_grad:
-                pairs.append((a.grad, b.grad))
-        pairs += zip(fused.decoder.buffers(), plain.decoder.buffers())
-        for a, b in pairs:
-            if a.is_floating_point():                   # not num_batches_tracked
-                assert (a - b).abs().max() < 1e-9 * b.abs().max().clamp(min=1)
+        for net in (fused, plain):
+            net(images).square().mean().backward()
+            torch.optim.SGD(net.parameters(), 1.0).step()
+        agree(fused.state_dict(), plain.state_dict(), rtol=0, atol=1e-9)
 
 
 def test_sparsemask_derived_equals_relaxed():
-    """The supernet's output is the pruned network's: with what was dropped at 0 and the rest
-    anywhere, with nothing dropped and no BN, under MaskConnect."""
-    for options, share in (({}, 0.5), ({"bn": False}, 0.0), ({"k": 2}, 0.5)):
+    """The supernet's output is the pruned network's, with what was dropped at 0 and the rest
+    anywhere; under MaskConnect, where w are 1, without BN."""
+    drawn = sparsemask.random_connectivity(9, torch.Generator())
+    images = torch.randn(2, 3, 33, 70, dtype=torch.float64)
+    for loss, options in (("ours", {}), ("maskconnect", {"k": 2, "bn": False})):
         net = dense_net(**options).eval()
-        for w in net.w.values():
-            w.data *= torch.rand(w.shape) >= share
-        cfg = sparsemask.Config(loss="maskconnect" if "k" in options else "ours")
-        inputs = sparsemask.prune(net.connection_weights(), cfg)
         for stage, every in sparsemask.fully_dense(9).items():
-            kept = [t in inputs.get(stage, ()) for t in every]
-            if cfg.loss == "ours":                      # nor is a stage read that nothing feeds
-                net.w[stage].data *= torch.tensor(kept)
-        small = sparsemask.inherit(net, inputs)
-        folded = common.fold_bn(small)                  # as deployed
+            net.w[stage].data *= torch.tensor([t in drawn.get(stage, ()) for t in every])
+        found = sparsemask.prune(net.connection_weights(), sparsemask.Config(loss=loss))
+        folded = common.fold_bn(sparsemask.inherit(net, found))     # as deployed
         assert isinstance(folded.decoder.norm["D1"], nn.Identity)
-        images = torch.randn(2, 3, 33, 70, dtype=torch.float64)
-        want = net(images)
-        assert torch.allclose(want, small(images), atol=1e-12)
-        assert torch.allclose(want, folded(images), atol=1e-10)
+        agree(folded(images), net(images), rtol=0, atol=1e-12)
 
 
 def test_sparsemask_maskconnect_takes_k_inputs():
-    """The k largest; in training drawn, the larger ones more often."""
+    """In training k are drawn, larger w more often. Of many w that are 0, evaluation and pruning
+    take the same."""
     torch.manual_seed(0)
     w = torch.tensor([0.1, 0.7, 0.3], requires_grad=True)
-    assert sparsemask.k_inputs(w, 2, False).tolist() == [0, 1, 1]
-    draws = torch.stack([sparsemask.k_inputs(w, 2, True) for _ in range(300)])
-    assert (draws.sum(1) == 2).all()
-    assert draws.mean(0).argsort().tolist() == [0, 2, 1]
-    gradient, = torch.autograd.grad(draws[0] @ torch.arange(3.0), w)
-    assert gradient.tolist() == [0, 1, 2]               # straight through, to the real w
-    # Of many w that are 0, evaluation and pruning take the same.
+    drawn = sum(sparsemask.k_inputs(w, 2, True) for _ in range(300))
+    assert drawn.sum() == 600 and drawn.argsort().tolist() == [0, 2, 1]
+    (drawn @ torch.arange(3.0)).backward()
+    assert w.grad.tolist() == [0, 300, 600]             # straight through, to the real w
     assert sparsemask.k_inputs(torch.zeros(4), 2, False).tolist() == [1, 1, 0, 0]
-    tied = {"D1": dict.fromkeys(("E1", "E2", "G", "D2"), 0.0)}
-    kept = sparsemask.kept_inputs(tied, sparsemask.Config(loss="maskconnect", k=2))
-    assert kept == {"D1": ("E1", "E2")}
+    cfg = sparsemask.Config(loss="maskconnect", k=2)
+    assert sparsemask.kept_inputs({"D": dict.fromkeys("abcd", 0.0)}, cfg) == {"D": ("a", "b")}
 
 
 def test_sparsemask_encoders_are_torchvisions():
     """Without the head, which makes of E_L what torchvision's network says."""
     for name, (strides, channels) in sparsemask.ENCODERS.items():
         with torch.device("meta"):                      # shapes alone
-            encoder = sparsemask.Encoder(name)
-            images = torch.zeros(2, 3, 64, 96)
-        features = encoder(images)
-        for l, (stride, c) in enumerate(zip(strides, channels), 1):
-            assert features[f"E{l}"].shape == (2, c, 64 // stride, 96 // stride), (name, l)
+            encoder, images = sparsemask.Encoder(name), torch.zeros(2, 3, 64, 64)
+        sparsemask.SparseMaskNet({"D1": ("E1", "G")}, encoder)
+        sizes = [feature.shape[1:3] for feature in encoder(images).values()]
+        assert sizes == [*zip(channels, (64 // s for s in strides)), (channels[-1], 1)], name
         sparsemask.undo_last_stride(encoder)            # DeepLab-V3: output stride 16
-        assert encoder(images)[f"E{len(strides)}"].shape[-2:] == (4, 6)
-        dilated = [m for m in encoder.modules() if getattr(m, "dilation", 1) == (2, 2)]
-        assert len(dilated) == {"vgg16": 0, "mobilenet_v2": 3}.get(name, 2)
-    images = torch.randn(2, 3, 64, 96)
-    for name, deepest, head in (("mobilenet_v2", "E9", "classifier"), ("resnet50", "E5", "fc")):
-        net = shake_norms(torchvision.models.get_model(name)).eval()
+        assert encoder(images)[f"E{encoder.last}"].shape[-2:] == (4, 4)
+        dilated = str(encoder).count("dilation=(2, 2)")
+        assert dilated == {"vgg16": 0, "mobilenet_v2": 3}.get(name, 2)
+        sparsemask.SparseMaskNet({"D1": ("E1", "E3")}, encoder)
+        assert len(encoder(images)) == 3                # it runs as far as it is read
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    for name in ("mobilenet_v2", "resnet50"):
+        net = shake_norms(torchvision.models.get_model(name)).double().eval()
         with mock.patch.object(common, "classifier", return_value=net):
             encoder = sparsemask.Encoder(name)
-        features, want = encoder(images), net(images)
-        got = net.get_submodule(head)(encoder.act(features[deepest]).mean((2, 3)))
-        assert torch.allclose(got, want, atol=1e-4 * float(want.detach().abs().max()))
-        assert torch.equal(features["G"], features[deepest].mean((2, 3), keepdim=True))
+        *_, head = net.children()
+        first, *_, last, pooled = encoder(images).values()
+        agree(head(encoder.act(last).mean((2, 3))), net(images))
+        agree(pooled, last.mean((2, 3), keepdim=True))
         # On MobileNet-V2, E1 is taken before its activation, and stays that way.
-        assert bool((features["E1"] < 0).any()) == (name == "mobilenet_v2")
+        assert bool((first < 0).any()) == (name == "mobilenet_v2")
 
 
 def on_meta(network, **changes):
@@ -2273,20 +1979,21 @@ def on_meta(network, **changes):
 
 def test_sparsemask_decoder_counts():
     """Table 1's decoders to the last parameter, and their MACs at 512x512; Table 2's 7 M."""
-    encoder = common.count_macs(on_meta("fdn").encoder, (512, 512))
+    encoder = on_meta("fdn").encoder
+    assert common.count_params(encoder) == 2223872                          # 2.22 M
+    encoder_macs = common.count_macs(encoder, (512, 512))
     for name, params, macs in (
             ("released", 560981, 293928960), ("unet", 164821, 726138880),
             ("sparseacn", 721877, 734855168), ("fdn", 1934293, 1286815744)):
         net = on_meta(name)
         assert sparsemask.decoder_params(net) == params, name
-        assert common.count_params(net.encoder) == 2223872                  # 2.22 M
-        assert common.count_macs(net, (512, 512)) - encoder == macs, name
+        assert common.count_macs(net, (512, 512)) - encoder_macs == macs, name
     assert sparsemask.decoder_params(on_meta("fcn")) == 26901
-    assert sparsemask.decoder_params(on_meta("deeplabv3")) == 653525
-    assert {m.dilation[0] for m in on_meta("deeplabv3").aspp.modules()
-            if isinstance(m, nn.Conv2d)} == {1, 6, 12, 18}
+    deeplab = on_meta("deeplabv3")
+    assert sparsemask.decoder_params(deeplab) == 653525
+    assert re.findall(r"dilation=.(\d+)", str(deeplab.aspp)) == ["6", "12", "18"]
     moved = on_meta("released", encoder="resnet101", width=512)
-    assert 6.8e6 < sparsemask.decoder_params(moved) < 6.9e6
+    assert sparsemask.decoder_params(moved) == 6862357
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2294,98 +2001,99 @@ def test_sparsemask_decoder_counts():
 # ---------------------------------------------------------------------------------------------
 
 
+def connections(text):
+    """The connectivity of a text such as "D2 <- E2 G, D1 <- E1 D2"."""
+    rows = map(str.split, text.split(","))
+    return {stage: tuple(inputs) for stage, _, *inputs in rows}
+
+
 def test_sparsemask_pruning_rules_against_graph_search():
     """A stage stays if a path leads to it from an encoder feature and from it to D1."""
     def fed(t):
-        return t[0] in "EG" or any(fed(s) for s in graph[t])
+        return t[0] in "EG" or any(map(fed, graph[t]))
 
     def read(t):
         return t == "D1" or any(read(stage) for stage in graph if t in graph[stage])
 
     rng = random.Random(0)
     for _ in range(300):
-        share, graph = rng.choice((0.15, 0.3, 0.6)), {}
-        for stage, every in sparsemask.fully_dense(rng.choice((2, 3, 5))).items():
-            graph[stage] = tuple(t for t in every if rng.random() < share)
-        stages = [stage for stage in graph if fed("D1") and fed(stage) and read(stage)]
-        want = {stage: tuple(filter(fed, graph[stage])) for stage in stages}
+        graph = {stage: tuple(t for t in every if rng.random() < 0.3)
+                 for stage, every in sparsemask.fully_dense(4).items()}
+        want = {stage: tuple(filter(fed, graph[stage]))
+                for stage in graph if fed(stage) and read(stage)}
         assert sparsemask.drop_useless(graph) == want
 
 
 def test_sparsemask_rule_1_and_its_report():
     cfg = sparsemask.Config()
     w = {"D2": {"E2": 0.9, "G": 0.0009}, "D1": {"E1": 0.001, "E2": 0.0, "G": 0.1, "D2": 0.6}}
-    assert sparsemask.prune(w, cfg) == {"D2": ("E2",), "D1": ("E1", "G", "D2")}
+    assert sparsemask.prune(w, cfg) == connections("D2 <- E2, D1 <- E1 G D2")
     assert sparsemask.decisions(w, cfg) == {
         "kept": 4, "undecided": 1, "smallest_kept_w": 0.001, "largest_dropped_w": 0.0009}
-    _refused(lambda: sparsemask.prune({"D1": {"E1": 0.0005}}, cfg), "D1", "--sigma")
-
-
-def test_sparsemask_golden_case_of_the_release():
-    """Its weights before the two extra passes, 27 connections, and after them."""
-    golden = {"D9": "G", "D8": "E9 G", "D7": "E7 G", "D6": "E6 G", "D5": "G", "D4": "E6 G",
-              "D3": "G", "D2": "E7 G", "D1": "E9 E8 E7 E6 E1 G D2 D3 D4 D5 D6 D7 D8 D9"}
-    w = {}
-    for stage, every in sparsemask.fully_dense(9).items():
-        w[stage] = {t: float(t in golden[stage].split()) for t in every}
-    assert sum(map(len, sparsemask.prune(w, sparsemask.Config()).values())) == 27
-    assert sparsemask.prune(w, sparsemask.Config(simplify=True)) == sparsemask.RELEASED
+    _refused(lambda: sparsemask.prune({"D1": {"E1": 0.0005}}, cfg), "--sigma")
 
 
 def test_sparsemask_extra_passes_of_the_release():
-    """D3 goes only where D2 reads all that it reads, and has all its readers."""
-    covered = {"D3": ("E4",), "D2": ("E3", "E4"), "D1": ("D3", "D2")}
-    assert sparsemask.drop_repeated(covered, 4) == {"D2": ("E3", "E4"), "D1": ("D2",)}
-    for stage, inputs in (("D3", ("E4", "G")), ("D2", ("E3", "E4", "D3"))):
-        graph = {**covered, stage: inputs}
-        assert sparsemask.drop_repeated(graph, 4) == graph
-    # D4 is D3 too, for whoever reads that.
-    same = {"D4": ("E4",), "D3": ("E4",), "D2": ("E2", "D3"), "D1": ("E1", "D4", "D2")}
-    want = {"D4": ("E4",), "D2": ("E2", "D4"), "D1": ("E1", "D4", "D2")}
-    assert sparsemask.drop_repeated(same, 4) == want
+    """From its 27 connections to its 15. A stage goes only where another reads all that it reads,
+    and has all its readers: neither D3 here. D4 is D3 too, for whoever reads that."""
+    golden = connections(
+        "D9 <- G, D8 <- E9 G, D7 <- E7 G, D6 <- E6 G, D5 <- G, D4 <- E6 G, D3 <- G, D2 <- E7 G, "
+        "D1 <- E9 E8 E7 E6 E1 G D2 D3 D4 D5 D6 D7 D8 D9")
+    w = {stage: dict.fromkeys(inputs, 1.0) for stage, inputs in golden.items()}
+    assert sparsemask.prune(w, sparsemask.Config()) == golden
+    assert sparsemask.prune(w, sparsemask.Config(simplify=True)) == sparsemask.RELEASED
+    for before, after in (
+            ("D3 <- E4 G, D2 <- E3 E4, D1 <- D3 D2",) * 2,
+            ("D3 <- E4, D2 <- E3 E4 D3, D1 <- D3 D2",) * 2,
+            ("D4 <- E4, D3 <- E4, D2 <- E2 D3, D1 <- E1 D4 D2",
+             "D4 <- E4, D2 <- E2 D4, D1 <- E1 D4 D2")):
+        assert sparsemask.drop_repeated(connections(before), 4) == connections(after)
 
 
 def test_sparsemask_transfer_matches_by_size():
     mobile, resnet = (sparsemask.ENCODERS[name][0] for name in ("mobilenet_v2", "resnet50"))
-    assert sparsemask.transfer(sparsemask.RELEASED, mobile, resnet) == {    # Figure 6
-        "D5": ("E5", "G"), "D4": ("E4", "G"), "D1": ("E1", "E4", "E5", "G", "D5", "D4")}
-    # No feature at 1/32: what needs one is dropped.
-    assert sparsemask.transfer(sparsemask.RELEASED, mobile, resnet[:4]) == {
-        "D4": ("E4", "G"), "D1": ("E1", "E4", "G", "D4")}
-    # Of two stages of one size the deeper one takes the place; D1 stays D1.
-    graph = {"D9": ("E9",), "D8": ("G",), "D2": ("E2",), "D1": ("E1", "D9", "D8", "D2")}
-    small = {"D5": ("E5",), "D1": ("E1", "D5")}
-    assert sparsemask.transfer(graph, mobile, resnet) == small
-    # Where there are more stages of a size, the deepest.
-    assert sparsemask.transfer(small, resnet, mobile) == {"D9": ("E9",), "D1": ("E2", "D9")}
+    released = "D8 <- E9 G, D7 <- E7 G, D6 <- E6 G, D1 <- E1 E6 E7 E8 E9 G D8 D7 D6"
+    for old, before, new, after in (
+            # Figure 6
+            (mobile, released, resnet, "D5 <- E5 G, D4 <- E4 G, D1 <- E1 E4 E5 G D5 D4"),
+            # No feature at 1/32: what needs one is dropped.
+            (mobile, released, resnet[:4], "D4 <- E4 G, D1 <- E1 E4 G D4"),
+            # Of two stages of one size the deeper one takes the place; D1 stays D1.
+            (mobile, "D9 <- E9, D8 <- G, D2 <- E2, D1 <- E1 D9 D8 D2",
+             resnet, "D5 <- E5, D1 <- E1 D5"),
+            # Where there are more stages of a size, the deepest.
+            (resnet, "D5 <- E5, D1 <- E1 D5", mobile, "D9 <- E9, D1 <- E2 D9")):
+        moved = sparsemask.transfer(connections(before), old, new)
+        assert moved == connections(after), before
 
 
 def test_sparsemask_random_connectivities():
-    generator, others, read = torch.Generator().manual_seed(0), set(), set()
-    for i in range(50):
-        inputs = sparsemask.connectivity_of(sparsemask.Config(network="random", seed=i))
-        assert sparsemask.check_connectivity(inputs, 9, "random") == inputs
-        others.update(t[0] for t in inputs.get("D2", ()))   # all may be read
-        inputs = sparsemask.connectivity_of(sparsemask.Config(network="random_rule", seed=i))
-        for stage in inputs.keys() - {"D1"}:                                # Section 4.2
-            assert set(inputs[stage]) <= {"G", "E" + stage[1:]}
-            read.update(t[0] for t in inputs[stage])
-    assert others == {*"EGD"} and read == {*"EG"}
-    drawn = [len(sparsemask.random_connectivity(9, generator)["D1"]) for _ in range(50)]
-    assert 8 < np.mean(drawn) < 10, "half of 18"
+    kinds, last = {"random": set(), "random_rule": set()}, []
+    for seed, network in itertools.product(range(50), kinds):
+        inputs = sparsemask.connectivity_of(sparsemask.Config(network=network, seed=seed))
+        assert sparsemask.check_connectivity(inputs, 9, network) == inputs
+        last.append(len(inputs["D1"]))
+        for stage in inputs.keys() - {"D1"}:            # E_l as "El"
+            kinds[network].update(t.replace(stage[1:], "l") for t in inputs[stage])
+    assert kinds["random"] > {"G", "El", "E9", "D9"} and 8 < np.mean(last) < 10, "half of 18"
+    assert kinds["random_rule"] == {"G", "El"}                              # Section 4.2
+    generator = torch.Generator()
     for _ in range(6):                                  # 559,104 of the 560,981: the convolutions
-        like = sparsemask.random_like(sparsemask.RELEASED, "mobilenet_v2", generator)
-        assert abs(sparsemask.link_params(like, "mobilenet_v2") / 559104 - 1) < 0.1
+        like = sparsemask.random_like(sparsemask.RELEASED, "mobilenet_v2", generator, 64)
+        assert abs(sparsemask.link_params(like, "mobilenet_v2", 64) / 559104 - 1) < 0.1
 
 
 def test_sparsemask_connectivity_files():
-    with tempfile.TemporaryDirectory() as tmp:
-        path = Path(tmp, "arch.json")
+    with scratch() as tmp:
+        path = tmp / "arch.json"
         for encoder, graph, word in (
-                ("vgg16", {"D1": ["E1"], "D6": ["G"]}, "D6"), ("vgg16", ["D1"], "not a connec"),
-                ("vgg16", {"D3": ["E2"], "D1": ["D3"]}, "E2"), ("alexnet", {}, "encoder"),
-                ("vgg16", {"D3": ["E3"]}, "nothing"), ("vgg16", {"D1": [["E1"]]}, "cannot")):
-            path.write_text(json.dumps({"encoder": encoder, "connectivity": graph}))
+                ("vgg16", '{"D1": ["E1"], "D6": ["G"]}', "D6"),
+                ("vgg16", '{"D3": ["E2"], "D1": ["D3"]}', "E2"),
+                ("vgg16", '{"D3": ["E3"]}', "nothing"),
+                ("vgg16", '{"D1": [["E1"]]}', "cannot"),
+                ("vgg16", '["D1"]', "not a connec"),
+                ("alexnet", '{}', "encoder")):
+            put(path, f'{{"encoder": "{encoder}", "connectivity": {graph}}}')
             _refused(lambda: sparsemask.read_connectivity(path), path, word)
 
 
@@ -2398,41 +2106,36 @@ def test_sparsemask_balanced_edge_loss():
     """Half the mean over edge pixels and half that over the others, a crop without edges too."""
     logits, labels = torch.randn(2, 2, 4, 5), torch.randint(0, 2, (2, 4, 5))
     labels[0, :2] = 255
-    of_pixel = -logits.log_softmax(1)
-    edge, other = of_pixel[:, 1][labels == 1].mean(), of_pixel[:, 0][labels == 0].mean()
+    of_pixel = F.cross_entropy(logits, labels, reduction="none", ignore_index=255)
+    edge, other = (of_pixel[labels == k].mean() for k in (1, 0))
     for halves in (edge + other, other):
         assert abs(sparsemask.task_loss(logits, labels, "edges") - halves / 2) < 1e-5
         labels[labels == 1] = 255
 
 
 def test_sparsemask_a_fresh_search():
-    """w in the middle, BN's gamma and beta fixed, the paper's learning rates, poly."""
+    """w in the middle; the paper's learning rates for encoder, decoder and w, none for BN; poly."""
     net = sparsemask.FullyDenseNet(sparsemask.Encoder("mobilenet_v2"), 2, 2)
     assert all((w == 0.5).all() for w in net.used_w().values())
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert not any(m.weight.requires_grad or m.bias.requires_grad for m in norms)
     sgd, schedule = sparsemask.poly_sgd(net, sparsemask.Config(lr_w=0.7), steps=4)
-    sgd.step()
-    schedule.step()
-    named = [name for name, p in net.named_parameters() if p.requires_grad]
-    for name, group in zip(named, sgd.param_groups, strict=True):
-        rate = {"encoder": 0.005, "w": 0.7}.get(name.split(".")[0], 0.05)
-        assert group["momentum"] == 0.9 and group["weight_decay"] == 4e-5
-        assert abs(group["lr"] - rate * 0.75 ** 0.9) < 1e-9, name
+    assert (schedule.total_iters, schedule.power) == (4, 0.9)
+    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.9, 4e-5)
+    rates = collections.Counter(group["lr"] for group in sgd.param_groups)
+    assert rates == {0.005: 52, 0.05: 18 + 2, 0.7: 9}   # convolutions, classifier, stages
     for steps, want in ((4, 0.1), (1000, 0.01), (50000, 3e-4)):
         sparsemask.poly_sgd(net, sparsemask.Config(), steps)
-        assert norms[-1].momentum == want
+        assert net.decoder.norm["D1"].momentum == want
 
 
 class Blocks(nn.Module):
     """In an encoder's place: E_l is channels 8 l - 8 .. 8 l of a picture, every 2^l-th pixel."""
-    strides, channels, name, act = (2, 4, 8, 16), (8,) * 4, "blocks", nn.Identity()
+    channels, act = (8,) * 4, nn.Identity()
 
     def forward(self, images):
-        features = {}
-        for l, part in enumerate(images.split(8, 1), 1):
-            features[f"E{l}"] = part[..., ::2 ** l, ::2 ** l]
-        return {**features, "G": part[..., :1, :1]}
+        features = {"G": images[:, 32:, :1, :1]}
+        for l in range(1, 5):
+            features[f"E{l}"] = images[:, 8 * l - 8:8 * l, ::2 ** l, ::2 ** l]
+        return features
 
 
 def planted_batch(levels):
@@ -2443,7 +2146,7 @@ def planted_batch(levels):
     """
     images, label = torch.randn(8, 40, 33, 33), 0
     for l in levels:
-        cells = min(32 // 2 ** l + 1, 9)
+        cells = 32 // 2 ** l + 1
         truth = sparsemask.f_up(torch.randn(8, 2, cells, cells), (33, 33)).argmax(1)
         images[:, 8 * l - 8:8 * l - 6] += 3 * F.one_hot(truth, 2).permute(0, 3, 1, 2)
         label = 2 * label + truth
@@ -2457,52 +2160,49 @@ class SparseBatches(list):
 def run_search(net, batches, cfg, epochs=1):
     """A search without data sets or pictures: (connectivity, pruned network, last log record)."""
     sgd, schedule = sparsemask.poly_sgd(net, cfg, epochs * len(batches))
-    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
+    with scratch() as tmp:
         run = common.Run("search", "search", cfg, tmp, epochs, model=net,
                          optimizer=sgd, schedule=schedule)
-        inputs, small = sparsemask.search_connectivity(net, batches, run, cfg, lambda net: 0.0)
-        assert max(schedule.get_last_lr()) == 0, "poly ends at 0 with the last step"
-        return inputs, small, common.read_log(tmp, "search")[-1]
+        found = quiet(sparsemask.search_connectivity, net, batches, run, cfg, lambda net: 0.0)
+        return *found, common.read_log(tmp, "search")[-1]
 
 
 def search_planted(levels, shuffled=False, **changes):
-    """The encoder features that are read after a search, decisions(w) and w, accuracy."""
+    """The encoder features that are read after a search, decisions(w), w, accuracy."""
     torch.manual_seed(41)
     cfg = sparsemask.Config(device="cpu", lam=0.1, lr_w=0.25, **changes)
     net = sparsemask.FullyDenseNet(Blocks(), 2 ** len(levels), 8, k=changes.get("k", 0))
     batches = SparseBatches(planted_batch(levels) for _ in range(100))
     if shuffled:                                        # there is nothing to find
         batches[:] = [(images, labels.roll(1, 0)) for images, labels in batches]
-    inputs, small, _ = run_search(net, batches, cfg)
-    read = {t for names in inputs.values() for t in names if t[0] != "D"}
+    found, small, _ = run_search(net, batches, cfg)
+    read = set().union(*found.values()) - found.keys()
     images, labels = planted_batch(levels)
-    right = small(images).argmax(1) == labels
-    w = net.connection_weights()
-    return read, {"w": w, **sparsemask.decisions(w, cfg)}, right.double().mean()
+    right = (small(images).argmax(1) == labels).double().mean()
+    return read, sparsemask.decisions(net.connection_weights(), cfg), net.w, right
 
 
 def test_sparsemask_planted_sources_are_found():
     """The encoder features read after pruning are those in which the label speaks, w is binary."""
     for levels, sources in (((2,), {"E2"}), ((2, 4), {"E2", "E4"})):
-        read, told, right = search_planted(levels)
-        assert read == sources and right > 0.55, (read, right)
-        assert told["kept"] < 13 and told["undecided"] < 4, told
+        read, told, _, right = search_planted(levels)
+        assert read == sources and told["kept"] < 13 and told["undecided"] < 4, told
         assert told["largest_dropped_w"] == 0 and told["smallest_kept_w"] > 0.02, told
-    assert search_planted((2, 4), shuffled=True)[2] < 0.45
+        assert right > 0.55
+    assert search_planted((2, 4), shuffled=True)[3] < 0.45
 
 
 def test_sparsemask_planted_each_half_of_equation_2_is_needed():
     """Table 1, 20 connections: with the task loss alone, or the sparse half alone, nearly all stay
     and w is undecided; the binary half decides. The sparse half brings the mean w of a stage to
     alpha, 2 / |T_l|, where the task loss leaves it elsewhere."""
-    read, binary, _ = search_planted((2,), loss="binary")
+    read, binary, _, _ = search_planted((2,), loss="binary")
     assert "E2" in read and binary["kept"] < 13 and binary["smallest_kept_w"] > 0.1, binary
     for loss in ("task", "sparse"):
-        told = search_planted((2,), loss=loss)[1]
-        assert told["kept"] > 15 and told["smallest_kept_w"] < 0.1, (loss, told)
-        w = search_planted((2, 4), loss=loss)[1]["w"]
-        off = max(abs(np.mean([*w[stage].values()]) - 2 / len(w[stage])) for stage in ("D2", "D1"))
-        assert off < 0.05 if loss == "sparse" else off > 0.08, (loss, off)
+        _, told, w, _ = search_planted((2, 4), loss=loss)
+        assert told["kept"] > 15 and told["smallest_kept_w"] < 0.1, told
+        off = max(abs(w["D2"].mean() - 1 / 3), abs(w["D1"].mean() - 1 / 4))
+        assert off < 0.05 if loss == "sparse" else off > 0.08, off
 
 
 def test_sparsemask_planted_l1_and_maskconnect():
@@ -2510,52 +2210,48 @@ def test_sparsemask_planted_l1_and_maskconnect():
     takes k inputs a stage, needed or not, and some with smaller w than others that it drops."""
     l1 = search_planted((2,), loss="l1", l1=5e-3)[1]
     assert 0 < l1["largest_dropped_w"] and l1["smallest_kept_w"] < 0.1, l1
-    read, mask, _ = search_planted((2,), loss="maskconnect", k=2)
+    read, mask, _, _ = search_planted((2,), loss="maskconnect", k=2)
     assert mask["kept"] == 8 and read > {"E2"} and mask["undecided"] > 5, (read, mask)
     assert mask["smallest_kept_w"] < mask["largest_dropped_w"], mask
 
 
-def first_step(epochs=1, **changes):
-    """A search of one step an epoch: (FullyDenseNet, how it started, last log record)."""
+def first_step(epochs=1, w=(0.1, 0.9), **changes):
+    """A search of one step an epoch: (FullyDenseNet, how it started, last log record). w: range.
+
+    The steps run in what training_form makes of the network: on several GPUs, a twin.
+    """
     torch.manual_seed(0)
     cfg = sparsemask.Config(device="cpu", lr_decoder=0.1, weight_decay=0.0, **changes)
     net = sparsemask.FullyDenseNet(Blocks(), 2, 4)
-    for w in net.w.values():
-        nn.init.uniform_(w, 0.1, 0.9)
-    start = copy.deepcopy(net)
-    return net, start, run_search(net, SparseBatches([planted_batch((3,))]), cfg, epochs)[2]
-
-
-def equation_2(w):
-    """Its halves and L1 with lambda 0.3 and l1 0.2, of {stage: w_l}."""
-    terms = {"binary": 0, "sparse": 0, "l1": 0}
-    for w_l in w.values():
-        alpha_l = torch.tensor(min(2 / len(w_l), 0.5)).double()
-        terms["binary"] += 0.3 * F.binary_cross_entropy(w_l, w_l)
-        terms["sparse"] += 0.3 * F.binary_cross_entropy(w_l.mean(), alpha_l)
-        terms["l1"] += 0.2 * w_l.sum()
-    return terms
+    for w_l in net.w.values():
+        nn.init.uniform_(w_l, *w)
+    start, twin = copy.deepcopy(net), mock.Mock(side_effect=net)
+    with mock.patch.object(common, "training_form", return_value=twin):
+        *_, record = run_search(net, SparseBatches([planted_batch((3,))]), cfg, epochs)
+    assert twin.call_count == epochs
+    return net, start, record
 
 
 def test_sparsemask_search_step_against_equations_2_and_3():
     """The logged terms are Eq. (2) of the w before the step; w moves by its rate times their
-    derivative, taken by differences, and the task's."""
-    task_alone, _, _ = first_step(loss="task")
-    for loss, names in (("ours", {"binary", "sparse"}), ("binary", {"binary"}),
-                        ("sparse", {"sparse"}), ("l1", {"l1"})):
-        net, start, record = first_step(loss=loss, lam=0.3, l1=0.2)
-        w = {stage: w_l.detach().double() for stage, w_l in start.w.items()}
-        terms = equation_2(w)
-        assert terms.keys() & record.keys() == names
-        assert all(abs(record[name] - terms[name]) < 1e-5 for name in names)
-        for stage, w_l in w.items():
+    gradient and the task's."""
+    task_alone, start, _ = first_step(loss="task")
+    terms = {"binary": 0, "sparse": 0, "l1": 0}
+    alphas = torch.tensor([1 / 4, 1 / 3, 1 / 2, 1 / 2])                 # of D1 .. D4, Eq. (5)
+    for w_l, alpha_l in zip(start.w.values(), alphas):
+        terms["binary"] += 0.3 * F.binary_cross_entropy(w_l, w_l)
+        terms["sparse"] += 0.3 * F.binary_cross_entropy(w_l.mean(), alpha_l)
+        terms["l1"] += 0.2 * w_l.sum()
+    for loss, *names in (("ours", "binary", "sparse"), ("binary", "binary"), ("sparse", "sparse"),
+                         ("l1", "l1")):
+        net, _, record = first_step(loss=loss, lam=0.3, l1=0.2)
+        start.zero_grad()
+        for name in names:
+            assert abs(record[name] - terms[name]) < 1e-5, name
+            terms[name].backward(retain_graph=True)
+        for stage, w_l in start.w.items():
             moved = net.w[stage] - task_alone.w[stage]
-            for j in range(len(w_l)):
-                w_l[j] += 1e-6
-                higher = equation_2(w)
-                w_l[j] -= 1e-6
-                slope = sum(higher[name] - terms[name] for name in names) / 1e-6
-                assert abs(moved[j] + 0.1 * slope) < 1e-5, (loss, stage, j)
+            agree(moved, -0.1 * w_l.grad, rtol=0, atol=1e-5)
 
 
 def test_sparsemask_warm_up_and_clamp():
@@ -2566,29 +2262,9 @@ def test_sparsemask_warm_up_and_clamp():
         assert not torch.equal(net.classifier.weight, start.classifier.weight)
     net, _, _ = first_step(epochs=2, lam=50.0)
     assert net.w["D1"].min() == 0 and net.w["D1"].max() == 1
-
-    def ends(w, *_):
-        w.data.copy_(torch.arange(len(w)) % 2)              # 0, 1, 0, ..: none is stuck there
-    with mock.patch.object(nn.init, "uniform_", ends):
-        net, start, _ = first_step(loss="task")
-    was, now = (torch.cat([*n.w.values()]) for n in (start, net))
-    assert (now[was == 0] > 0).any() and (now[was == 1] < 1).any()
-
-
-def test_sparsemask_search_trains_through_a_twin():
-    """On several GPUs the step runs in a twin of net, which shares its parameters. Here the
-    twin's BNs stay plain, as on a CPU synchronised ones refuse to work."""
-    def twin_of(net, cfg):
-        shared = {id(t): t for t in (*net.parameters(), *net.buffers())}
-        twin.side_effect = copy.deepcopy(net, shared)
-        return twin
-
-    twin = mock.Mock()
-    with mock.patch.object(common, "training_form", twin_of):
-        net, _, record = first_step()
-    plain, _, want = first_step()
-    assert twin.call_count == 1 and record == want
-    assert all(map(torch.equal, net.state_dict().values(), plain.state_dict().values()))
+    for end in (0.0, 1.0):
+        net, _, _ = first_step(w=(end, end), loss="task")
+        assert (net.w["D1"] != end).any()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2596,127 +2272,94 @@ def test_sparsemask_search_trains_through_a_twin():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_sparsemask_saliency_scores_threshold_by_threshold():
-    """A noisy map, one with nothing where there is something, an empty mask; one rank and two."""
-    rng = np.random.default_rng(0)
-    levels = rng.integers(0, 256, (3, 6, 5))
-    masks = levels + rng.integers(-90, 90, levels.shape) > 128
-    levels[1], masks[2] = 0, False
-    one, first, second = (sparsemask.SaliencyScores() for _ in range(3))
-    for level, mask, half in zip(levels, masks, (first, second, first)):
-        for scores in (one, half):
-            scores.update((level / 255).astype(np.float32), mask)
-    want = {"F_beta": 0, "MAE": abs(levels / 255 - masks).mean()}
-    for k in range(256):
-        salient = levels >= k
-        hits = (masks & salient).sum((1, 2))
-        precision = np.mean(hits / salient.sum((1, 2)).clip(1))
-        recall = np.mean((hits / masks.sum((1, 2)).clip(1))[:2])        # the third mask is empty
-        f = 1.3 / (1 / (precision + 1e-9) + 0.3 / (recall + 1e-9))      # beta^2 = 0.3
-        want["F_beta"] = max(want["F_beta"], f)
-    exact = sparsemask.SaliencyScores()
-    exact.update(np.array([[1, 0]]), np.array([[1, 0]]))            # a single pixel, and right
-    assert np.allclose(list(exact.result().values()), (1, 0))
-    for total, more in zip(first.sums, second.sums, strict=True):       # of two ranks
+def test_sparsemask_saliency_scores_by_hand():
+    """Four pictures on two ranks; one has no mask, one an empty map."""
+    first, second = sparsemask.SaliencyScores(), sparsemask.SaliencyScores()
+    for scores, levels, mask in (
+            (first, [200, 100, 50], [1, 1, 0]), (first, [100, 0, 0], [1, 1, 0]),
+            (second, [200, 0, 0], [0, 0, 0]), (second, [0, 0, 0], [1, 0, 0])):
+        scores.update(np.float32(levels) / 255, mask)
+    for total, more in zip(first.sums, second.sums):
         total += more
-    for scores in (one, first):
-        for name, value in scores.result().items():
-            assert abs(value - want[name]) < 1e-6, name
+    # The largest F is at threshold 100: P = (1 + 1 + 0 + 0) / 4, R = (1 + 1 / 2 + 0) / 3.
+    agree(first.result(), {"F_beta": 0.5, "MAE": 1125 / 255 / 12})
+    missed = sparsemask.SaliencyScores()
+    missed.update(np.zeros(2), [1, 1])
+    assert missed.result() == {"F_beta": 1, "MAE": 1}, "at threshold 0 all is salient"
 
 
 def test_sparsemask_derived_network_and_ablations():
     """What the search has learned can be evaluated, and is where a training may start."""
-    def of_padded(net, *rest):
-        assert isinstance(net, sparsemask.Padded)
-        asked.append(rest[3:])                          # scales, flip
-        return common.evaluate(net, *rest)
+    def run(flags):
+        return call_main(sparsemask, *base.split(), *flags.split())
 
-    def run(flags, *path):
-        return call_main(sparsemask, *base.split(), "--out", tmp, *flags.split(), *path)
-
-    asked, made = [], mock.Mock(wraps=sparsemask.FullyDenseNet)
-    with (tempfile.TemporaryDirectory() as tmp,
-          mock.patch.object(sparsemask, "evaluate", of_padded),
-          mock.patch.object(sparsemask, "FullyDenseNet", made)):
-        base = ("--dataset folder --num-classes 3 --size 33 65 --batch-size 4 --width 4 "
-                f"--weights-encoder none --data-root {three_classes(tmp, train=2, val=2)}")
-        path = Path(tmp, "derived.pt")
+    with (scratch() as tmp,
+          mock.patch.object(sparsemask, "evaluate", wraps=common.evaluate) as evaluated,
+          mock.patch.object(sparsemask, "FullyDenseNet", wraps=sparsemask.FullyDenseNet) as made):
+        base = ("--dataset folder --num-classes 3 --size 33 65 --batch-size 4 --width 4 --out "
+                f"{tmp} --weights-encoder none --data-root {three_classes(tmp, train=2, val=2)}")
+        path = tmp / "derived.pt"
         run("--search --search-epochs 1 --loss maskconnect --k 3 --no-bn")
         assert made.call_args.args[-2:] == (False, 3)
         run("--search --search-epochs 2 --lam 0.3")
-        for found in common.read_log(tmp, "found"):
-            assert found["supernet"] == found["derived"]
-        derived = f"val {100 * found['derived']:.2f}"
-        assert "derived mIoU on " + derived in run("--eval --weights", path)
-        _refused(lambda: run("--eval --network unet --weights", path), "made with --arch")
-        with mock.patch.object(common, "fit", side_effect=KeyboardInterrupt) as fit:
-            with contextlib.suppress(KeyboardInterrupt):
-                run("--train --epochs 2 --init", path)
-        run_of_it, _, loader, _ = fit.call_args.args
-        assert run_of_it.parts["schedule"].total_iters == 2 * len(loader)   # of two epochs
-        state = run_of_it.parts["model"].state_dict()
-        learned = common.load_checkpoint(path)["model"]
-        assert state.keys() == learned.keys(), "a training starts there"
-        assert all(torch.equal(state[key], value) for key, value in learned.items())
-        assert "starts anew" in run("--train --epochs 1 --num-classes 4 --init", path)
+        found, = common.read_log(tmp, "found")
+        assert found["supernet"] == found["derived"]
+        derived = f"derived mIoU on val {100 * found['derived']:.2f}"
+        assert derived in run(f"--eval --weights {path}")
+        _refused(lambda: run(f"--eval --network unet --weights {path}"), "made with --arch")
+        with mock.patch.object(common, "fit", return_value=0.0) as fit:
+            run(f"--train --epochs 2 --init {path}")
+            start = fit.call_args.args[0].parts
+            assert start["schedule"].total_iters == 2                   # one step an epoch
+            learned = common.load_checkpoint(path)["model"]
+            agree(start["model"].state_dict(), learned, rtol=0, atol=0)
+            assert "starts anew" in run(f"--train --num-classes 4 --init {path}")
         for name in ("random_like", "deeplabv3"):
-            run("--train --eval --epochs 1 --flip --network", name)
-            assert asked[-1] == ((1.0,), True)
+            run(f"--train --eval --epochs 1 --flip --network {name}")
+            net, *_, scales, flip = evaluated.call_args.args
+            assert isinstance(net, sparsemask.Padded) and scales == (1.0,) and flip
 
 
 def test_sparsemask_refuses_wrong_input():
-    for stage, word, wrong in (
-            ("train", "--arch", {"arch": "x", "network": "unet"}),
-            ("eval", "--init", {"init": "x"}), ("train", "--weights", {"weights": "x"}),
-            ("search", "--warmup", {"warmup": 50}),
-            ("train", "--image-scale", {"task": "edges", "image_scale": 0.5})):
-        cfg = sparsemask.Config(**wrong)
-        _refused(lambda: sparsemask.check(cfg, {stage}), word)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        sparsemask.check(sparsemask.Config(size=(129, 256)), {"search"})
-    assert "129 256 is not 32 k + 1" in said.getvalue()
-    cfg = sparsemask.Config(network="unet", out="/nowhere", split="val")
-    _refused(lambda: sparsemask.check_files(cfg, {"eval"}), "/nowhere/unet/best.pt")
-    with mock.patch.object(common, "world_size", lambda: 2):
-        for flags in ("--search", "--train --network unet"):
-            _refused(lambda: sparsemask.main([*flags.split(), "--batch-size", "3"]), "3 of 400")
+    """Before any work."""
+    with (mock.patch.object(common, "world_size", lambda: 2),
+          mock.patch.dict(sparsemask.STAGES, dict.fromkeys(sparsemask.STAGES, print))):
+        for flags, word in (
+                ("--train --network unet --arch x", "--arch"),
+                ("--train --eval --weights x", "--weights"),
+                ("--search --warmup 4", "--warmup"),
+                ("--train --task edges --image-scale 0.5", "--image-scale"),
+                ("--search --batch-size 3", "3 of 400"),
+                ("--train --network unet --batch-size 3", "3 of 400")):
+            _refused(lambda: call_main(sparsemask, *flags.split()), word)
+    _refused(lambda: call_main(sparsemask, "--eval", "--out", "/nowhere"), "/nowhere/found/best.pt")
+    for size in (sparsemask.Config.size, sparsemask.QUICK["size"], (129, 256)):
+        _, said = heard(sparsemask.check, sparsemask.Config(size=size), {"search"})
+        assert ("is not 32 k + 1" in said) == (size == (129, 256))
 
 
-def test_sparsemask_opens_the_data_of_each_task():
-    """Edges have an augmentation of their own."""
-    for task, classes in (("segmentation", 11), ("saliency", 2), ("edges", 2)):
-        for train in (True, False):
-            with mock.patch.object(data, "edge_transform") as of_edges:
-                images, loader = sparsemask.open_data(sparsemask.Config(task=task), "val", train)
-            used = loader.dataset.transform is of_edges.return_value
-            assert images.num_classes == classes and used == (train and task == "edges")
-
-
-def test_sparsemask_eval_scores_every_map_against_its_own_annotation():
-    """A network that knows masks and edges, up to noise; scored picture by picture."""
-    for task in ("saliency", "edges"):
+def test_sparsemask_saliency_and_edges():
+    """Edges have an augmentation of their own. Of a network that calls what is red foreground,
+    every map is scored against its own annotation."""
+    for task, want in (("saliency", sparsemask.SaliencyScores()), ("edges", data.EdgeScores(3))):
         cfg = sparsemask.Config(device="cpu", task=task, thresholds=3, flip=True)
-        images = common.open_split(cfg, "val", task)
-        loader = data.make_loader(images, [3, 1], data.eval_transform(), 1, False)
-        maps = [torch.rand(1, 1, *labels.shape[-2:]) + (labels == 1) for _, labels in loader]
-        answers = iter([each for drawn in maps for each in (drawn, drawn.flip(-1))])
-
-        def knowing(pixels):
-            foreground = next(answers)
-            return torch.cat([torch.zeros_like(foreground), foreground], 1)
-        with mock.patch.object(common, "sum_over_ranks", wraps=common.sum_over_ranks) as summed:
-            scores = sparsemask.map_scores(cfg, knowing, images, loader)
-        assert summed.call_count == 2
-        one_by_one = sparsemask.SaliencyScores() if task == "saliency" else data.EdgeScores(3)
-        for i, drawn in zip((3, 1), maps):
-            likely = torch.sigmoid(drawn[0, 0]).double().numpy()
+        with mock.patch.object(data, "edge_transform") as of_edges:
+            _, trained = sparsemask.open_data(cfg, "val", train=True)
+            images, loader = sparsemask.open_data(cfg, "val")
+        used = trained.dataset.transform is of_edges.return_value
+        assert of_edges.call_count == used == (task == "edges")
+        loader.sampler.indices = (3, 1)
+        for i, (pixels, labels) in zip((3, 1), loader):
+            likely = pixels[0, 0].sigmoid().double().numpy()
             if task == "edges":
-                one_by_one.update(data.edge_nms(likely), images.annotations(i))
+                want.update(data.edge_nms(likely), images.annotations(i))
             else:
-                one_by_one.update(likely, images[i][1])
-        want = one_by_one.result()
-        assert all(abs(scores[name] - want[name]) < 1e-6 for name in want), (scores, want)
-        assert min(want.values()) > 0.05
+                want.update(likely, labels[0])
+        net = mock.Mock(side_effect=lambda pixels: F.pad(pixels[:, :1], (0, 0, 0, 0, 1, 0)))
+        with mock.patch.object(common, "sum_over_ranks", wraps=common.sum_over_ranks) as summed:
+            scores = sparsemask.map_scores(cfg, net, images, loader)
+        agree(scores, want.result(), rtol=0, atol=1e-6)
+        assert summed.call_count == 2 and net.call_count == 4           # each map mirrored too
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2745,35 +2388,32 @@ def test_bilevel_counts_of_topformer_and_deeplab():
         net = bilevel_prune.build(name, classes)
         assert common.count_params(net) == parameters, name
         assert common.count_macs(net, (512, width)) == macs, name
-    x, tiny = torch.randn(2, 3, 70, 100), bilevel_prune.build("tiny", 19)
-    assert tiny(x).shape == (2, 19, 9, 13) and net(x).shape == (2, 19, 18, 25)
-    assert all(layer.conv.dilation == (1, 1) for layer in bilevel_prune.layers_of(tiny))
+        dilations = [layer.conv.dilation[0] for layer in bilevel_prune.layers_of(net)]
+        dilated = [dilation for dilation in dilations if dilation != 1]
+        assert dilated == ([2, 2, 2, 6, 12, 18] if name == "deeplab" else []), name
 
 
 @torch.no_grad()
 def test_bilevel_masked_network_equals_pruned_network():
     """Derived = relaxed for all layer types, odd pictures and masks down to one channel, where all
-    soft masks are below tau; in training too, where BN sees the batch. The pruned network comes
-    from its files alone."""
+    soft masks are below tau."""
     torch.manual_seed(0)
-    for name, size, largest in (
-            ("tiny", (66, 97), 1.0), ("small", (64, 72), 0.5), ("deeplab", (33, 38), 1.0)):
+    for name, size, largest, output in (
+            ("tiny", (66, 97), 1.0, (9, 13)),
+            ("small", (64, 72), 1.0, (8, 9)),
+            ("small", (64, 72), 0.5, (8, 9)),
+            ("deeplab", (33, 38), 1.0, (9, 10))):
         net = with_masks(shake_norms(bilevel_prune.build(name, 5)))
-        area = bilevel_prune.areas(net, size)
         for mask in net.masks.values():
-            mask.s.copy_(largest * torch.rand(mask.n) if torch.rand(()) < 0.75 else torch.ones(()))
-        pruned, x = bilevel_prune.prune(net.double()), torch.randn(2, 3, *size).double()
-        with scratch() as tmp:
-            bilevel_prune.write_arch(pruned, tmp)
-            small = bilevel_prune.build(*bilevel_prune.load_arch(tmp / "arch.json"))
+            mask.s.copy_(largest * torch.rand(mask.n))
+        area = bilevel_prune.areas(net, size)           # in eval mode from here on
         macs = bilevel_prune.macs_of(area, bilevel_prune.counts_left(net))
+        small = bilevel_prune.prune(net)
         assert macs == common.count_macs(small, size), name
-        small.double().load_state_dict(pruned.state_dict())
-        with mock.patch.object(F, "dropout2d", lambda x, *rest: x):
-            for training in (False, True):
-                want = net.train(training)(x)
-                apart = (want - small.train(training)(x)).abs().max()
-                assert apart < 1e-9 * want.abs().max(), (name, training)
+        x = torch.randn(2, 3, *size).double()
+        want = net.double()(x)
+        assert want.shape == (2, 5, *output)
+        assert (small.double()(x) - want).abs().max() < 1e-9 * want.abs().max(), name
 
 
 def test_bilevel_threshold_and_straight_through():
@@ -2782,138 +2422,78 @@ def test_bilevel_threshold_and_straight_through():
     mask.s.data = torch.tensor([0.9, 0.5, 0.4, 0.1])
     b = mask.binary()
     assert b.tolist() == [1, 0, 0, 0]                   # Eq. (2): s = tau is pruned
-    (b * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
-    assert mask.s.grad.tolist() == [1, 2, 3, 4]         # Eq. (3), pruned or not
+    b.backward(torch.arange(4.0))
+    assert mask.s.grad.tolist() == [0, 1, 2, 3]         # Eq. (3), pruned or not
     mask.least = 2
     assert mask.binary().tolist() == [1, 1, 0, 0]
-    mask.choose(torch.tensor([1, 3]))                   # for good: tau decides, whatever s is
-    assert mask.binary().tolist() == [0, 1, 0, 1]
-
-
-class Sandwich(bilevel_prune.Network):
-    """Three layers; that in the middle has masks and two of its six channels pruned. With ReLU and
-    an L1 loss piecewise linear in each layer."""
-
-    def __init__(self):
-        super().__init__("sandwich", 5, None)
-        torch.manual_seed(0)
-        layer, colours, inner = bilevel_prune.Layer, bilevel_prune.fixed(4), self.space("a", 6)
-        self.before = layer(colours, colours, 3, norm=False, act=F.relu)
-        self.own = layer(colours, inner, 3, norm=False, act=F.relu, mask=True)
-        self.after = layer(inner, bilevel_prune.fixed(5), 3, norm=False)
-        self.s = with_masks(self.double()).masks["a"].s
-        self.s.data[[1, 4]] = 0
-        self.x, self.y = torch.randn(4, 4, 8, 8).double(), torch.randn(4, 5, 8, 8).double()
-
-    def forward(self):
-        """The loss."""
-        return (self.after(self.own(self.before(self.x))) - self.y).abs().mean()
+    mask.choose(torch.tensor([1, 2, 3]))                   # for good: tau decides, whatever s is
+    assert mask.binary().tolist() == [0, 1, 1, 1]
 
 
 def test_bilevel_implicit_gradient_is_exact_but_for_the_diagonal():
-    """Eq. (15) = autograd through one inner step of size lambda on L, of the layer before the mask;
-    the step stays on the same linear piece. Approximation 3: - lambda grad2_sw L grad_w L of the
-    layers beside it, by autograd, can be as large."""
-    net, lam = Sandwich(), 1e-3
-    start = {name: p for name, p in net.named_parameters() if name.startswith("own")}
-    slopes = torch.autograd.grad(net(), list(start.values()), create_graph=True)
-    moved = {name: w - lam * slope for (name, w), slope in zip(start.items(), slopes)}
-    exact, = torch.autograd.grad(torch.func.functional_call(net, moved), net.s)
-    net.load_state_dict(moved, strict=False)
-    first, second, _ = bilevel_prune.mask_gradient(net, net(), 0 * net.s.sum(), lam)
-    assert (first - second - exact).abs().max() < 1e-9 * second.max(), (first - second, exact)
-    assert ((second > 1e-9) == (net.s == 1)).all()
-    for layer, least in ((net.before, 0.1), (net.after, 0.01)):
-        slopes = torch.autograd.grad(net(), list(layer.parameters()), create_graph=True)
-        left, = torch.autograd.grad(sum((g * g.detach()).sum() for g in slopes), net.s)
-        assert lam * left[net.s == 1].norm() > least * second.norm()
+    """Eq. (15) = Eq. (11) by autograd, grad_s L - lambda grad2_sw L grad_w L with w of the two
+    layers that write the masked channels: ReLU and an L1 loss are piecewise linear in their output.
+    Approximation 3: the second term of the layers beside them can be as large. Euler's identity:
+    grad_s L = gamma dL/dgamma + beta dL/dbeta for kept channels behind BN and ReLU."""
+    torch.manual_seed(0)
+    net, ends = bilevel_prune.Network("sandwich", 5, None), bilevel_prune.fixed(4)
+    block = bilevel_prune.InvertedResidual(ends, net.space("a", 6), ends)
+    net.layers = nn.Sequential(bilevel_prune.Layer(ends, ends, 3, act=F.relu), *block.children())
+    shake_norms(block.depth)
+    s = with_masks(net.double()).eval().masks["a"].s
+    s.data[[1, 4]] = 0
+    x, y = torch.randn(2, 4, 4, 8, 8).double()
+    loss, exact = (net.layers(x) - y).abs().mean(), []
+    for layers in (net.layers[:1], net.layers[1:3], net.layers[3:]):
+        slopes = torch.autograd.grad(loss, list(layers.parameters()), create_graph=True)
+        square = sum(slope.square().sum() for slope in slopes)      # grad_s: 2 grad2_sw L grad_w L
+        exact += torch.autograd.grad(loss - 0.1 * square / 2, s, retain_graph=True)
+    first, second, _ = bilevel_prune.mask_gradient(net, loss, 0 * s.sum(), 0.1)
+    before, own, after = (first - total for total in exact)
+    assert (second - own).abs().max() < 1e-9 * second.max()
+    assert before[s == 1].norm() > 0.001 * second.norm()
+    assert after[s == 1].norm() > second.norm()             # in six seeds 4 to 7 times as large
+    gamma, beta = block.depth.norm.parameters()
+    euler = gamma * gamma.grad + beta * beta.grad
+    assert torch.allclose(first[s == 1], euler[s == 1], atol=1e-12)
 
 
-def test_bilevel_second_term_decides_an_order_solved_by_hand():
-    """Channels a = w + c under L = (b a - y)^2 / 2: with r = b a - y the inner optimum is
-    r = (c - y) / (1 + lambda), w = -lambda r, the exact dL/ds (r c - 2 lambda r^2) / (1 + lambda).
-    The first term, r c - lambda r^2, lets channel 0 go first; the truth is the opposite."""
-    lam, c, r = 0.5, torch.tensor([1.5, 1.0]).double(), torch.tensor([2.0, 1.0]).double()
-    y, exact = c - (1 + lam) * r, (r * c - 2 * lam * r ** 2) / (1 + lam)
-    net = bilevel_prune.Network("by hand", 2, None)
-    net.layer = bilevel_prune.Layer(bilevel_prune.fixed(1), net.space("a", 2), norm=False)
-    mask = with_masks(net.double()).masks["a"]
-    net.layer.conv.bias.data.copy_(-lam * r)
-    a = net.layer(torch.zeros(1, 1, 1, 1).double()).flatten() + c
-    loss = (mask.binary() * a - y).square().sum() / 2
-    first, second, _ = bilevel_prune.mask_gradient(net, loss, 0 * mask.s.sum(), lam)
-    assert torch.allclose(first, r * c - lam * r ** 2) and first[0] > first[1]
-    assert torch.allclose(first - second, (1 + lam) * exact) and exact[0] < exact[1]
-
-
-def test_bilevel_eulers_identity_and_pruned_channels_keep_their_weights():
-    """grad_s L = gamma dL/dgamma + beta dL/dbeta for kept channels behind BN and ReLU; pruned ones
-    have a gradient that can call them back, and neither decay nor momentum moves their weights.
-    Squares are summed over the layers that share a mask."""
+def test_bilevel_pruned_channels_keep_their_weights():
+    """They have a gradient that can call them back; neither decay nor momentum moves them."""
     torch.manual_seed(0)
     net = with_masks(shake_norms(bilevel_prune.build("tiny", 3)).double().train())
-    optimizer = torch.optim.SGD(bilevel_prune.weights_of(net), 0.01, 0.9, weight_decay=0.1)
+    weights = bilevel_prune.weights_of(net)
+    optimizer = torch.optim.SGD(weights, 0.01, 0.9, weight_decay=0.1)
     for s in (1.0, 0.3):                                # momentum exists when the masks fall
         for mask in net.masks.values():
             mask.s.data[::2] = s
-        before = {p: p.detach().clone() for p in bilevel_prune.weights_of(net)}
+        before = {p: p.detach().clone() for p in weights}
         net.zero_grad()
         net(torch.randn(2, 3, 64, 64).double()).square().mean().backward()
         with bilevel_prune.pruned_weights_kept(net):
             optimizer.step()
-    for mask in net.masks.values():
-        assert mask.s.grad[::2].any()
-    row, mask = net.rows[4], net.masks["row4"]
-    want = sum(p.grad.reshape(mask.n, -1).square().sum(1)
-               for layer in (row.expand, row.depth) for p in layer.parameters())
-    assert torch.allclose(bilevel_prune.squared_gradients(net)[mask], want)
-    gamma, beta = row.depth.norm.parameters()
-    euler = before[gamma] * gamma.grad + before[beta] * beta.grad
-    assert torch.allclose(mask.s.grad[1::2], euler[1::2], atol=1e-12)
+    assert all(mask.s.grad[::2].any() for mask in net.masks.values())
     for layer in bilevel_prune.layers_of(net):
-        out = bilevel_prune.gate(layer.out, "cpu").bool()
+        pruned = bilevel_prune.gate(layer.out, "cpu") == 0
         for p in layer.parameters():
             same = (p == before[p]).reshape(len(p), -1).all(1)
-            assert same[~out].all(), "pruned"
-            assert p.ndim == 1 or not same[out].any(), "kept"
-    weight = row.expand.conv.weight
+            assert torch.equal(same, pruned)
+    weight = net.rows[4].expand.conv.weight
     assert torch.equal(weight[:, ::2], before[weight][:, ::2]), "what reads pruned channels"
-
-
-def test_bilevel_first_term_vanishes_at_an_inner_optimum_but_for_decay():
-    """By Euler's identity grad_s L of frozen features, scaled, shifted, is -mu (gamma^2 + beta^2)
-    where gamma and beta are optimal under a decay of mu, and 0 without: section 5 relies on it.
-    Here least squares, solved by hand."""
-    torch.manual_seed(0)
-    features, y = torch.randn(2, 400, 6).double()
-    features = (features - features.mean(0)) / features.std(0, correction=0)
-    for mu in (0.0, 1e-2):
-        net = bilevel_prune.Network("scaled", 3, None)
-        net.layer = bilevel_prune.depthwise(net.space("a", 6), 1)
-        net.layer.conv.weight.data.fill_(1)
-        gamma, beta = with_masks(net.double()).layer.norm.parameters()
-        gamma.data = (features * y).mean(0) / (1 + mu)
-        beta.data = y.mean(0) / (1 + mu)
-        distance = net.layer(features[..., None, None]).flatten(1) - y
-        loss, none = distance.square().sum(1).mean() / 2, 0 * net.masks["a"].s.sum()
-        first, *_ = bilevel_prune.mask_gradient(net, loss, none, 1.0)
-        assert torch.allclose(first, -mu * (gamma ** 2 + beta ** 2), rtol=0.01, atol=1e-6)
 
 
 def test_bilevel_macs_term_pulls_alike_at_any_size():
     """A mask of mean cost that the loss ignores falls from 1 to tau in a third of 300 steps, with
     momentum, whatever beta; dear ones faster by the root of their cost."""
     net = with_masks(bilevel_prune.build("tiny", 5))
-    for frame in ((512, 1024), (64, 128)):
-        area = bilevel_prune.areas(net, frame)
-        dense = bilevel_prune.macs_of(area, {})
-        value = bilevel_prune.regularizer(net, area, dense / 2)
-        assert abs(value.item() / (8.2 / 2) ** 2 - 1) < 1e-6
-    pull = torch.cat(torch.autograd.grad(value, [mask.s for mask in net.masks.values()]))
+    area = bilevel_prune.areas(net, (64, 128))
+    dense = bilevel_prune.macs_of(area, {})
+    value = bilevel_prune.regularizer(net, area, dense / 2)
+    assert abs(value.item() / (8.2 / 2) ** 2 - 1) < 1e-6
+    pull = torch.cat(torch.autograd.grad(value, list(net.masks.parameters())))
     assert pull.max() > 250 * pull.min()
     # Without a pull at the pace of the paper's beta; next to the dense as if a tenth had to go.
-    for beta, share, pace in ((0.01, 0.5, 0.01), (1.0, 0.5, 1.0), (0.0, 0.5, 0.01),
-                              (0.01, 1.0, 0.01 / 5)):
+    for beta, share, pace in ((1.0, 0.5, 1.0), (0.0, 0.5, 0.01), (0.01, 1.0, 0.01 / 5)):
         cfg = bilevel_prune.Config(beta=beta)
         rates = bilevel_prune.mask_rates(net, area, share * dense, 300, cfg)
         falls = rates * pace * pull * 100 / (1 - 0.9)
@@ -2922,91 +2502,95 @@ def test_bilevel_macs_term_pulls_alike_at_any_size():
 
 def test_bilevel_choice_meets_the_target_and_keeps_the_best():
     torch.manual_seed(0)
-    for name, scope, round_to, share in (
-            ("super", "all", 8, 0.12), ("tiny", "all", 3, 0.3), ("tiny", "pyramid", 8, 0.6)):
+    for scope, round_to, share in (("all", 3, 0.3), ("pyramid", 8, 0.6)):
         cfg = bilevel_prune.Config(scope=scope, round_to=round_to, target=share)
-        net = bilevel_prune.build(name, 5)
+        net = bilevel_prune.build("tiny", 5)
         for mask, least in bilevel_prune.prunable(net, cfg).items():
             mask.start(0.5, least)
         masks, area = bilevel_prune.masks_of(net), bilevel_prune.areas(net, (64, 128))
         target = bilevel_prune.target_of(cfg, net, area)
-        scores = {mask: torch.rand(mask.n) for mask in masks.values()}
+        scores = bilevel_prune.scores_of("random", net)
         bilevel_prune.choose(net, scores, area, target, cfg)
         assert 0.99 <= bilevel_prune.share_left(net, area) / share <= 1
         for key, mask in masks.items():
-            b, left = mask.binary() == 1, int(mask.binary().sum())
-            assert torch.equal(b, scores[mask] >= scores[mask].topk(left).values[-1])
+            left = int(mask.binary().sum())
+            assert mask.binary()[scores[mask].topk(left).indices].all()
             assert key.startswith("heads") or left in (mask.n, left // round_to * round_to)
     assert " ".join(masks) == "c2 row1 c4 row2 row3 c8 row4 row5 c16 row6 row7 c32 row8"
+    left = bilevel_prune.macs_of(area, bilevel_prune.counts_left(net)).item()
+    for share, word in ((0.98, "): NOT met"), (0.995, "): met"), (1.02, "): NOT met")):
+        with scratch() as tmp:
+            run = mock.Mock(cfg=cfg, folder=tmp)
+            _, said = heard(bilevel_prune.finish, run, net, area, left / share, lambda net: 0.0)
+        assert word in said, said
 
 
 def test_bilevel_ranking_by_hand():
-    """An element of a costs 10, two at a time, one of b costs 1. 21 are left at least; then come 20
-    for a (score 0.65), 1 for b (0.5), 20 for a (0.25), 1 for b (0.2), 10 for a, 1 for b (0.05)."""
-    a, b = bilevel_prune.Mask(7), bilevel_prune.Mask(4)
-    a.start(0.5, 2), b.start(0.5, 1)
-    layers = [bilevel_prune.Layer(bilevel_prune.fixed(1), ((mask, 1),)) for mask in (a, b)]
-    scores = {a: torch.tensor([0.3, 0.7, 0.9, 0.6, 0.8, 0.2, 0.1]),
-              b: torch.tensor([0.05, 0.5, 0.95, 0.2])}
-    for target, want in ((43, {a: 4, b: 3}), (53, {a: 4, b: 4})):   # 53: a's 10 not without its 20
-        assert bilevel_prune.best_counts(scores, dict(zip(layers, (10, 1))), target) == want
+    """One MAC a channel, of a three channels at a time, room for 10. 4 are left at least; then come
+    3 of a (score 0.65), 1 of b (0.5), 3 of a (mean score 0.25) that do not fit, 1 of b (0.2), the
+    last of a (0.04), which would fit but not without those before it, 1 of b (0.03)."""
+    a, b = bilevel_prune.Mask(10), bilevel_prune.Mask(4)
+    a.start(0.5, 3)
+    b.start(0.5, 1)
+    area = {bilevel_prune.Layer(bilevel_prune.fixed(1), ((a, 1), (b, 1))): 1}
+    scores = {a: torch.tensor([0.55, 0.7, 0.9, 0.6, 0.8, 0.12, 0.04, 0.95, 0.65, 0.08]),
+              b: torch.tensor([0.03, 0.5, 0.95, 0.2])}
+    assert bilevel_prune.best_counts(scores, area, 10) == {a: 6, b: 4}
 
 
 def test_bilevel_baseline_scores():
     torch.manual_seed(0)
     net = with_masks(bilevel_prune.build("tiny", 5))
-    row3 = net.masks["row3"]
-    for layer in (net.rows[3].expand, net.rows[3].depth):
-        layer.conv.weight.data[5] *= 100
-        layer.norm.weight.data[7] = -100
+    net.rows[3].expand.conv.weight.data[5] *= 100
+    net.rows[3].expand.norm.weight.data[7] = -100
+    row3, heads = net.masks["row3"], net.masks["heads0"]
     for method, best in (("slimming", 7), ("magnitude", 5), ("uniform", 5)):
         scores = bilevel_prune.scores_of(method, net)
         assert int(scores[row3].argmax()) == best, method
-        for mask in (row3, net.masks["heads0"]):            # none is above the others by its kind
-            assert abs(scores[mask].mean() - 1) < 1e-5 or method != "magnitude"
+        if method == "magnitude":                       # none is above the others by its kind
+            assert abs(scores[row3].mean() - 1) < 1e-5
+            assert abs(scores[heads].mean() - 1) < 1e-5
     for mask, ranks in scores.items():                  # uniform: the same share everywhere
         assert torch.allclose(ranks.sort().values, torch.arange(1 - mask.n, 1) / mask.n)
     # Shared masks gather from every layer that writes them: c8 of rows 3 and 4, and its quarter of
-    # the residual stream of the blocks; a head from all its rows.
+    # the residual stream of the blocks; a head all its channels.
     layers = bilevel_prune.layers_of(net)
-    rows = bilevel_prune.by_mask(layers, lambda layer: torch.ones(layer.conv.out_channels))
+    rows = bilevel_prune.by_mask(layers, lambda layer: torch.arange(layer.conv.out_channels))
     assert rows[net.masks["c8"]].shape == (32, 2 + 2 * 4)
-    assert rows[net.masks["heads0"]].shape == (4, 16 + 16 + 32)
+    assert rows[heads][1].tolist() == [*range(16, 32), *range(16, 32), *range(32, 64)]
 
 
 class Planted(bilevel_prune.Network):
-    """Three 1x1 layers over three colours, a noise and a constant channel. Of each layer's channels
-    the first 8 are a teacher's, which made the labels. The others are of no use: 3 read noise
-    alone, 3 the constant, 3 are read by nobody. Their filters are six times larger."""
+    """Three 1x1 layers over three colours, a noise and a constant channel, and a classifier. Of
+    each layer's channels the first 8 are a teacher's, which made the labels. The others are of no
+    use: 3 read noise alone, 3 the constant, 3 are read by nobody. Their filters are six times
+    larger."""
     KINDS = [0] * 8 + [1] * 3 + [2] * 3 + [3] * 3       # useful, noise, constant, dead
     # What each kind reads of each.
     READS = torch.tensor([[1, 0.05, 0.05, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]])
 
     def __init__(self):
         super().__init__("planted", 5, None)
-        into, read = bilevel_prune.fixed(5), [0, 0, 0, 1, 2]
+        spaces = [bilevel_prune.fixed(5), *(self.space(name, 17) for name in "abc")]
         self.layers = nn.Sequential()
-        for i in range(3):
-            out = self.space(f"planted{i}", 17)
-            layer = bilevel_prune.Layer(into, out, act=F.relu, mask=True)
-            filters = self.wire(layer, self.KINDS, read)
-            filters /= filters.abs().sum(1, keepdim=True)
-            filters[8:] *= 6
-            self.layers.append(layer)
-            into, read = out, self.KINDS
-        self.classify = bilevel_prune.Layer(into, bilevel_prune.fixed(5), norm=False)
-        self.wire(self.classify, [0] * 5, read)
-        self.area = {layer: 64 for layer in bilevel_prune.layers_of(self)}
+        for into, out in itertools.pairwise(spaces):
+            self.layers.append(bilevel_prune.Layer(into, out, act=F.relu, mask=True))
+        self.layers.append(bilevel_prune.Layer(out, bilevel_prune.fixed(5), norm=False))
+        read = [0, 0, 0, 1, 2]
+        for layer in self.layers:
+            strength = self.READS[self.KINDS[:layer.conv.out_channels]][:, read, None, None]
+            # What is not read stays so: no gradient.
+            layer.conv.weight.register_hook(lambda g, reads=strength > 0: g * reads)
+            filters = layer.conv.weight.data.mul_(strength)
+            if layer.mask:
+                filters /= filters.abs().sum(1, keepdim=True)
+                filters[8:] *= 6
+            read = self.KINDS
+        self.area = dict.fromkeys(self.layers, 64)
         self.target = bilevel_prune.macs_of(self.area, dict.fromkeys(self.masks.values(), 8))
 
-    def wire(self, layer, wrote, read):
-        """What is not read stays so: no gradient. Returns the filters."""
-        strength = self.READS[wrote][:, read, None, None]
-        layer.conv.weight.register_hook(lambda g: g * (strength > 0))
-        return layer.conv.weight.data.mul_(strength)
-
     def forward(self, x):
-        return self.classify(self.layers(x))
+        return self.layers(x)
 
     def useless_kept(self):
         """Share of the useless channels that are still there."""
@@ -3052,76 +2636,47 @@ def learnt(net, batches=120, pruned=(), **settings):
     loader = MaskBatches(trained_planted()[1][:batches])
     with scratch() as tmp:
         run = bilevel_prune.run_of_search(cfg, net, loader, tmp)
-        net.masks["planted0"].s.data[list(pruned)] = 0.3
+        net.masks["a"].s.data[list(pruned)] = 0.3
         quiet(bilevel_prune.learn, run, net, loader, net.area, net.target, lambda net: 0.0)
         return cfg, common.read_log(tmp, "search")
 
 
 def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
     """Batches 0 and 2 for the weights, at a rate of nothing, 1 and 3 for the masks; then by hand:
-    v = 0.9 v + first - second + pull, s -= rate (1 - i / 4)^0.9 v."""
-    net, plain, steps = planted(), with_masks(planted()), []
-    sgd_step = torch.optim.SGD.step
-    with mock.patch.object(torch.optim.SGD, "step", autospec=True,
-                           side_effect=lambda sgd: steps.append(sgd) or sgd_step(sgd)):
-        cfg, (record,) = learnt(net, 4, lr=1e-12, weight_decay=0.0, lam=0.7, beta=0.1)
-    assert steps[0] is steps[2] is not steps[1] is steps[3] and len(steps) == 4
-    for p, q in zip(bilevel_prune.weights_of(plain), bilevel_prune.weights_of(net)):
-        assert (p - q).abs().max() < 1e-6
+    v = 0.9 v + rate (first - second + pull), s -= (1 - i / 4)^0.9 v."""
+    net, plain, sgd = planted(), with_masks(planted()), torch.optim.SGD
+    parts = torch.randn(2, 3, 51)                       # of Eq. (15), in both mask steps
+    with (mock.patch.object(bilevel_prune, "mask_gradient", side_effect=parts) as gradient,
+          mock.patch.object(sgd, "step", autospec=True, side_effect=sgd.step) as step):
+        cfg, (record,) = learnt(net, 4, lr=1e-12, lam=0.7, beta=0.1)
+    assert step.call_count == 4
+    agree(bilevel_prune.weights_of(net), bilevel_prune.weights_of(plain), rtol=0, atol=1e-6)
+    images, labels = trained_planted()[1][1]
+    _, loss, reg, lam = gradient.call_args_list[0].args
+    agree(loss, F.cross_entropy(plain(images), labels))
+    agree(reg, 0.1 * bilevel_prune.regularizer(plain, plain.area, plain.target))
+    assert lam == 0.7
     rates = bilevel_prune.mask_rates(plain, plain.area, plain.target, 2, cfg)
-    v, s, before = 0, torch.ones(51), None
-    for i, row in zip((1, 3), record["mask_steps"]):
-        images, labels = trained_planted()[1][i]
-        loss = F.cross_entropy(plain(images), labels)
-        reg = 0.1 * bilevel_prune.regularizer(plain, plain.area, plain.target)
-        first, second, pull = bilevel_prune.mask_gradient(plain, loss, reg, 0.7)
-        v = 0.9 * v + first - second + pull
-        s = s - rates * (1 - i / 4) ** 0.9 * v
-        for mask, values in zip(plain.masks.values(), s.split(17)):
-            mask.s.data.copy_(values)
-        lengths = [(rates * part).norm() for part in (first, second, pull)]
-        want = [second.norm() / first.norm(), lengths[2] / sum(lengths)]
-        if before is not None:
-            want.append(F.cosine_similarity(first - second, before, dim=0))
-        got = [row[key] for key in ("second / first", "pull", "cosine") if key in row]
-        assert np.allclose(got, want, rtol=1e-3, atol=1e-3)
-        before = first - second
-    assert torch.allclose(torch.cat([mask.s for mask in net.masks.values()]), s, atol=1e-3)
-    assert abs(record["mask_gradient"] / (first.norm() + second.norm()) - 1) < 1e-3
-
-
-def test_bilevel_search_starts_from_a_given_dense_network():
-    given, net = (bilevel_prune.build("tiny", 3) for _ in range(2))
-    with scratch() as tmp:
-        torch.save({"model": given.state_dict()}, tmp / "best.pt")
-        bilevel_prune.start(bilevel_prune.Config(device="cpu", dense=str(tmp / "best.pt")), net)
-    agree(net.state_dict(), given.state_dict())
-
-
-def test_bilevel_training_ends_with_its_schedule():
-    cfg = bilevel_prune.Config(device="cpu", size=(32, 32), batch_size=8, epochs=3)
-    net = bilevel_prune.build("tiny", 11)
-    run, _, loader, _ = bilevel_prune.training_of(cfg, net, "x", "train", "x")
-    assert run.parts["schedule"].total_iters == 3 * len(loader)
-
-
-def test_bilevel_says_when_the_target_is_missed():
-    net = with_masks(bilevel_prune.build("tiny", 3))
-    area = bilevel_prune.areas(net, (64, 64))
-    for share, word in ((0.98, "): NOT met"), (0.995, "): met"), (1.02, "): NOT met")):
-        with scratch() as tmp, mock.patch.object(bilevel_prune, "draw_search"):
-            run = mock.Mock(cfg=bilevel_prune.Config(), folder=tmp)
-            target = bilevel_prune.macs_of(area, {}) / share
-            _, said = heard(bilevel_prune.finish, run, net, area, target, lambda net: 0.0)
-        assert word in said, said
+    first, second, pull = parts.unbind(1)
+    a, b = rates * (first - second + pull)
+    s = 1 - (3 / 4) ** 0.9 * a - (1 / 4) ** 0.9 * (0.9 * a + b)
+    agree(torch.cat(list(net.masks.parameters())), s)
+    one, two = record["mask_steps"]
+    lengths = (rates * parts[1]).norm(dim=1)
+    assert "cosine" not in one
+    for logged, want in (
+            (two["second / first"], second[1].norm() / first[1].norm()),
+            (two["pull"], lengths[2] / lengths.sum()),
+            (two["cosine"], F.cosine_similarity(*(first - second), dim=0)),
+            (record["mask_gradient"], first[1].norm() + second[1].norm())):
+        agree(torch.tensor(logged), want)
 
 
 def test_bilevel_methods_choose_after_the_same_epoch():
     for method in bilevel_prune.METHODS[:-1]:
-        net, l1 = planted(), 0.0
-        for layer in net.layers:
-            layer.norm.weight.data[0] *= -1
-            l1 += 1e-4 * layer.norm.weight.abs().sum().item()
+        net = planted()
+        net.layers[1].norm.weight.data[0] *= -1
+        l1 = 1e-4 * sum(norm.weight.abs().sum().item() for norm in bilevel_prune.norms_of(net))
         _, log = learnt(net, 8, method=method, search_epochs=3, settle=0.34)
         steps = [len(record["mask_steps"]) for record in log]
         assert steps == ([4, 4, 0] if method == "bilevel" else [0, 0, 0])
@@ -3152,7 +2707,7 @@ def test_bilevel_planted_scaled_filters_mislead_the_second_term():
     """BN takes any scale out of the function, but the gradient goes with 1 / |w|: with useful
     filters 30 times larger and useless ones 1,000 times smaller, noise is ranked above use."""
     net = planted()
-    for layer in net.layers:
+    for layer in net.layers[:3]:
         layer.conv.weight.data[:8] *= 30
         layer.conv.weight.data[8:] *= 0.001
     learnt(net, **SLOW)
@@ -3162,63 +2717,60 @@ def test_bilevel_planted_scaled_filters_mislead_the_second_term():
 def test_bilevel_planted_pruned_channel_comes_back_when_it_matters():
     """Pruned from the start: a useful channel and a dead one, whose filter stays."""
     net = planted()
-    filters = net.layers[0].conv.weight.detach().clone()
+    dead = net.layers[0].conv.weight[-1].clone()
     learnt(net, 60, pruned=(0, -1), lr=1e-3, beta=0.0, mask_lr=1.0)
-    s = net.masks["planted0"].s
+    s = net.masks["a"].s
     assert s[0] > 0.5 and abs(s[-1] - 0.3) < 1e-6, s
-    assert torch.equal(net.layers[0].conv.weight[-1], filters[-1])
+    assert torch.equal(net.layers[0].conv.weight[-1], dead)
 
 
 def test_bilevel_agreement_of_two_choices():
-    a = [torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 1, 1, 0]).bool()]
-    b = [torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([1, 0, 0, 0]).bool()]
-    assert bilevel_prune.agreement(a, a) == 1
+    a = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    b = torch.tensor([[1, 0, 1, 0], [1, 0, 0, 0]]).bool()
     # 1 in common, 1 by chance, 2 at most; then 1 in common, 0.75 by chance, 1 at most
     assert abs(bilevel_prune.agreement(a, b) - (2 - 1.75) / (3 - 1.75)) < 1e-9
     _refused(lambda: bilevel_prune.agreement(a, b[:1]), "different networks")
 
 
-# Tensors of the published files, what they are here, and words that older files have.
-BLOCK = "backbone.trans.transformer_blocks"
-PUBLISHED_NAMES = {
-    "backbone.tpm.stem.0.c.weight": "stem.conv.weight",
-    "module.backbone.tpm.layer1.conv.0.c.weight": "rows.0.depth.conv.weight",
-    "backbone.tpm.layer1.conv.2.bn.bias": "rows.0.project.norm.bias",
-    "backbone.tpm.layer2.conv.0.bn.weight": "rows.1.expand.norm.weight",
-    "backbone.tpm.layer10.conv.2.c.weight": "rows.9.depth.conv.weight",
-    "backbone.tpm.layer3.conv.4.c.weight": "rows.2.project.conv.weight",
-    f"{BLOCK}.3.attn.proj.1.bn.weight": "blocks.3.attention.project.norm.weight",
-    f"{BLOCK}.2.mlp.dwconv.bias": "blocks.2.mlp.depth.conv.bias",
-    "backbone.SIM.1.local_embedding.conv.weight": "injections.0.local.conv.weight",
-    "backbone.SIM.2.global_embedding.conv.weight": "injections.1.shift.conv.weight",
-    "backbone.SIM.3.global_act.bn.weight": "injections.2.scale.norm.weight",
-    "decode_head.linear_fuse.conv.weight": "fuse.conv.weight",
-    "decode_head.conv_seg.bias": "classify.conv.bias"}
+# Tensors of the published files, and what they are here.
+PUBLISHED_NAMES = """
+    backbone.tpm.stem.0.c.weight                    stem.conv.weight
+    module.backbone.tpm.layer1.conv.0.c.weight      rows.0.depth.conv.weight
+    backbone.tpm.layer1.conv.2.bn.bias              rows.0.project.norm.bias
+    backbone.tpm.layer2.conv.0.bn.weight            rows.1.expand.norm.weight
+    backbone.tpm.layer10.conv.2.c.weight            rows.9.depth.conv.weight
+    backbone.tpm.layer3.conv.4.c.weight             rows.2.project.conv.weight
+    backbone.trans.transformer_blocks.3.attn.proj.1.bn.bias  blocks.3.attention.project.norm.bias
+    backbone.trans.transformer_blocks.2.mlp.dwconv.bias        blocks.2.mlp.depth.conv.bias
+    backbone.SIM.1.local_embedding.conv.weight      injections.0.local.conv.weight
+    backbone.SIM.2.global_embedding.conv.weight     injections.1.shift.conv.weight
+    backbone.SIM.3.global_act.bn.weight             injections.2.scale.norm.weight
+    decode_head.linear_fuse.conv.weight             fuse.conv.weight
+    decode_head.conv_seg.bias                       classify.conv.bias"""
+# Words that older files have.
 OLDER = {"tpm": "patch_embed", "SIM": "fuse_blocks", "local_embedding": "to_feat1",
          "global_embedding": "to_feat2", "global_act": "fuse2"}
 
 
 def test_bilevel_published_checkpoints_load():
-    for theirs, ours in PUBLISHED_NAMES.items():
+    for row in PUBLISHED_NAMES.split("\n")[1:]:
+        theirs, ours = row.split()
         older = re.sub("|".join(OLDER), lambda m: OLDER[m[0]], theirs)
         assert bilevel_prune.our_name(theirs) == bilevel_prune.our_name(older) == ours
     state = bilevel_prune.build("tiny", 7).state_dict()     # these names are also theirs
     pyramid = {k: v for k, v in state.items() if not k.startswith(("fuse", "classify"))}
     with scratch() as tmp:
-        file = tmp / "topformer.pth"
         for given, classes, words in (
                 (state, 7, "random: none; not used: none"),
                 (state, 9, "random: classify.conv.weight"),
                 (pyramid, 7, "random: fuse.conv.weight")):
-            torch.save({"state_dict": given}, file)
+            torch.save({"state_dict": given}, tmp / "topformer.pth")
             net = bilevel_prune.build("tiny", classes)
-            with contextlib.redirect_stdout(io.StringIO()) as said:
-                bilevel_prune.load_published(net, file)
-            assert words in said.getvalue()
-            found = net.state_dict()
-            assert all(torch.equal(found[key], value) for key, value in pyramid.items())
+            _, said = heard(bilevel_prune.load_published, net, tmp / "topformer.pth")
+            assert words in said
+            agree({key: net.state_dict()[key] for key in pyramid}, pyramid, rtol=0, atol=0)
         small = bilevel_prune.build("small", 7)
-        _refused(lambda: bilevel_prune.load_published(small, file), "--network")
+        _refused(lambda: bilevel_prune.load_published(small, tmp / "topformer.pth"), "--network")
 
 
 @torch.no_grad()
@@ -3232,7 +2784,6 @@ def test_bilevel_mobilenet_weights_reach_the_deeplab_encoder():
     x = torch.randn(1, 3, 64, 96)                       # as far as the strides agree
     assert torch.allclose(net.rows[:13](net.stem(x)), source[:14](x), atol=1e-5)
     assert torch.equal(net.rows[16].project.conv.weight, source[17].conv[2].weight)
-    assert [row.depth.conv.dilation[0] for row in net.rows] == [1] * 14 + [2] * 3
 
 
 def test_bilevel_architectures_are_checked():
@@ -3248,39 +2799,43 @@ def test_bilevel_architectures_are_checked():
 
 
 def test_bilevel_controls_and_sweep_from_the_command_line():
-    settings = ("--dataset folder --num-classes 3 --network tiny --size 32 64 --frame 32 64 "
-                "--batch-size 4 --weight-steps 1 --target 0.5 --epochs 1 --search-epochs 1")
     with scratch() as tmp, mock.patch.object(bilevel_prune, "SWEEP", {"target": (0.3,)}):
-        root, out = three_classes(tmp / "set", 8, 2), tmp / "r"
-        arch, other = out / "arch.json", out / "random/arch.json"
-        control = ("--method", "random", "--widths", arch, "--target", "0.9", "--round-to", "64")
+        out = tmp / "r"
+        flags = METHODS["bilevel_prune"].flags(tmp, out)
+        arch, other, dense = out / "arch.json", out / "random/arch.json", out / "dense/best.pt"
+        control = f"--search --method random --widths {arch} --target 0.9 --round-to 64"
 
-        def main(*flags):
-            return call_main(bilevel_prune, *settings.split(), "--data-root", root, "--out", out,
-                             *flags)
+        def main(text):
+            return call_main(bilevel_prune, *flags, "--search-epochs", "1", *text.split())
         said = main("--sweep")
         assert (out / "sweep.md").read_text() in said
         assert re.search(r"\| target \| 0.3 \| .*% \| (29.[6-9]|30.0)% \|\n", said), said
         main("--search")
-        said = main("--search", *control, "--against", out)
+        said = main(f"{control} --against {out}")
         assert re.search(r"kappa -?0\.\d\d ", said) and ": met within 1%" in said, said
         widths = bilevel_prune.load_arch(arch)[2]
         assert bilevel_prune.load_arch(other)[2] == widths
         assert [int(b.sum()) for b in bilevel_prune.kept_in(out)] == list(widths.values())
+        net = bilevel_prune.build("tiny", 3)
+        bilevel_prune.start(bilevel_prune.Config(device="cpu", dense=str(dense)), net)
+        agree(dict(net.state_dict()), common.load_checkpoint(dense)["model"])
         (out / "random/pruned.pt").unlink()
-        assert "retrained mIoU" in main("--train", "--no-finetune", "--eval", "--arch", other)
-        for *flags, word in (
-                ("--search", *control, "--network", "small", "--network"),
-                ("--search", "--widths", arch, "--method"),
-                ("--train", "--method", "dense", "--widths", arch, "--widths"),
-                ("--search", "--method", "dense", "prunes nothing"),
-                ("--search", "--arch", other, "--arch"),
-                ("--eval", "--method", "dense", "--arch", other, "--arch"),
-                ("--sweep", "--method", "random", "--sweep"),
-                ("--search", "--against", out / "dense", "no finished search"),
-                ("--search", "--weight-steps", "9", "--weight-steps"),
-                ("--search", "--batch-size", "1", "two values")):
-            _refused(lambda: main(*flags), word)
+        said = main(f"--train --no-finetune --eval --arch {other} --epochs 2")
+        assert "retrained mIoU" in said
+        schedule = common.load_checkpoint(out / "retrained/last.pt")["schedule"]
+        assert schedule["last_epoch"] == schedule["total_iters"] == 2 * 3
+        for text, word in (
+                (f"{control} --network small", "--network"),
+                (f"--search --widths {arch}", "--method"),
+                (f"--train --method dense --widths {arch}", "--widths"),
+                ("--search --method dense", "prunes nothing"),
+                (f"--search --train --arch {other}", "--arch"),
+                (f"--eval --method dense --arch {other}", "--arch"),
+                ("--sweep --method random", "--sweep"),
+                (f"--search --against {out}/dense", "no finished search"),
+                ("--search --weight-steps 9", "--weight-steps"),
+                ("--search --batch-size 1", "two values")):
+            _refused(lambda: main(text), word)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3288,8 +2843,6 @@ def test_bilevel_controls_and_sweep_from_the_command_line():
 # ---------------------------------------------------------------------------------------------
 
 agree = torch.testing.assert_close          # float64: to 1e-7; also for lists and dicts of tensors
-TINY_TASKS = dict(device="cpu", network="deeplabv3_resnet18", cls_size=(32, 32), cls_batch=4,
-                  size=(32, 32), batch_size=4, recalibrate=0)
 
 
 class NarrowResNet(torchvision.models.ResNet):
@@ -3299,14 +2852,12 @@ class NarrowResNet(torchvision.models.ResNet):
         return super()._make_layer(block, planes // 8, *rest, **more)
 
 
-def narrow_classifier(blocks, name, weights="none"):
-    kinds = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-    return NarrowResNet(kinds[name != "resnet18"], [blocks] * 4)
-
-
 def narrow(blocks=2):
     """Within this context mtp builds narrow networks, with so many blocks a stage."""
-    return mock.patch.object(common, "classifier", functools.partial(narrow_classifier, blocks))
+    def classifier(name, weights="none"):
+        kinds = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
+        return NarrowResNet(kinds[name != "resnet18"], [blocks] * 4)
+    return mock.patch.object(common, "classifier", classifier)
 
 
 def narrow_net(name, classes, kind=mtp.Segmenter, seed=0):
@@ -3314,6 +2865,14 @@ def narrow_net(name, classes, kind=mtp.Segmenter, seed=0):
     torch.manual_seed(seed)
     with narrow():
         return shake_norms(kind(name, classes), seed).double().eval()
+
+
+def small_tasks(network="deeplabv3_resnet18", **settings):
+    """cfg, and both tasks with narrow networks, as after training."""
+    cfg = mtp.Config(device="cpu", network=network, cls_size=(32, 32), cls_batch=4, size=(32, 32),
+                     batch_size=4, **settings)
+    cls = narrow_net(network, 8, mtp.Classifier).float()
+    return cfg, mtp.tasks_of(cls, narrow_net(network, 11, seed=1).float(), cfg)
 
 
 @mock.patch.object(copy, "deepcopy", lambda net: net)       # saves half of the time
@@ -3325,38 +2884,11 @@ def test_mtp_networks_have_the_papers_sizes():
         assert abs(params / 1e6 - m) < 0.01
         assert 0 < g / (macs / 1e9) - 1 < 0.011, "the paper's counter adds BN, ReLU and pooling"
     # with the heads that only training uses
-    rates = [conv[0].dilation[0] for conv in mtp.DeepLabDecoder(8, 3).aspp.convs[1:4]]
-    assert rates == [6, 12, 18]
-    for name, params, prunable_channels in (("deeplabv3_resnet101", 58040661, 16256 + 1536),
-                                            ("bisenet_resnet18", 13495935, 1920 + 1536),
+    for name, params, prunable_channels in (("bisenet_resnet18", 13495935, 1920 + 1536),
                                             ("pspnet_resnet50", 49081578, 7552 + 2560)):
         net = mtp.on_meta(mtp.Segmenter, name, 21)
         assert common.count_params(net) == params
-        scales = mtp.gammas(net, mtp.groups_of(net))
-        assert sum(map(len, scales)) == prunable_channels
-
-
-def test_mtp_exact_counts_with_ties_and_least_width():
-    low = {"a": torch.arange(40.0), "b": torch.arange(7.0) / 100, "c": torch.arange(53.0)}
-    tied = {name: torch.ones(len(score)) for name, score in low.items()}
-    for scores in (low, tied):
-        a, b, c = mtp.keep_ranked(scores, 33.3, least=0.05).values()
-        assert len(a) + len(b) + len(c) == 100 - 33
-        a, b, c = mtp.keep_ranked(scores, 94, least=0.05).values()      # all go that may
-        assert (len(a), len(b), len(c)) == (2, 1, 3)
-        assert b == 6, "the best of a low layer, the last of equals"
-    _refused(lambda: mtp.keep_ranked(low, 95, 0.05), "--percentile 95")
-
-
-def test_mtp_overlap_by_hand():
-    a, b = {"x.0": torch.tensor([0, 1, 2, 3])}, {"x.0": torch.tensor([0, 2, 5, 7])}
-    assert mtp.overlap(a, a, [prunable("x", 10)]) == (1, 1)
-    # 2 of 4; by chance 4 in 10 would agree
-    assert mtp.overlap(a, b, [prunable("x", 10)]) == (0.5, (0.5 - 0.4) / (1 - 0.4))
-
-
-def some_kept(groups):
-    return {g.name: (torch.rand(g.width) < 0.6).nonzero()[:, 0] for g in groups}
+        assert sum(map(len, mtp.gammas(net, mtp.groups_of(net)))) == prunable_channels
 
 
 @torch.no_grad()
@@ -3366,46 +2898,35 @@ def test_mtp_masked_equals_pruned():
     nets = [narrow_net(name, 5) for name in mtp.NETWORKS if "101" not in name]
     nets.append(narrow_net("deeplabv3_resnet50", 7, mtp.Classifier))
     for net in nets:
-        groups, before, wide = mtp.groups_of(net), net(x), copy.deepcopy(net)
-        kept = some_kept(groups)
-        small = mtp.prune(net, groups, kept)
+        groups = mtp.groups_of(net)
+        kept = {g.name: (torch.rand(g.width) < 0.6).nonzero()[:, 0] for g in groups}
+        small = mtp.prune(net, groups, kept)        # leaves the network alone: it is masked now
         for g in groups:
-            assert small.get_submodule(g.name).out_channels == len(kept[g.name])
             gone = torch.ones(g.width).index_fill(0, kept[g.name], 0).bool()
             # gamma = beta = 0 for removed channels; where there is no BN, their filters are 0
             for conv, bn in g.makers:
-                for p in wide.get_submodule(bn or conv).parameters():
+                for p in net.get_submodule(bn or conv).parameters():
                     p[gone] = 0
-        assert torch.equal(net(x), before), "the network itself is left alone"
-        assert not torch.allclose(wide(x), before, atol=1e-3), "the mask must change something"
-        agree(small(x), wide(x))
+        agree(small(x), net(x))
         if isinstance(net, mtp.Segmenter):
-            agree(mtp.deployed(small)(x), wide(x))
-            agree(small.train()(x), wide.train()(x))
+            agree(mtp.deployed(small)(x), net(x))
+            agree(small.train()(x), net.train()(x))
 
 
-def test_mtp_rebuilt_from_widths_and_state_alone():
-    net = narrow_net("bisenet_resnet18", 4)
-    groups = mtp.groups_of(net)
-    small = mtp.prune(net, groups, some_kept(groups)).float()
-    state, layer = small.state_dict(), "backbone.layer1.0.conv1"
-    widths = {g.name: small.get_submodule(g.name).out_channels for g in groups}
-    arch = {"network": "bisenet_resnet18", "widths": widths, "classes": 4, "cls_classes": 3}
-    with narrow(), tempfile.TemporaryDirectory() as tmp:
-        path = Path(tmp, "arch.json")
-        path.write_text(json.dumps(arch))
+def test_mtp_a_stored_network_that_does_not_fit_is_refused():
+    with scratch() as tmp:
+        name, layer, path = "bisenet_resnet18", "backbone.layer1.0.conv1", tmp / "arch.json"
+        groups = mtp.groups_of(mtp.on_meta(mtp.Segmenter, name, 4))
+        least = {g.name: 1 for g in groups}
+        arch = {"network": name, "widths": least, "classes": 4, "cls_classes": 3}
+        common.write_json(path, arch)
         assert mtp.read_arch(path, classes=4, cls_classes=3) == arch
-        x = torch.randn(2, 3, 48, 64)
-        agree(mtp.rebuild(mtp.Segmenter, arch, state, path).eval()(x), small(x))
         _refused(lambda: mtp.read_arch(path, classes=4, cls_classes=5), "3 classes", "has 5")
+        _refused(lambda: mtp.rebuild(mtp.Segmenter, arch, {}, path), path)
         for key, wrong in (("network", "resnet"), ("classes", "3"), ("widths", None),
-                           ("widths", {**widths, layer: 0}), ("widths", {**widths, layer: 9})):
-            path.write_text(json.dumps({**arch, key: wrong}))
+                           ("widths", {**least, layer: 0}), ("widths", {**least, layer: 65})):
+            common.write_json(path, {**arch, key: wrong})
             _refused(lambda: mtp.read_arch(path), path, key.rstrip("s"))
-        common.write_json(path, {**arch, "widths": {**widths, layer: 1}})
-        assert mtp.read_arch(path)["widths"][layer] == 1    # the least that fits
-        widths[layer] += 1
-        _refused(lambda: mtp.rebuild(mtp.Segmenter, arch, state, path), layer)
 
 
 @torch.no_grad()
@@ -3421,30 +2942,30 @@ def test_mtp_bisenet_decoder_written_out():
     def mean(y):
         return y.mean((2, 3), keepdim=True)
 
-    def refined(arm, y):
-        y = arm.conv(y)
-        return y * torch.sigmoid(arm.gate[2](arm.gate[1](mean(y))))
-    context = d.context[1:](mean(maps[3]))
-    low = d.refines[0](up(refined(d.arms[0], maps[3]) + context, 2))
-    high = d.refines[1](up(refined(d.arms[1], maps[2]) + low, 2))
+    def refined(i, y, below):
+        y = d.arms[i].conv(y)
+        y = y * torch.sigmoid(d.arms[i].gate[1:3](mean(y)))
+        return d.refines[i](up(y + below, 2))
+    low = refined(0, maps[3], d.context[1:](mean(maps[3])))
+    high = refined(1, maps[2], low)
     fused = d.fuse(torch.cat([d.spatial(x), high], 1))
     gate = torch.sigmoid(d.gate[3](torch.relu(d.gate[1](mean(fused)))))
-    agree(net(x), up(d.classifier(d.head(fused * (1 + gate))), 8))
+    agree(net(x), up(d.classifier(d.head(fused + fused * gate)), 8))
 
 
 @torch.no_grad()
-def test_mtp_dilated_backbones():
-    """PSPNet's rates; DeepLabV3's backbone computes what the plain one does, and more places."""
-    psp = narrow_net("pspnet_resnet50", 3).backbone
+def test_mtp_dilation():
+    """The rates; DeepLabV3's backbone computes what the plain one does, and more places."""
+    assert [conv[0].dilation[0] for conv in mtp.DeepLabDecoder(8, 3).aspp.convs[1:4]] == [6, 12, 18]
+    with narrow():
+        psp = mtp.resnet("pspnet_resnet50", dilated=True)
+        plain = mtp.resnet("deeplabv3_resnet18", dilated=False).double().eval()
+        dilated = mtp.resnet("deeplabv3_resnet18", dilated=True).double().eval()
     for stage, rate in ((psp.layer2, 1), (psp.layer3, 2), (psp.layer4, 4)):
         assert all(block.conv2.dilation == (rate, rate) for block in stage)
-    plain = narrow_net("deeplabv3_resnet18", 3, mtp.Classifier).backbone
-    dilated = narrow_net("deeplabv3_resnet18", 3).backbone
     dilated.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 160, 160).double()
-    few, many = mtp.features(plain, x)[-1], mtp.features(dilated, x)[-1]
-    assert many.shape[-1] == 10
-    agree(many[..., ::2, ::2], few)
+    agree(mtp.features(dilated, x)[-1][..., ::2, ::2], mtp.features(plain, x)[-1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3458,9 +2979,7 @@ class Repeated(list):
 
 
 def two_parts(backbone, decoder):
-    net = nn.Sequential()
-    net.backbone, net.decoder = backbone, decoder
-    return net
+    return nn.Sequential(collections.OrderedDict(backbone=backbone, decoder=decoder))
 
 
 def prunable(part, width):
@@ -3468,39 +2987,29 @@ def prunable(part, width):
     return mtp.Group(part, width, ((f"{part}.0", f"{part}.1"),), ())
 
 
-def sparse_run(tasks, groups, cfg):
-    """train_sparse, in place -> its log and last.pt. Resumed, it has nothing left to do."""
-    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
-        mtp.train_sparse(*tasks, groups, cfg, Path(tmp))
-        log = common.read_log(tmp, cfg.method)
-        mtp.train_sparse(*tasks, groups, replace(cfg, resume=True), Path(tmp))
-        assert common.read_log(tmp, cfg.method) == log
-        return log, torch.load(Path(tmp, "last.pt"))
+def quadratic_run(targets, cfg):
+    """train_sparse on ||w - target||^2 / 2 and twice that -> w (2, 6), log, last.pt. w: two scales
+    and two shifts in the backbone, a scale and a shift in the decoder, which in N1 is the head."""
+    def layers(channels):
+        return nn.Sequential(nn.Identity(), nn.BatchNorm2d(channels))
 
+    def flat(net):
+        return nn.utils.parameters_to_vector(net.parameters())
 
-def test_mtp_scalar_problem_converges_to_its_closed_form():
-    """min sum (w - p)^2 / 2 + lam (w - q)^2 + (alpha1 + alpha2) |w|; one w ends at 0."""
-    p = torch.tensor([1.3, 0.02]).double()
-    q = torch.tensor([-0.2, 0.01]).double()
-    exact = (p + 0.7 * 2 * q - (0.05 + 0.08)).clamp(min=0) / (1 + 0.7 * 2)
-    cfg = mtp.Config(device="cpu", lam=0.7, alpha1=0.05, alpha2=0.08, rounds=30, inner_steps=20,
-                     gamma_rate=4.0, search_cls_lr=0.03, search_lr=0.03, weight_decay=0.1,
-                     tolerance=1e-4)
-    layers = nn.Sequential(nn.Identity(), nn.BatchNorm2d(2)).double()
-    nets = two_parts(layers, None), two_parts(copy.deepcopy(layers), None)
-    w1, w3 = (net.backbone[1].weight for net in nets)
-    batches = Repeated([(torch.zeros(1), torch.zeros(1))] * cfg.inner_steps)
-    tasks = (mtp.Task(nets[0], lambda *_: (w1 - p).square().sum() / 2, batches),
-             mtp.Task(nets[1], lambda *_: (w3 - q).square().sum(), batches))
-    log, last = sparse_run(tasks, [prunable("backbone", 2)], cfg)
-    for w in (w1, w3):
-        assert (w - exact).abs().max() < 3e-4
-    # where w1 has settled, E is -dl_cls/dw1 - alpha1
-    agree(last["multipliers"]["0"][0], 1.3 - exact[0] - 0.05, rtol=0, atol=1e-3)
-    # line 7: the first round below the tolerance is the last
-    gaps = [record["gap"] for record in log]
-    assert len(gaps) < 30 and gaps[-1] < 1e-4 <= min(gaps[:-1])
-    assert abs(gaps[-1] - (w1 - w3).norm() / w1.norm()) < 1e-12
+    def loss1(net, target, _):
+        return (flat(net) - target).square().sum() / 2
+
+    def loss2(net, target, _):
+        return 2 * loss1(net, target, _)
+    nets = [two_parts(layers(2), layers(1)).double() for _ in targets]
+    tasks = [mtp.Task(net, loss, Repeated([(target, target)] * cfg.inner_steps))
+             for net, loss, target in zip(nets, (loss1, loss2), targets)]
+    groups = [prunable("backbone", 2), prunable("decoder", 1)]
+    with scratch() as tmp:
+        for resume in (False, True):                    # then it has nothing left to do
+            quiet(mtp.train_sparse, *tasks, groups, replace(cfg, resume=resume), tmp)
+        log, last = common.read_log(tmp, "mtp"), torch.load(tmp / "last.pt")
+    return torch.stack([flat(net).detach() for net in nets]), log, last
 
 
 def test_mtp_line_7_waits_for_the_zeros():
@@ -3508,83 +3017,54 @@ def test_mtp_line_7_waits_for_the_zeros():
     run, cfg = mock.Mock(values={"mu": 1.0}), mtp.Config(tolerance=1e-4)
     # gap of W1 and W3, zeros among the gammas, whether this is the end
     for gap, zeros, end in ((0, 0, False), (0, 0, False), (0, 1, False), (1, 1, False),
-                            (0, 1, True), (0, 2, False)):
+                            (0, 1, True)):
         gamma = [(torch.arange(3) >= zeros).float()]
         mtp.end_round(run, gap, [gamma, [], gamma], cfg)
         assert run.values["converged"] == end
 
 
-def algorithm_1_in_loops(nets, x, y, cfg):
-    """Eqs. (6) to (10): SGD by hand on the whole Lagrangian, then a soft threshold -> E, mu."""
-    sides = {"mtp": (0, 1), "slimming": (1,), "slimming_cls": (0,)}[cfg.method]
-    first_lr, alpha = (cfg.search_cls_lr, cfg.search_lr), (cfg.alpha1, cfg.alpha2)
-    velocity, steps = {}, cfg.rounds * cfg.inner_steps
-    E = {k: 0.0 for k, _ in nets[0].named_parameters() if k.startswith("backbone")}
-    # a tenth of the gap in the first round, at most a tenth of what one step can bear
-    mu = 0.1 * (1 - cfg.momentum) / (cfg.inner_steps * max(first_lr)) if len(sides) == 2 else 0
+def test_mtp_algorithm_1_by_hand_and_its_closed_form():
+    cfg = mtp.Config(device="cpu", lam=0.7, alpha1=0.05, alpha2=0.08, rho=2.0, rounds=30,
+                     inner_steps=10, gamma_rate=4.0, search_cls_lr=0.03, search_lr=0.02,
+                     weight_decay=0.1, tolerance=1e-4)
+    targets = torch.tensor([[1.3, 0.02, 0.7, 0.1, 0.2, -0.5],
+                            [-0.2, 0.01, 0.4, -0.3, -0.9, 0.3]]).double()
+    found, log, last = quadratic_run(targets, cfg)
 
-    def gap(k):
-        return nets[0].get_parameter(k) - nets[1].get_parameter(k)
+    # Eqs. (6) to (10): SGD by hand, then a soft threshold
+    n1, n2 = expected = torch.tensor([[1, 1, 0, 0, 1, 0]] * 2).double()
+    scale = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 1, 0]])
+    shared = torch.tensor([1, 1, 1, 1, 0, 0])
+    rate, decay = 1 + 3 * scale, 0.1 * (1 - scale)
+    E, velocity = torch.zeros(6).double(), torch.zeros(2, 6).double()
+    mu = 0.1 * 0.1 / (10 * 0.03)                        # a tenth of the gap in the first round
+    for r in range(len(log)):
+        pull = mu * shared / rate[0]
+        for side, first_lr, alpha, lam, sign in ((0, 0.03, 0.05, 1, 1), (1, 0.02, 0.08, 1.4, -1)):
+            w = expected[side]
+            for i in range(10):
+                slope = lam * (w - targets[side]) + sign * (E + pull * (n1 - n2))
+                velocity[side] = 0.9 * velocity[side] + slope + decay[side] * w
+                lr = first_lr * (1 - (r + i / 10) / 30) * rate[side]
+                w -= lr * velocity[side]
+                threshold = scale[side] * lr * alpha / 0.1
+                w -= w.clamp(-threshold, threshold)
+        E += pull * (n1 - n2)
+        mu = min(2 * mu, 0.1 / 0.03)                    # a tenth of what one step can bear
+    agree(found, expected)
+    agree(torch.cat([*last["multipliers"].values()]), E[:4])
+    assert log[-1]["zeros"] == [1, 0, 1], "true zeros"
 
-    def pull(k):
-        return mu / cfg.gamma_rate if k == "backbone.1.weight" else mu
-
-    def lagrangian():
-        l_cls, l_seg = (F.cross_entropy(net(x), y) for net in nets)
-        total = l_cls + cfg.lam * l_seg
-        for k in E:
-            total += pull(k) / 2 * gap(k).square().sum() + (E[k] * gap(k)).sum()
-        return total
-
-    for start in range(0, steps, cfg.inner_steps):
-        for side, i in itertools.product(sides, range(cfg.inner_steps)):
-            names, parameters = zip(*nets[side].named_parameters())
-            slopes = torch.autograd.grad(lagrangian(), parameters)
-            for k, w, slope in zip(names, parameters, slopes):
-                lr, threshold = first_lr[side] * (1 - (start + i) / steps), 0
-                if k in ("backbone.1.weight", "decoder.1.weight"):
-                    lr *= cfg.gamma_rate
-                    threshold = lr * alpha[side] / (1 - cfg.momentum)
-                else:
-                    slope = slope + cfg.weight_decay * w.data
-                velocity[side, k] = cfg.momentum * velocity.get((side, k), 0) + slope
-                w.data -= lr * velocity[side, k]
-                w.data -= w.data.clamp(-threshold, threshold)
-        for k in E:
-            E[k] = E[k] + pull(k) * gap(k).detach()
-        mu = min(cfg.rho * mu, 0.1 / max(first_lr))
-    return E, mu
-
-
-def test_mtp_algorithm_1_against_loops():
-    """Weights, gammas, E and mu after four rounds of both tasks, and of each task alone."""
-    def loss(net, x, y):
-        return F.cross_entropy(net(x), y)               # the losses of mtp round to float32
-    def layers():
-        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
-                             nn.Conv2d(4, 3, 1))
-    groups = [prunable("backbone", 4), prunable("decoder", 4)]
-    for method in ("mtp", "slimming", "slimming_cls"):
-        torch.manual_seed(0)
-        cfg = mtp.Config(device="cpu", method=method, lam=0.7, alpha1=0.3, alpha2=0.2, rounds=4,
-                         rho=4.0, inner_steps=2, search_cls_lr=0.03, search_lr=0.02, tolerance=0.0,
-                         gamma_rate=5.0, weight_decay=0.1)
-        x, y = torch.randn(5, 3, 6, 6).double(), torch.randint(3, (5, 6, 6))
-        # W1 is not W3: the constraint has work
-        nets = [two_parts(layers(), nn.Conv2d(3, 3, 1)), two_parts(layers(), layers())]
-        for scale in mtp.gammas(nets[1], groups):
-            nn.init.uniform_(scale, 0.1, 0.9)
-        tasks = [mtp.Task(net.double(), loss, Repeated([(x, y)] * 2)) for net in nets]
-        again = copy.deepcopy(nets)
-        log, last = sparse_run(tasks, groups, cfg)
-        E, mu = algorithm_1_in_loops(again, x, y, cfg)
-        for net, expected in zip(nets, again):
-            agree(list(net.parameters()), list(expected.parameters()))
-        assert abs(last["values"]["mu"] - mu) < 1e-9
-        assert sum(log[-1]["zeros"]) > 0, "true zeros"
-        if method == "mtp":
-            assert mu == 0.1 / 0.03, "its largest value"
-            agree(list(last["multipliers"].values()), list(E.values()))
+    # min (w - 1.3)^2 / 2 + 0.7 (w + 0.2)^2 + (alpha1 + alpha2) |w|
+    exact = (1.3 - 0.7 * 2 * 0.2 - 0.05 - 0.08) / (1 + 0.7 * 2)
+    assert (found[:, 0] - exact).abs().max() < 3e-4
+    # where W1 has settled, E is -dl_cls/dw1 - alpha1
+    assert abs(E[0] - (1.3 - exact - 0.05)) < 1e-3
+    # line 7: the first round below the tolerance is the last
+    *gaps, gap = [record["gap"] for record in log]
+    w1, w3 = found[:, :4]
+    assert abs(gap - (w1 - w3).norm() / w1.norm()) < 1e-12
+    assert len(log) < 30 and gap < 1e-4 <= min(gaps)
 
 
 def test_mtp_loss_of_segmentation_counts_training_heads():
@@ -3595,7 +3075,7 @@ def test_mtp_loss_of_segmentation_counts_training_heads():
 
 
 def test_mtp_rounds_draw_their_pictures_anew():
-    tasks = mtp.tasks_of(None, None, mtp.Config(**TINY_TASKS))
+    _, tasks = small_tasks()
     with mock.patch.object(mtp, "accuracy") as judge:       # on val, nothing is drawn
         tasks[0].score(None)
     assert not judge.call_args.args[1].sampler.shuffle
@@ -3606,27 +3086,9 @@ def test_mtp_rounds_draw_their_pictures_anew():
             batches = mtp.RoundOf(task.batches, 3, order)
             batches.set_epoch(number)
             seen += [images for images, _ in batches]
-        assert len(seen) == 12
         agree(seen[9:], seen[:3])                       # a killed round is replayed
         for a, b in itertools.combinations(seen[:9], 2):
             assert not torch.equal(a, b), "another order and other crops"
-
-
-class Factors:
-    """Ten batches of 48 factors of +-1 a pixel, new ones every time; label: argmax of A x, whose
-    columns are 0 where a factor does not matter and of norm 1 where it does."""
-    sampler = mock.Mock()
-
-    def __init__(self, useless, shape):
-        a = torch.randn(4, 48)
-        self.a, self.shape = F.normalize(a - a.mean(0), dim=0), shape
-        self.a[:, useless] = 0
-        self.a[:, NONE] = 0
-
-    def __iter__(self):
-        for _ in range(10):
-            x = 2.0 * torch.randint(2, self.shape) - 1
-            yield x, torch.einsum("kf,bfhw->bkhw", self.a, x).argmax(1)
 
 
 # Factors that serve one task alone, or none; 16 to 23 serve both.
@@ -3634,36 +3096,60 @@ CLS, SEG, NONE = slice(0, 8), slice(8, 16), slice(24, 48)
 
 
 def planted_gammas(method):
-    """|gamma1| and |gamma3|, one a factor, after the sparse training from random weights."""
+    """|gamma1| and |gamma3|, one a factor, after the sparse training from random weights. Label of
+    48 factors of +-1: argmax of A x, columns of norm 1, or 0 where a factor does not matter."""
     torch.manual_seed(11)
-    gammas = nn.BatchNorm2d(48)
-    nn.init.uniform_(gammas.weight, 0.5, 1.5)
-    backbone = nn.Sequential(nn.Identity(), gammas, nn.ReLU(), nn.Conv2d(48, 32, 1),
+    backbone = nn.Sequential(nn.Identity(), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 32, 1),
                              nn.BatchNorm2d(32))
-    nets = [two_parts(copy.deepcopy(backbone), nn.Conv2d(32, 4, 1)) for _ in "13"]
-    tasks = (mtp.Task(nets[0], mtp.l_cls, Factors(SEG, (64, 48, 1, 1))),
-             mtp.Task(nets[1], mtp.l_seg, Factors(CLS, (16, 48, 4, 4))))
+    nn.init.uniform_(backbone[1].weight, 0.5, 1.5)
     cfg = mtp.Config(device="cpu", method=method, rounds=12, inner_steps=10, tolerance=0.0,
                      alpha1=0.01, alpha2=0.01, search_cls_lr=0.1, search_lr=0.1, gamma_rate=3.0)
-    sparse_run(tasks, [prunable("backbone", 48)], cfg)
-    return [net.backbone[1].weight.detach().abs() for net in nets]
+    tasks = []
+    for loss, useless in ((mtp.l_cls, SEG), (mtp.l_seg, CLS)):
+        a = torch.randn(4, 48)
+        a = F.normalize(a - a.mean(0), dim=0)
+        a[:, useless] = a[:, NONE] = 0
+        x = 2.0 * torch.randint(2, (cfg.inner_steps, 512, 48, 1, 1)) - 1
+        batches = Repeated(zip(x, torch.einsum("kf,ibfhw->ibkhw", a, x).argmax(2)))
+        net = two_parts(copy.deepcopy(backbone), nn.Conv2d(32, 4, 1))
+        tasks.append(mtp.Task(net, loss, batches))
+    with scratch() as tmp:
+        quiet(mtp.train_sparse, *tasks, [prunable("backbone", 48)], cfg, tmp)
+    return [task.net.backbone[1].weight.detach().abs() for task in tasks]
 
 
 def test_mtp_planted_truth_and_its_ablations():
     """MTP keeps what either task needs and drops the rest. Slimming by one task, which is what
     mu = E = 0 leaves of it, loses what the other one needs."""
     for gamma in planted_gammas("mtp"):
-        assert sorted(gamma.topk(24).indices.tolist()) == list(range(24))
+        assert gamma[:24].min() > gamma[NONE].max()
         assert (gamma[NONE] == 0).sum() >= 23, "true zeros"
         assert 0.5 < gamma[SEG].mean() / gamma[CLS].mean() < 2, "both tasks count"
-    gamma1, gamma3 = planted_gammas("slimming_cls")[0], planted_gammas("slimming")[1]
+    gamma1, resting3 = planted_gammas("slimming_cls")
+    resting1, gamma3 = planted_gammas("slimming")
     assert gamma1[SEG].mean() < 0.05 < 0.2 < gamma1[CLS].mean()
     assert gamma3[CLS].mean() < 0.05 < 0.2 < gamma3[SEG].mean()
+    assert torch.equal(resting1, resting3) and resting1.min() >= 0.5, "the other takes no step"
 
 
 # ---------------------------------------------------------------------------------------------
 # mtp.py: baselines, the cut
 # ---------------------------------------------------------------------------------------------
+
+
+def test_mtp_exact_counts_with_ties_and_least_width():
+    scores = {"a": torch.ones(40), "b": torch.arange(7.0) / 100, "c": torch.ones(53)}
+    for percentile, counts in ((33.7, (13, 1, 53)), (94, (2, 1, 3))):
+        kept = mtp.keep_ranked(scores, percentile, least=0.05)
+        for (name, score), count in zip(scores.items(), counts):    # the best, the last of equals
+            assert kept[name].tolist() == list(range(len(score)))[-count:]
+    _refused(lambda: mtp.keep_ranked(scores, 95, 0.05), "--percentile 95")
+
+
+def test_mtp_overlap_by_hand():
+    a, b = {"x.0": torch.tensor([0, 1, 2, 3])}, {"x.0": torch.tensor([0, 2, 5, 7])}
+    # 2 of 4; by chance 4 in 10 would agree
+    assert mtp.overlap(a, b, [prunable("x", 10)]) == (0.5, (0.5 - 0.4) / (1 - 0.4))
 
 
 @torch.no_grad()
@@ -3672,8 +3158,7 @@ def test_mtp_scores_of_channels_with_three_makers():
     net = narrow_net("bisenet_resnet18", 3)
     g = mtp.groups_of(net)[12]
     filters = torch.cat([net.get_submodule(conv).weight.flatten(1) for conv, _ in g.makers], 1)
-    distances = [sum((a - b).norm() for b in filters) for a in filters]
-    agree(mtp.fpgm_scores(net, [g])[g.name], torch.stack(distances))
+    agree(mtp.fpgm_scores(net, [g])[g.name], (filters[:, None] - filters).norm(dim=2).sum(1))
     first, second, third = (net.get_submodule(bn).weight.abs() for _, bn in g.makers)
     agree(mtp.scores_of(None, net, [g])[g.name], (first + second + third) / 3)
 
@@ -3681,98 +3166,84 @@ def test_mtp_scores_of_channels_with_three_makers():
 @torch.no_grad()
 def test_mtp_thinet_against_brute_force():
     torch.manual_seed(0)
-    conv = nn.Conv2d(5, 4, 3, stride=2, padding=2, dilation=2).double()
-    x = torch.randn(2, 5, 9, 11).double()
+    conv = nn.Conv2d(9, 4, 3, stride=2, padding=2, dilation=2).double()
+    x = torch.randn(2, 9, 9, 11).double()
     terms = mtp.thinet_samples(conv, x, 50, torch.Generator().manual_seed(0))
     # each sample is one of all outputs, split by input channel
-    every = [F.conv2d(x[:, c:c + 1], conv.weight[:, c:c + 1], None, 2, 2, 2).flatten()
-             for c in range(5)]
+    every = [F.conv2d(x[:, [c]], conv.weight[:, [c]], None, 2, 2, 2).flatten() for c in range(9)]
     apart = torch.cdist(terms, torch.stack(every, 1))
-    assert terms.shape == (100, 5) and (apart.amin(1) < 1e-6).all()
+    assert (apart.amin(1) < 1e-6).all()
     assert len(apart.argmin(1).unique()) > 60, "places and output channels vary"
 
     kept, factors = mtp.thinet_layer(terms, 2)
-    removed = []
-    for _ in range(3):                                  # greedy: the least change of the output
-        rest = set(range(5)) - set(removed)
-        removed.append(min(rest, key=lambda c: terms[:, [*removed, c]].sum(1).norm()))
-    assert kept.tolist() == sorted(set(range(5)) - set(removed))
+    removed, rest = [], list(range(9))
+    while len(rest) > 2:                                # greedy: the least change of the output
+        least = min(rest, key=lambda c: terms[:, [*removed, c]].sum(1).norm())
+        removed.append(least)
+        rest.remove(least)
+    assert kept.tolist() == rest
     agree(factors, torch.linalg.pinv(terms[:, kept]) @ terms.sum(1))
-
-
-def small_tasks(**settings):
-    """cfg, and both tasks with narrow networks, as after training."""
-    cfg = mtp.Config(**{**TINY_TASKS, **settings})
-    cls = narrow_net(cfg.network, 8, mtp.Classifier).float()
-    seg = narrow_net(cfg.network, 11, seed=1).float()
-    return cfg, mtp.tasks_of(cls, seg, cfg)
 
 
 @torch.no_grad()
 def test_mtp_thinet_leaves_the_pruned_network_behind():
-    """Front to back through the backbone, in place: what goes weighs 0, what stays is scaled."""
-    cfg, tasks = small_tasks(network="deeplabv3_resnet50", method="thinet")
-    net, x = tasks[1].net, torch.randn(1, 3, 64, 64)
-    reader = net.backbone.layer2[0].conv2
-    before, statistics = reader.weight.clone(), net.backbone.bn1.running_mean.clone()
-    net.train()
-    with (mock.patch.object(mtp, "thinet_layer", wraps=mtp.thinet_layer) as layer,
-          mock.patch.object(mtp, "THINET_IMAGES", 6)):
-        _, small, kept = mtp.choose_and_prune(tasks, cfg)
-    assert torch.equal(net.backbone.bn1.running_mean, statistics), "nothing is trained"
-    assert torch.allclose(small(x), net(x), atol=1e-3)
-    for g in mtp.groups_of(net):
-        cut = 2 if g.part == "backbone" else 1          # the decoder stays dense
-        assert len(kept[g.name]) == g.width / cut
-    for (terms, left), _ in layer.call_args_list:
+    """In place, and through the backbone alone: what goes weighs 0, what stays is scaled."""
+    def layer(terms, n):
         assert len(terms) >= 10 * terms.shape[1], "ten samples for each unknown"
-    stays = kept["backbone.layer2.0.conv1"]
-    factors = (reader.weight / before)[0, stays, 0, 0]
-    agree(reader.weight[:, stays], before[:, stays] * factors[:, None, None])
-    assert (factors - 1).abs().max() > 0.01
-    rows = next(rows for (rows, left), _ in layer.call_args_list if rows.shape[1] == len(before[0])
-                and torch.equal(mtp.thinet_layer(rows, left)[0], stays))
-    agree(factors.double(), torch.linalg.pinv(rows[:, stays]) @ rows.sum(1), rtol=1e-3, atol=1e-3)
+        return torch.arange(n), torch.linspace(0.5, 2, n)
+    cfg, tasks = small_tasks("deeplabv3_resnet50", method="thinet", recalibrate=0)
+    net, x = tasks[1].net, torch.randn(1, 3, 64, 64)
+    before = copy.deepcopy(net)
+    net.train()
+    with mock.patch.multiple(mtp, thinet_layer=layer, THINET_IMAGES=6):
+        _, small, kept = mtp.choose_and_prune(tasks, cfg)
+    agree(net.backbone.bn1.running_mean, before.backbone.bn1.running_mean)      # not trained
+    agree(small(x), net(x), rtol=0, atol=1e-3)
+    for g in mtp.groups_of(net):
+        n = g.width // 2 if g.part == "backbone" else g.width
+        assert kept[g.name].tolist() == list(range(n))
+        for reader in g.readers if g.part == "backbone" else ():
+            now, was = (of.get_submodule(reader).weight[:, :n] for of in (net, before))
+            agree(now, was * torch.linspace(0.5, 2, n)[:, None, None])
 
 
 def test_mtp_recalibration_is_a_plain_mean():
     torch.manual_seed(0)
-    batches = Repeated((3 * torch.randn(4, 3, 8, 8) + 1, None) for _ in range(5))
-    norm = nn.BatchNorm2d(3)
-    norm(100 + batches[0][0])                           # what it has seen so far no longer counts
-    mtp.recalibrate(norm, batches, mtp.Config(device="cpu"))
-    agree(norm.running_mean, sum(x.mean((0, 2, 3)) for x, _ in batches) / 5)
-    agree(norm.running_var, sum(x.var((0, 2, 3)) for x, _ in batches) / 5)
+    images, norm = torch.randn(5, 4, 3, 8, 8), nn.BatchNorm2d(3)
+    norm(100 + images[0])                               # what it has seen so far no longer counts
+    mtp.recalibrate(norm, Repeated((x, None) for x in images), mtp.Config(device="cpu"))
+    agree(norm.running_mean, images.mean((0, 1, 3, 4)))
+    agree(norm.running_var, images.var((1, 3, 4)).mean(0))
     assert norm.momentum == 0.1
 
 
 @torch.no_grad()
 def test_mtp_choice_and_cut_by_method():
-    """Which gammas decide, and in which pools they compete; which weights the two pruned networks
+    """Which scores decide, and in which pools they compete; which weights the two pruned networks
     get, and that their BN statistics are taken anew."""
     cfg, tasks = small_tasks(recalibrate=1, percentile=25)
     cls, seg = (task.net for task in tasks)
     groups = mtp.groups_of(seg)
-    parts = [mtp.part_of(groups, part) for part in ("backbone", "decoder")]
-    for gamma in mtp.gammas(cls, parts[0]):
+    backbone, decoder = (mtp.part_of(groups, part) for part in ("backbone", "decoder"))
+    parts, layers = [backbone, decoder], [[g] for g in groups]
+    for gamma in mtp.gammas(cls, backbone):
         gamma.copy_(torch.randn_like(gamma))            # signs do not count
-    for method, pool, judge, rivals, sources in (
-            ("mtp", "auto", cls, parts, (cls, seg)),
-            ("mtp", "network", cls, [groups], (cls, seg)),
-            ("slimming", "auto", seg, parts, (seg, seg)),
-            ("slimming_cls", "auto", cls, parts, (cls, cls)),
-            ("gammas", "auto", seg, parts, (seg, seg)),
-            ("fpgm", "auto", seg, [[g] for g in groups], (seg, seg)),
-            ("uniform", "auto", seg, [[g] for g in groups], (seg, seg))):
+
+    def sizes(first):
+        scales = mtp.gammas(first, backbone) + mtp.gammas(seg, decoder)
+        return {g.name: scale.abs() for g, scale in zip(groups, scales)}
+    of_cls, of_seg, distances = sizes(cls), sizes(seg), mtp.fpgm_scores(seg, groups)
+    for method, pool, scores, rivals, sources in (
+            ("mtp", "auto", of_cls, parts, (cls, seg)),
+            ("mtp", "network", of_cls, [groups], (cls, seg)),
+            ("slimming", "auto", of_seg, parts, (seg, seg)),
+            ("slimming_cls", "auto", of_cls, parts, (cls, cls)),
+            ("gammas", "auto", of_seg, parts, (seg, seg)),
+            ("fpgm", "auto", distances, layers, (seg, seg)),
+            ("uniform", "auto", of_seg, layers, (seg, seg))):
         copies = [task._replace(net=copy.deepcopy(task.net)) for task in tasks]
         settings = replace(cfg, method=method, pool=pool)
         *small, kept = mtp.choose_and_prune(copies, settings)
-        scores = {}
-        for g in groups:
-            gamma, = mtp.gammas(judge if g in parts[0] else seg, [g])
-            scores[g.name] = gamma.abs()
-        if method == "fpgm":
-            scores = mtp.fpgm_scores(seg, groups)
         for members in rivals:                          # all but the lowest quarter stay
             every = torch.cat([scores[g.name] for g in members])
             stay = torch.cat([scores[g.name][kept[g.name]] for g in members])
@@ -3786,38 +3257,28 @@ def test_mtp_choice_and_cut_by_method():
 def test_mtp_head_of_the_first_task():
     """Taken from the file where the classes are as many; never left random without training."""
     torch.manual_seed(0)
-    whole, x = narrow_classifier(2, "resnet18").eval(), torch.randn(2, 3, 64, 64)
-    whole.fc = nn.Linear(64, 7)
-    with tempfile.TemporaryDirectory() as tmp, narrow():
+    with scratch() as tmp, narrow():
+        whole, x = common.classifier("resnet18").eval(), torch.randn(2, 3, 64, 64)
+        whole.fc = nn.Linear(64, 7)
         cfg = mtp.Config(network="deeplabv3_resnet18", backbone=f"{tmp}/r18.pth")
         torch.save(whole.state_dict(), cfg.backbone)
         net, other = (mtp.Classifier(cfg.network, classes).eval() for classes in (7, 8))
         mtp.start_from(cfg, net, 7)
         agree(net(x), whole(x))
-        _refused(lambda: mtp.start_from(cfg, other, 8), "8 classes", "--dense-cls-epochs")
-        other = mtp.Classifier(cfg.network, 8)
         mtp.start_from(replace(cfg, dense_cls_epochs=1), other, 8)
         agree(other.backbone.conv1.weight, whole.conv1.weight)
+        _refused(lambda: mtp.start_from(cfg, other, 8), "8 classes", "--dense-cls-epochs")
         cfg.backbone = "imagenet"
         with mock.patch.object(common, "classifier", return_value=whole) as taken:
             mtp.start_from(cfg, net, 7)
         taken.assert_called_once_with("resnet18", "imagenet")
-        deep = replace(cfg, network="pspnet_resnet50", dense_cls_epochs=1)
-        _refused(lambda: mtp.start_from(deep, None, 7), "PSPNet")
-
-
-def test_mtp_every_process_gets_two_pictures_a_step():
-    _refused(lambda: mtp.main(["--search", "--train", "--arch", "uniform"]), "--arch")
-    for stage, flag in itertools.product(("--search", "--train"), ("--batch-size", "--cls-batch")):
-        with mock.patch.object(common, "world_size", lambda: 2):
-            _refused(lambda: mtp.main([stage, flag, "3"]), f"{flag} 3 of", "over 2 process")
+        _refused(lambda: mtp.start_from(replace(cfg, network="pspnet_resnet50"), None, 7), "PSPNet")
 
 
 def test_mtp_accuracy_by_hand():
     net = nn.Dropout(1.0).train()       # in eval mode the picture is its own score
-    pictures, labels = torch.eye(4)[[0, 1, 1, 3, 2]], torch.tensor([0, 1, 2, 3, 0])
-    batches = [(pictures[:3], labels[:3]), (pictures[3:], labels[3:])]
-    assert mtp.accuracy(net, batches, mtp.Config(device="cpu")) == 3 / 5 and net.training
+    batches = [(torch.eye(3), torch.tensor([0, 1, 1])), (torch.eye(1), torch.tensor([0]))]
+    assert mtp.accuracy(net, batches, mtp.Config(device="cpu")) == 3 / 4 and net.training
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3827,82 +3288,67 @@ def test_mtp_accuracy_by_hand():
 
 def test_mtp_what_each_training_starts_from():
     """Eq. (1), Eq. (2), W1 = W3; line 11: classification, then segmentation from what that has
-    learnt. A training here is a step at random."""
-    names, starts, ends = [], [], []                    # of each training; states of its backbone
+    learnt. The i-th training here writes an i behind the number that stands in the backbone, once
+    as a parameter and once among the BN statistics, which the sparse training keeps apart."""
+    trainings = []                                      # and the numbers that they start from
 
     @torch.no_grad()
+    def write(net, *about):
+        numbers = net.backbone.bn1.bias, net.backbone.bn1.running_mean
+        trainings.append((*about, *[int(number[0]) for number in numbers]))
+        for number in numbers:
+            number.mul_(10).add_(len(trainings))
+
     def train(stage, task, name, epochs, lr, power, *rest, **about):
-        names.append((stage, name, power))
-        starts.append(copy.deepcopy(task.net.backbone.state_dict()))
-        for t in task.net.state_dict().values():
-            t += torch.randn(t.shape).abs().to(t.dtype)
-        ends.append(copy.deepcopy(task.net.backbone.state_dict()))
+        write(task.net, stage, name, power)
 
-    @torch.no_grad()
     def train_sparse(task1, task2, *rest):
-        w1, w3 = task1.net.backbone, task2.net.backbone
-        agree(list(w1.parameters()), list(w3.parameters()))
-        assert not torch.equal(w1.bn1.running_mean, w3.bn1.running_mean), "each keeps its own"
-        w1.conv1.weight += 1
-    with (tempfile.TemporaryDirectory() as tmp, narrow(blocks=1),
+        write(task1.net, "W1")
+        write(task2.net, "W3")
+    with (scratch() as tmp, narrow(blocks=1),
           mock.patch.multiple(mtp, train=train, train_sparse=train_sparse)):
-        flags, out = METHODS["mtp"].flags(tmp, tmp), Path(tmp, "mtp_50")
-        (out / "seg").mkdir(parents=True)               # fine-tuned from an older cut: void
-        call_main(mtp, "--search", "--train", *flags)
-        assert not (out / "seg").exists()
-        call_main(mtp, "--search", "--train", "--cls-epochs", "0", *flags)      # Table 1
-        narrow_pair = torch.load(out / "pruned.pt")
-        only_seg = torch.load(f"{out}_without_cls/pruned.pt")
-        _refused(lambda: call_main(mtp, "--train", "--lam", "2", *flags), "--lam", "now it is 2")
-    dense = [("dense", "cls", 1.0), ("dense", "seg", 0.9)]
-    fine = [("train", "cls", 0.9), ("train", "seg", 0.9)]
-    assert names == [*dense, *fine, *dense, fine[1]]
-    agree(starts[1], ends[0])
-    agree(starts[3], ends[2])
-    agree(starts[2]["conv1.weight"], narrow_pair["cls"]["backbone.conv1.weight"])
-    agree(starts[6]["conv1.weight"], only_seg["model"]["backbone.conv1.weight"])
-
-
-def test_mtp_training_hands_on_the_best_epoch():
-    net, scores = nn.Linear(1, 1), iter((0.9, 0.1))         # the first of two
-    batches = Repeated([(torch.randn(3, 1), torch.randn(3, 1))])
-    task = mtp.Task(net, lambda forward, x, y: (forward(x) - y).square().mean(), batches,
-                    lambda *_: next(scores))
-    with scratch() as tmp:
-        quiet(mtp.train, "train", task, "x", 2, 0.1, 0.9, mtp.Config(device="cpu"), tmp)
-        best, last = (torch.load(tmp / "x" / name)["model"]["weight"]
-                      for name in ("best.pt", "last.pt"))
-    assert torch.equal(net.weight, best) and not torch.equal(best, last)
+        flags = [*METHODS["mtp"].flags(tmp, tmp), "--search", "--train", "--recalibrate", 0]
+        put(tmp / "mtp_50/seg/best.pt", "fine-tuned from an older cut: void")
+        call_main(mtp, *flags)
+        assert not (tmp / "mtp_50/seg").exists()
+        call_main(mtp, *flags, "--cls-epochs", 0)
+    dense = [("dense", "cls", 1.0, 0, 0), ("dense", "seg", 0.9, 1, 1)]
+    assert trainings[:6] == [*dense, ("W1", 12, 1), ("W3", 12, 12),
+                             ("train", "cls", 0.9, 123, 13), ("train", "seg", 0.9, 1235, 135)]
+    assert trainings[10:] == [("train", "seg", 0.9, 790, 790)], "Table 1: seventh, eighth, tenth"
 
 
 def test_mtp_one_dense_pair_serves_all_methods_and_percentiles():
-    times = {"median": 1.0, "p90": 1.0}   # measuring takes seconds
-    with (tempfile.TemporaryDirectory() as tmp, narrow(blocks=1),
-          mock.patch.object(latency, "measure", lambda calls, *_: dict.fromkeys(calls, times)),
-          mock.patch.object(mtp, "PAPER_SIZES", ())):
-        flags = METHODS["mtp"].flags(tmp, f"{tmp}/runs")
-
-        def said(*more, words, loaded=0):
-            text = call_main(mtp, *flags, *more)
-            assert text.count("trained already") == loaded
-            for word in words:
-                assert word in text, f"'{word}' is missing in:\n{text}"
+    times = {"median": 1.0, "p90": 1.0}                 # measuring takes seconds
+    with (scratch() as tmp, narrow(blocks=1), mock.patch.object(mtp, "PAPER_SIZES", ()),
+          mock.patch.object(latency, "measure", lambda calls, *_: dict.fromkeys(calls, times))):
+        flags = METHODS["mtp"].flags(tmp, tmp / "runs")
         # dose: 0.01 (1 + 3/4 + 2/4 + 1/4) x 250 alpha / (1 - 0.9), alpha = 1e-3
-        said("--search", words=("gamma1: mean 1.0", "dose 0.0625", "warning: the l1 term can move",
-                                "60 of 120", "768 of 1536"))
-        schedule = torch.load(f"{tmp}/runs/dense/cls/last.pt")["schedule"]
-        assert schedule["last_epoch"] == schedule["total_iters"], "it ends with the steps"
-        said("--search", "--resume", words=["cut already"])
-        # both dense networks and Algorithm 1; the dense networks
-        said("--search", "--resume", "--percentile", "25", loaded=3, words=["90 of 120"])
-        said("--search", "--method", "slimming", "--batch-order", "1", loaded=2,
-             words=["gamma3: mean", "of them mtp_50 keeps"])
-        said("--eval", "--arch", f"{tmp}/runs/dense/arch.json", words=["dense: dense mIoU"])
-        said("--bench", "--arch", "uniform", words=["uniform, 50% cut"])
-        for more, word in ((["--percentile", "97"], "5% of each layer"),
-                           (["--method", "thinet", "--pool", "network"], "within each layer")):
-            with mock.patch.object(mtp, "dense_networks", None):        # before any training
-                _refused(lambda: call_main(mtp, "--search", *flags, *more), word)
+        search = ("gamma1: mean 1.0", "dose 0.0625", "warning: the l1 term can move", "60 of 120",
+                  "768 of 1536")
+        slimming = ("gamma3: mean", "of them mtp_50 keeps", "slimming_order1_50: arch.json")
+        for command, loaded, words in (
+                ("--search", 0, search),
+                ("--search --resume", 0, ["cut already"]),
+                # both dense networks and Algorithm 1; the dense networks
+                ("--search --resume --percentile 25", 3, ["90 of 120"]),
+                ("--search --method slimming --batch-order 1", 2, slimming),
+                (f"--eval --arch {tmp}/runs/dense/arch.json", 0, ["dense: dense mIoU"]),
+                ("--bench --arch uniform", 0, ["uniform, 50% cut"])):
+            said = call_main(mtp, *flags, *command.split())
+            assert said.count("trained already") == loaded, said
+            for word in words:
+                assert word in said, f"'{word}' is missing in:\n{said}"
+        # before any training
+        with (mock.patch.object(mtp, "dense_networks", None),
+              mock.patch.object(common, "world_size", lambda: 2)):
+            for command, word in (("--search --percentile 97", "5% of each layer"),
+                                  ("--search --method thinet --pool network", "within each layer"),
+                                  ("--search --train --arch uniform", "--arch"),
+                                  ("--search --cls-batch 3", "--cls-batch 3 of"),
+                                  ("--train --batch-size 3", "--batch-size 3 of"),
+                                  ("--train --lam 2", "--lam")):
+                _refused(lambda: call_main(mtp, *flags, *command.split()), word)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3939,10 +3385,7 @@ def two_kinds(root):
     for split, n in (("train", 8), ("val", 3)):
         for kind, grey in (("dark", 60), ("bright", 190)):
             for i in range(n):
-                path = Path(root, split, kind, f"{i}.png")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = grey + rng.integers(-40, 40, (32, 32))
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                put(Path(root, split, kind, f"{i}.png"), grey + rng.integers(-40, 40, (32, 32)))
     return str(root)
 
 
@@ -3988,7 +3431,7 @@ METHODS = {
         (("--search --resume --beta 0.02", "--beta"), ("--search --tau 1", "--tau"),
          ("--search --target 1.5", "--target"), ("--train --arch none.json", "none.json"),
          ("--search --seed 5", "--seed"), ("--search --target 0.001", "fewest channels")),
-        ),
+        ranks="--search-epochs 3 --drop-path 0", apart=1e-5),
     "mtp": Method(
         mtp,
         "--preset quick --cls-batch 8 --size 32 64 --batch-size 4 --dense-cls-epochs 1 "
@@ -4006,28 +3449,30 @@ METHODS = {
 }
 
 
+def lasting(path):
+    """Whether a stage reads the file to go on: neither the log nor config.json."""
+    return path.suffix == ".pt" or path.name == "arch.json"
+
+
 def contents(folder):
-    """{relative path: bytes} of the checkpoints and architectures in a run folder."""
-    paths = [p for p in Path(folder).rglob("*") if p.suffix == ".pt" or p.name == "arch.json"]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+    """{path, key and shape: tensor} of what lasts in a run folder; arch.json is a key by itself."""
+    found = {}
+    for path in filter(lasting, Path(folder).rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".pt":
+            found |= {f"{name}{key} {list(t.shape)}": t for key, t in tensors_of(path).items()}
+        else:
+            found[f"{name} {path.read_text()}"] = torch.zeros(1)
+    return found
 
 
 def differences(a, b):
-    """How two contents differ: {path, or path.key of a tensor: largest difference, or inf}."""
+    """How two contents differ: {key: largest difference, relative to what is over 1, or inf}."""
     apart = dict.fromkeys(a.keys() ^ b.keys(), math.inf)
-    for path in (a.keys() & b.keys()):
-        if a[path] == b[path]:
-            continue
-        if not path.endswith(".pt"):
-            apart[path] = math.inf
-            continue
-        x, y = (tensors_of(io.BytesIO(side[path])) for side in (a, b))
-        if x.keys() != y.keys():
-            apart[path] = math.inf
-        for key in x.keys() & y.keys():
-            if not torch.equal(x[key], y[key]):
-                far = (x[key].double() - y[key].double()).abs()
-                apart[path + key] = float((far / x[key].double().abs().max().clamp(min=1)).max())
+    for key in a.keys() & b.keys():
+        if not torch.equal(a[key], b[key]):
+            far = (a[key].double() - b[key].double()).abs().max()
+            apart[key] = float(far / a[key].double().abs().max().clamp(min=1))
     return apart
 
 
@@ -4044,50 +3489,46 @@ class Reached(BaseException):
 def killed_at_every_rename(name):
     """The state of the folder just before each file gets its name is what a kill at that moment
     leaves (after one rename is before the next). From each of them --resume comes to the next, and
-    so, one by one, to the end of the whole run. Left out: the log and config.json, which no stage
-    reads to go on.
+    so, one by one, to the end of the whole run.
     """
-    method = METHODS[name]
-    with tempfile.TemporaryDirectory() as tmp, method.around():
-        whole, states, rename = Path(tmp, "runs", "whole"), [], os.replace
+    method, rename, states = METHODS[name], os.replace, []
+    with scratch() as tmp, method.around():
+        whole, flags = tmp / "whole", method.flags(tmp, "", train=True)
+
+        def run(folder, replace, *more):
+            with mock.patch.object(os, "replace", replace):
+                call_main(method.module, "--search", "--train", *flags, "--out", folder, *more)
 
         def recording(source, target):
-            name = Path(target).name
-            if whole in Path(target).parents and (name.endswith(".pt") or name == "arch.json"):
-                states.append(Path(tmp, "runs", f"{len(states)} before {name}"))
+            if lasting(target):
+                states.append(tmp / f"{len(states)} before {target.name}")
                 shutil.copytree(whole, states[-1])
             rename(source, target)
 
-        flags = method.flags(tmp, whole, train=True)
-        with mock.patch.object(os, "replace", recording):
-            call_main(method.module, "--search", "--train", *flags)
-        assert len(states) > 4 and any(list(folder.rglob("*.tmp")) for folder in states)
-        wanted = [contents(folder) for folder in (*states[1:], whole)]
-        for folder, want in zip(states, wanted):
+        run(whole, recording)
+        assert len(states) > 4 and list(states[-1].rglob("*.tmp"))
+        for folder, after in zip(states, (*states[1:], whole)):
+            want = contents(after)
+
             def stopping(source, target):
                 rename(source, target)
-                if not differences(want, contents(folder)):
+                if target.name in folder.name and not differences(want, contents(folder)):
                     raise Reached
 
-            flags[flags.index("--out") + 1] = folder
             try:
-                with mock.patch.object(os, "replace", stopping):
-                    call_main(method.module, "--search", "--train", "--resume", *flags)
+                run(folder, stopping, "--resume")
             except Reached:
                 continue
             assert False, f"killed at {folder.name}: {differences(want, contents(folder))}"
-        flags[flags.index("--out") + 1] = whole
         with mock.patch.object(common.Run, "end_epoch", None):      # no epoch is left to do
-            call_main(method.module, "--search", "--train", "--resume", *flags)
+            run(whole, rename, "--resume")
 
 
 def finished_run(name):
     """Search, train, eval, bench and export in one go, then what a finished run has to refuse."""
-    method = METHODS[name]
-    with (tempfile.TemporaryDirectory() as tmp, method.around(),
-          mock.patch.object(common, "export", wraps=common.export) as exported,
-          mock.patch.object(torch, "compile", lambda net, **_: net)):       # it takes a minute
-        out, program = Path(tmp, "runs", "a"), Path(tmp, "net.pt2")
+    method, export = METHODS[name], mock.Mock(wraps=common.export)
+    with scratch() as tmp, method.around(), mock.patch.object(common, "export", export):
+        out, program = tmp / "a", tmp / "net.pt2"
         flags = method.flags(tmp, out, train=True)
         said = call_main(method.module, "--search", "--train", "--eval", "--bench", *flags,
                          "--export", program)
@@ -4097,72 +3538,48 @@ def finished_run(name):
             assert (out / file).stat().st_size > 0, file
         for arch in out.rglob("arch.json"):
             assert not re.search(r"miou|_ms|seconds", arch.read_text()), "measured"
-        image = torch.randn(1, 3, 32, 64)
-        logits, net = torch.export.load(program).module()(image), exported.call_args.args[0]
-        assert logits.shape[:2] == (1, 3) and torch.allclose(logits, net(image), atol=1e-3)
+        image, net = torch.randn(1, 3, 32, 64), export.call_args.args[0]
+        agree(torch.export.load(program).module()(image), net(image), atol=1e-3, rtol=1e-5)
         # What was trained last, at its best epoch, is what was evaluated and exported; every
         # schedule has come to its end.
-        best = torch.load(max(out.rglob("best.pt"), key=lambda path: path.stat().st_mtime_ns))
+        best = torch.load(max(out.rglob("best.pt"), key=os.path.getmtime))
         agree(net.state_dict(), {key: best["model"][key.removeprefix("net.")]
                                  for key in net.state_dict()})
-        told = [r for log in out.rglob("log.jsonl") for r in common.read_log(log.parent, "eval")]
-        assert min(abs(record["miou"] - best["score"]) for record in told) < 1e-9
-        for part in (part for path in out.rglob("last.pt") for part in torch.load(path).values()):
-            if isinstance(part, dict) and "total_iters" in part:
-                assert part["last_epoch"] == part["total_iters"]
+        told = [r["miou"] for log in out.rglob("log.jsonl")
+                for r in common.read_log(log.parent, "eval")]
+        assert best["score"] in told
+        for last in map(torch.load, out.rglob("last.pt")):
+            schedule = last.get("schedule", {})
+            assert schedule.get("total_iters") in (None, schedule.get("last_epoch"))
         before = contents(out)
         for command, *words in method.refusals:
             flags = method.flags(tmp, out, train="--train" in command)
             _refused(lambda: call_main(method.module, *flags, *command.split()), *words)
-        assert contents(out) == before          # a refusal leaves everything in place
-
-
-def started(name, flags, errors):
-    """The script as a user starts it, in a process of its own, until it has stored an epoch;
-    returns its id. errors: the file for what it says on stderr."""
-    if (child := os.fork()) == 0:               # saves the imports
-        code = 1
-        try:
-            os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
-            sys.argv[1:] = map(str, flags)
-            with contextlib.redirect_stdout(io.StringIO()):
-                runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os._exit(code)
-    while not list(errors.parent.rglob("last.pt")):
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), errors.read_text()
-        time.sleep(0.01)
-    return child
-
-
-def test_killed_for_real():
-    """SIGKILL once the search has stored an epoch, then --resume: bit for bit the whole run. One
-    method will do: what a kill leaves is the same to all of them."""
-    method = METHODS["sparsemask"]
-    with scratch() as tmp, method.around():
-        flags = ["--search", *method.flags(tmp, tmp / "killed")]
-        child = started("sparsemask", flags, tmp / "stderr")
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        said = call_main(method.module, *flags, "--resume")
-        assert "epoch 1/" not in said, said
-        call_main(method.module, *flags, "--out", tmp / "whole")
-        assert differences(contents(tmp / "whole"), contents(tmp / "killed")) == {}
+        assert not differences(before, contents(out))       # a refusal leaves everything in place
 
 
 def stopped_by_a_scheduler(name):
-    """SIGTERM ends a script like Ctrl-C."""
+    """SIGTERM ends a script like Ctrl-C: one as a user starts it, which has stored an epoch."""
     method = METHODS[name]
     with scratch() as tmp, method.around():
         flags = ["--search", *method.flags(tmp, tmp / "runs"), *method.endless.split()]
-        child = started(name, flags, tmp / "stderr")
-        os.kill(child, signal.SIGTERM)
-        said = (tmp / "stderr").read_text
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130, said()
-        assert said() == "interrupted; the same command with --resume continues\n"
-        assert list(tmp.rglob("last.pt")) and not list(tmp.rglob("*.tmp"))
+        said = tmp / "stderr"
+
+        def script():
+            sys.argv[1:] = map(str, flags)
+            with open(said, "w") as sys.stderr, contextlib.redirect_stdout(io.StringIO()):
+                runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+
+        child = FORK.Process(target=script)                 # saves the imports
+        child.start()
+        while not list(tmp.rglob("last.pt")):
+            assert child.is_alive(), said.read_text()
+            time.sleep(0.01)
+        child.terminate()
+        child.join()
+        assert child.exitcode == 130
+        assert said.read_text() == "interrupted; the same command with --resume continues\n"
+        assert not list(tmp.rglob("*.tmp"))
 
 
 def on_frozen_statistics(x, mean, var, weight, bias, training, momentum, eps):
@@ -4175,79 +3592,57 @@ REAL_BATCH_NORM = F.batch_norm
 
 def two_ranks_are_one(name):
     """A search on two ranks is that on the joint batch, but for the rounding of float32 over a
-    few steps, once nothing looks at a rank's own batch: neither BN nor the choice of OHEM."""
+    few steps, once nothing looks at a rank's own batch: neither BN nor dropout nor the choice of
+    OHEM. Bi-level's ends where masks are chosen: of those still equal, rounding would choose."""
     method = METHODS[name]
-    with (tempfile.TemporaryDirectory() as tmp, method.around(),
+    with (scratch() as tmp, method.around(),
           mock.patch.object(F, "batch_norm", on_frozen_statistics),
-          mock.patch.object(fastersg, "ohem", common.cross_entropy)):
-        one, two = Path(tmp, "runs", "one"), Path(tmp, "runs", "two")
+          mock.patch.object(F, "dropout2d", lambda x, *rest: x),
+          mock.patch.object(fastersg, "ohem", common.cross_entropy),
+          mock.patch.object(bilevel_prune, "choose", side_effect=Reached)):
+        one, two = tmp / "one", tmp / "two"
         # Without random scales no crop is padded: all ranks have as many pixels that count.
         flags = [*method.flags(tmp, two), "--scales", "1", "1", *method.ranks.split()]
-        call_main(method.module, "--search", *flags, "--out", one)
 
-        def job(rank):
-            assert bool(call_main(method.module, "--search", *flags)) == (rank == 0)
-        on_two_ranks(job)
+        def search(*more):
+            with contextlib.suppress(Reached):
+                call_main(method.module, "--search", *flags, *more)
+
+        search("--out", one)
+        on_two_ranks(lambda rank: search())
         apart = differences(contents(one), contents(two))
         assert scores_in(one) and np.allclose(scores_in(one), scores_in(two), atol=3e-3)
         assert all(far <= method.apart for far in apart.values()), apart        # a NaN is not
 
 
-def test_bilevel_prune_two_ranks_are_one():
-    """The first epoch, weight and mask steps, before equal masks are chosen by rounding; without
-    dropout, whose draws are those of a rank's own batch."""
-    method, end_epoch, ends = METHODS["bilevel_prune"], common.Run.end_epoch, []
-
-    def first_epoch(run, *rest, **record):
-        end_epoch(run, *rest, **record)
-        if run.name == "search":
-            ends.append({k: v.clone() for k, v in run.parts["model"].state_dict().items()})
-            raise KeyboardInterrupt
-
-    def job(out):
-        with contextlib.suppress(KeyboardInterrupt):
-            call_main(method.module, "--search", *flags, "--out", out, "--search-epochs", 3,
-                      "--drop-path", 0)
-    with (tempfile.TemporaryDirectory() as tmp,
-          mock.patch.object(F, "batch_norm", on_frozen_statistics),
-          mock.patch.object(F, "dropout2d", lambda x, *rest: x),
-          mock.patch.object(common.Run, "end_epoch", first_epoch)):
-        flags = method.flags(tmp, tmp)          # once: it writes the pictures that both ranks read
-        job(Path(tmp, "one"))
-        on_two_ranks(lambda rank: job(Path(tmp, "two")))
-    one, two = ends
-    assert sum(key.startswith("masks") and bool((one[key] != 1).any()) for key in one) > 5
-    for key, value in one.items():
-        far = (value.double() - two[key].double()).abs()
-        assert value.numel() == 0 or far.max() <= 1e-5 * max(1, value.abs().max()), key
-
-
-def test_bilevel_prune_two_ranks_hold_the_same_weights():
-    """Not those of one process: of masks that are still equal, rounding chooses."""
+def test_bilevel_prune_two_ranks_hold_the_same_network():
+    """Not that of one process: of masks that are still equal, rounding chooses."""
     method, end_epoch = METHODS["bilevel_prune"], common.Run.end_epoch
 
     def checked(run, *rest, **record):
         end_epoch(run, *rest, **record)
-        for p in run.parts["model"].parameters():
-            first = p.detach().clone()
+        for tensor in run.parts["model"].state_dict().values():
+            first = tensor.clone()
             dist.broadcast(first, 0)
-            assert torch.equal(first, p)
-    with tempfile.TemporaryDirectory() as tmp, mock.patch.object(common.Run, "end_epoch", checked):
-        flags = method.flags(tmp, Path(tmp, "two"))
-        on_two_ranks(lambda rank: call_main(method.module, "--search", *flags))
+            assert torch.equal(first, tensor)
+
+    def job(rank):                              # of which only rank 0 is heard
+        assert bool(call_main(method.module, "--search", *flags)) == (rank == 0)
+    with scratch() as tmp, mock.patch.object(common.Run, "end_epoch", checked):
+        flags = method.flags(tmp, tmp / "two")
+        on_two_ranks(job)
 
 
 def cuda_steps_are_the_cpus():
-    """In float64, no rounding hides a kernel that does something else: loss and gradient of a step
-    of every search. FasterSeg's loss is float32. NHWC too."""
+    """In float64, no rounding hides a kernel that does something else: the gradient of a step of
+    every search. FasterSeg's loss is float32. NHWC too. (Dropout draws other masks on a GPU.)"""
     torch.manual_seed(0)
     cfg = fastersg.Config(**TINY)
-    arch = one_hot_arch(cfg, random.Random(0)).double()
-    supernet = nn.ModuleList([fastersg.Supernet(cfg, 3), arch]).double()
+    supernet = nn.ModuleList([fastersg.Supernet(cfg, 3), one_hot_arch(cfg, random.Random(0))])
 
     def of_supernet(nets, images, labels):
         net, arch = nets
-        return fastersg.seg_loss(net, arch.draw(arch.likeliest()), fastersg.STUDENT, images, labels,
+        return fastersg.seg_loss(net, arch.likeliest(), fastersg.STUDENT, images, labels,
                                  cfg)
 
     def plain(net, images, labels):
@@ -4256,23 +3651,20 @@ def cuda_steps_are_the_cpus():
         return common.cross_entropy(common.enlarged(main, labels.shape[-2:]), labels)
     cases = {"fastersg": (supernet, of_supernet), "sparsemask": (dense_net(), plain),
              "bilevel_prune": (with_masks(bilevel_prune.build("tiny", 3).double()), plain),
-             "mtp": (mtp.Segmenter("deeplabv3_resnet18", 3).double(), plain)}
+             "mtp": (mtp.Segmenter("deeplabv3_resnet18", 3), plain)}
     images, labels = torch.rand(4, 3, 65, 97).double(), torch.randint(0, 3, (4, 65, 97))
     for name, (net, loss_of) in cases.items():
-        for module in net.modules():
-            if isinstance(module, nn.Dropout2d):        # draws other masks on a GPU
-                module.p = 0.0
-        found = []
+        gradients = []
         for device, layout in (("cpu", torch.contiguous_format), ("cuda", torch.contiguous_format),
                                ("cuda", torch.channels_last)):
-            copied = copy.deepcopy(net).to(device, memory_format=layout).train()
-            loss = loss_of(copied, images.to(device, memory_format=layout), labels.to(device))
+            copied = copy.deepcopy(net).double().to(device, memory_format=layout).train()
+            with mock.patch.object(F, "dropout2d", lambda x, *rest: x):
+                loss = loss_of(copied, images.to(device, memory_format=layout), labels.to(device))
             loss.backward()
-            grads = [p.grad.cpu().flatten() for p in copied.parameters() if p.grad is not None]
-            found.append((float(loss.detach()), torch.cat(grads)))
-        for loss, gradient in found[1:]:
-            assert abs(loss / found[0][0] - 1) < 1e-6, name
-            assert (gradient - found[0][1]).norm() < 1e-5 * found[0][1].norm(), name
+            parts = [p.grad.cpu().flatten() for p in copied.parameters() if p.grad is not None]
+            gradients.append(torch.cat(parts))
+        for gradient in gradients[1:]:
+            assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm(), name
 
 
 def cuda_graph_computes_what_the_network_does():
@@ -4285,8 +3677,6 @@ def cuda_graph_computes_what_the_network_does():
         replay()
         torch.cuda.synchronize()
         assert torch.allclose(seen[-1].cpu(), net(x.cpu()), atol=1e-2)          # TF32
-    times = latency.measure({"a": latency.prepare(net, [(1, 3, 64, 64)], "cuda")}, "cuda")
-    assert 0 < times["a"]["median"] < 100
 
 
 def cuda_stages_run(name):
@@ -4313,12 +3703,11 @@ if torch.cuda.device_count():
 
 for check in (killed_at_every_rename, stopped_by_a_scheduler, finished_run, two_ranks_are_one):
     for name in METHODS:
-        if (check, name) != (two_ranks_are_one, "bilevel_prune"):
-            globals()[f"test_{name}_{check.__name__}"] = functools.partial(check, name)
+        globals()[f"test_{name}_{check.__name__}"] = functools.partial(check, name)
 
 # Started first, so that none of them comes late: in part of the name.
-LONGEST = ("killed_at_every_rename", "finished_run", "scheduler", "planted", "killed_for_real",
-           "two_ranks", "ablations", "controls", "derived", "sizes")
+LONGEST = ("killed_at_every_rename", "finished_run", "scheduler", "planted", "two_ranks",
+           "ablations", "controls", "derived", "sizes")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4326,37 +3715,28 @@ LONGEST = ("killed_at_every_rename", "finished_run", "scheduler", "planted", "ki
 # ---------------------------------------------------------------------------------------------
 
 
-def run_tests(names, results):
-    """Take names from a queue until None; put (name, seconds, what went wrong or "")."""
-    for name in iter(names.get, None):
-        start, wrong = time.perf_counter(), ""
-        try:
-            globals()[name]()
-        except BaseException:                   # SystemExit too: a test must not end the runner
-            wrong = traceback.format_exc()
-        results.put((name, time.perf_counter() - start, wrong))
+def passes(name):
+    """Run a test and print how it went."""
+    start, wrong = time.perf_counter(), ""
+    try:
+        globals()[name]()
+    except BaseException:                   # SystemExit too: a test must not end the runner
+        wrong = traceback.format_exc()
+    seconds = time.perf_counter() - start
+    print(f"{wrong}{'FAIL' if wrong else 'ok  '} {seconds:6.2f} s  {name}", flush=True)
+    return not wrong
 
 
 def main():
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    word, start = "".join(sys.argv[1:]), time.perf_counter()
     tests = [name for name in globals() if name.startswith("test_") and word in name]
     tests.sort(key=lambda name: [part in name for part in LONGEST], reverse=True)
-    fork, start, failed = multiprocessing.get_context("fork"), time.perf_counter(), 0
-    names, results, count = fork.Queue(), fork.Queue(), min(4, max(2, os.cpu_count() or 1))
-    for name in (*tests, *[None] * count):
-        names.put(name)
-    workers = [fork.Process(target=run_tests, args=(names, results)) for _ in range(count)]
-    for worker in workers:
-        worker.start()
-    for _ in tests:
-        name, seconds, wrong = results.get(timeout=900)     # a worker that was killed says nothing
-        failed += bool(wrong)
-        print(f"{wrong}{'FAIL' if wrong else 'ok  '} {seconds:6.2f} s  {name}", flush=True)
-    for worker in workers:
-        worker.join()
+    count = min(4, max(2, os.cpu_count() or 1))
+    with concurrent.futures.ProcessPoolExecutor(count, FORK) as pool:
+        passed = sum(pool.map(passes, tests))
     print(f"{len(tests)} tests in {time.perf_counter() - start:.0f} s")
-    print(f"{len(tests) - failed} passed, {failed} failed")
-    sys.exit(failed > 0 or not tests)
+    print(f"{passed} passed, {len(tests) - passed} failed")
+    sys.exit(passed < len(tests) or not tests)
 
 
 if __name__ == "__main__":
