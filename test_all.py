@@ -22,7 +22,6 @@ import random
 import re
 import runpy
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -123,9 +122,11 @@ def shake_norms(net, seed=0):
     return net
 
 
-def tensors_of(path):
-    """All tensors of a checkpoint, flat."""
-    leaves, _ = torch.utils._pytree.tree_flatten_with_path(torch.load(path, weights_only=True))
+@functools.lru_cache(32)                # most files of a run stay as they are from state to state
+def tensors_of(checkpoint):
+    """All tensors of a checkpoint, flat; of its bytes."""
+    items = torch.load(io.BytesIO(checkpoint), weights_only=True)
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(items)
     return {str(key): leaf for key, leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
@@ -2426,7 +2427,7 @@ def test_bilevel_threshold_and_straight_through():
     assert mask.s.grad.tolist() == [0, 1, 2, 3]         # Eq. (3), pruned or not
     mask.least = 2
     assert mask.binary().tolist() == [1, 1, 0, 0]
-    mask.choose(torch.tensor([1, 2, 3]))                   # for good: tau decides, whatever s is
+    mask.choose(torch.tensor([1, 2, 3]))                # for good: tau decides, whatever s is
     assert mask.binary().tolist() == [0, 1, 1, 1]
 
 
@@ -2456,6 +2457,23 @@ def test_bilevel_implicit_gradient_is_exact_but_for_the_diagonal():
     gamma, beta = block.depth.norm.parameters()
     euler = gamma * gamma.grad + beta * beta.grad
     assert torch.allclose(first[s == 1], euler[s == 1], atol=1e-12)
+
+
+def test_bilevel_second_term_decides_an_order_solved_by_hand():
+    """Channels a = w + c under L = (b a - y)^2 / 2: with r = b a - y the inner optimum is
+    r = (c - y) / (1 + lambda), w = -lambda r, the exact dL/ds (r c - 2 lambda r^2) / (1 + lambda).
+    The first term, r c - lambda r^2, lets channel 0 go first; the truth is the opposite."""
+    lam, c, r = 0.5, torch.tensor([1.5, 1.0]).double(), torch.tensor([2.0, 1.0]).double()
+    y, exact = c - (1 + lam) * r, (r * c - 2 * lam * r ** 2) / (1 + lam)
+    net = bilevel_prune.Network("by hand", 2, None)
+    net.layer = bilevel_prune.Layer(bilevel_prune.fixed(1), net.space("a", 2), norm=False)
+    mask = with_masks(net.double()).masks["a"]
+    net.layer.conv.bias.data.copy_(-lam * r)
+    a = net.layer(torch.zeros(1, 1, 1, 1).double()).flatten() + c
+    loss = (mask.binary() * a - y).square().sum() / 2
+    first, second, _ = bilevel_prune.mask_gradient(net, loss, 0 * mask.s.sum(), lam)
+    assert torch.allclose(first, r * c - lam * r ** 2) and first[0] > first[1]
+    assert torch.allclose(first - second, (1 + lam) * exact) and exact[0] < exact[1]
 
 
 def test_bilevel_pruned_channels_keep_their_weights():
@@ -2645,6 +2663,7 @@ def test_bilevel_mask_step_moves_masks_only_and_by_eq_15():
     """Batches 0 and 2 for the weights, at a rate of nothing, 1 and 3 for the masks; then by hand:
     v = 0.9 v + rate (first - second + pull), s -= (1 - i / 4)^0.9 v."""
     net, plain, sgd = planted(), with_masks(planted()), torch.optim.SGD
+    torch.manual_seed(0)
     parts = torch.randn(2, 3, 51)                       # of Eq. (15), in both mask steps
     with (mock.patch.object(bilevel_prune, "mask_gradient", side_effect=parts) as gradient,
           mock.patch.object(sgd, "step", autospec=True, side_effect=sgd.step) as step):
@@ -2787,7 +2806,7 @@ def test_bilevel_mobilenet_weights_reach_the_deeplab_encoder():
 
 
 def test_bilevel_architectures_are_checked():
-    good = bilevel_prune.build("tiny", 3).widths()
+    good = bilevel_prune.build("tiny", 3).widths() | {"c2": 1}
     for network, widths, word in (
             ("huge", good, "no arch.json"),
             ("tiny", {}, "c2"),
@@ -3460,7 +3479,8 @@ def contents(folder):
     for path in filter(lasting, Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
         if path.suffix == ".pt":
-            found |= {f"{name}{key} {list(t.shape)}": t for key, t in tensors_of(path).items()}
+            for key, tensor in tensors_of(path.read_bytes()).items():
+                found[f"{name}{key} {list(tensor.shape)}"] = tensor
         else:
             found[f"{name} {path.read_text()}"] = torch.zeros(1)
     return found
@@ -3558,23 +3578,43 @@ def finished_run(name):
         assert not differences(before, contents(out))       # a refusal leaves everything in place
 
 
+def started(name, flags, said):
+    """A script as a user starts it, in a process of its own, which has stored an epoch."""
+    def script():
+        sys.argv[1:] = map(str, flags)
+        with open(said, "w") as sys.stderr, contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+
+    child = FORK.Process(target=script)                     # saves the imports
+    child.start()
+    while not list(said.parent.rglob("last.pt")):
+        assert child.is_alive(), said.read_text()
+        time.sleep(0.01)
+    return child
+
+
+def test_killed_for_real():
+    """SIGKILL once the search has stored an epoch, then --resume: bit for bit the whole run. One
+    method will do: what a kill leaves is the same to all of them."""
+    method = METHODS["sparsemask"]
+    with scratch() as tmp, method.around():
+        flags = ["--search", *method.flags(tmp, tmp / "killed")]
+        child = started("sparsemask", flags, tmp / "stderr")
+        child.kill()
+        child.join()
+        said = call_main(method.module, *flags, "--resume")
+        assert "epoch 1/" not in said, said
+        call_main(method.module, *flags, "--out", tmp / "whole")
+        assert differences(contents(tmp / "whole"), contents(tmp / "killed")) == {}
+
+
 def stopped_by_a_scheduler(name):
-    """SIGTERM ends a script like Ctrl-C: one as a user starts it, which has stored an epoch."""
+    """SIGTERM ends a script like Ctrl-C."""
     method = METHODS[name]
     with scratch() as tmp, method.around():
         flags = ["--search", *method.flags(tmp, tmp / "runs"), *method.endless.split()]
         said = tmp / "stderr"
-
-        def script():
-            sys.argv[1:] = map(str, flags)
-            with open(said, "w") as sys.stderr, contextlib.redirect_stdout(io.StringIO()):
-                runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
-
-        child = FORK.Process(target=script)                 # saves the imports
-        child.start()
-        while not list(tmp.rglob("last.pt")):
-            assert child.is_alive(), said.read_text()
-            time.sleep(0.01)
+        child = started(name, flags, said)
         child.terminate()
         child.join()
         assert child.exitcode == 130
@@ -3706,8 +3746,8 @@ for check in (killed_at_every_rename, stopped_by_a_scheduler, finished_run, two_
         globals()[f"test_{name}_{check.__name__}"] = functools.partial(check, name)
 
 # Started first, so that none of them comes late: in part of the name.
-LONGEST = ("killed_at_every_rename", "finished_run", "scheduler", "planted", "two_ranks",
-           "ablations", "controls", "derived", "sizes")
+LONGEST = ("killed_at_every_rename", "finished_run", "scheduler", "planted", "killed_for_real",
+           "two_ranks", "ablations", "controls", "derived", "sizes")
 
 
 # ---------------------------------------------------------------------------------------------
