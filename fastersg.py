@@ -1064,13 +1064,12 @@ def choose_eq3_w(cfg, table):
 # ---------------------------------------------------------------------------------------------
 
 
-def run_search(run, net, teacher, student, table, loaders):
-    """App. F. net: Supernet (its weights are W), teacher, student: ArchParameters, run: a Run with
-    these and with what start_run adds, table: LatencyTable, loaders: of trainA, trainB and held-out
-    pictures. Supernet and both architectures are trained in place."""
+def run_search(run, table, loaders):
+    """App. F. run: see start_run, table: LatencyTable, loaders: of trainA, trainB and held-out
+    pictures. Supernet (its weights are W) and both architectures are trained in place."""
+    net, teacher, student, sgd, decay, adam_t, adam_s = run.parts.values()
     train_a, train_b, held_out = loaders
     w = choose_eq3_w(run.cfg, table)                                            # of Eq. (3)
-    sgd, decay, adam_t, adam_s = (run.parts[k] for k in ("sgd", "decay", "adam_t", "adam_s"))
     for epoch in run.epochs():
         # Not to the loader's own end: --search-steps may be less, trainB may have a batch less.
         batches = islice(run.batches(train_a), run.steps)
@@ -1143,7 +1142,8 @@ def update_weights(run, name, sgd, net, batch, passes):
 
 
 def start_run(cfg, net, teacher, student, steps):
-    """The Run of a search, with its optimizers, of so many steps an epoch."""
+    """The Run of a search, of so many steps an epoch; its parts: Supernet, the ArchParameters of
+    teacher and student, SGD for W and its decay, Adam for either architecture."""
     # App. H. fused holds 4% less memory, but wants the momentum of all parameters or of none.
     sgd = torch.optim.SGD(net.parameters(), cfg.search_lr, 0.9, weight_decay=5e-4, fused=True)
     for p in net.parameters():
@@ -1482,7 +1482,7 @@ def search(cfg):
     teacher, student = (ArchParameters(cfg).to(cfg.device) for _ in range(2))
     steps = min(len(loaders[0]), len(loaders[1]), cfg.search_steps or len(loaders[0]))
     run = start_run(cfg, net, teacher, student, steps)
-    run_search(run, net, teacher, student, table, loaders)
+    run_search(run, table, loaders)
     archs, rows = select(cfg, net, teacher, student, table, loaders[2])
     archs["pruned_teacher"] = pruned(archs["teacher"], min(cfg.widths), cfg.stem_chi)
     archs |= controls(cfg, archs["student"], table)

@@ -1483,7 +1483,7 @@ def searched(cfg, table, loss, nets, *loaders):
     with scratch() as out, mock.patch.multiple(fastersg, seg_loss=loss,
                                                end_search_epoch=mock.DEFAULT) as mocks:
         run = fastersg.start_run(replace(cfg, out=str(out)), *nets.values(), cfg.search_steps)
-        quiet(fastersg.run_search, run, *nets.values(), table, (*loaders, None))
+        quiet(fastersg.run_search, run, table, (*loaders, None))
     return mocks["end_search_epoch"].call_args.args[0]
 
 
