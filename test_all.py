@@ -1295,15 +1295,21 @@ def test_fastersg_network_written_out():
     agree(net(x), expected)
 
 
+def macs_of(piece, frame):
+    """Of what is measured for the table."""
+    make, shapes = fastersg.make_piece(piece, frame)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        make().eval()(*map(torch.zeros, shapes))
+    return counter.get_total_flops() // 2
+
+
 def test_fastersg_pieces_make_up_the_network():
-    """What is measured for the table is what the network runs; MACs of Table 1."""
-    def macs_of(piece, frame):
-        make, shapes = fastersg.make_piece(piece, frame)
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            make().eval()(*map(torch.zeros, shapes))
-        return counter.get_total_flops() // 2
+    """MACs of Table 1, too."""
     macs = [macs_of(piece, (96, 160)) for piece in fastersg.pieces_of(FORKED, 5)]
     assert sum(macs) == common.count_macs(fastersg.FasterSeg(FORKED, 5), (96, 160))
+    with mock.patch.object(latency, "build_table", lambda made, *_: dict.fromkeys(made, 1)):
+        free = [piece for piece, ms in fastersg.measured_table(tiny(), 7).items() if ms == 0]
+    assert {(op, stride) for op, *_, stride in free} == {("skip", 1)}
     for name, published in (("conv", 1.21), ("zoom", 0.3)):
         assert round(macs_of((name, 256, 256, 32, 1), (1024, 2048)) / 1e9, 2) == published
 
@@ -1435,8 +1441,8 @@ def test_fastersg_places_by_hand():
     cfg = tiny(layers=5)
     arch = fastersg.ArchParameters(cfg)
     for beta0, once, twice in (
-            ((0.5, 0.5, 0.5, 0.5, 0.5), 4, (3, 4)),         # of equal places the last
-            ((0.4, 0.4, 0.4, 0.4, 0.4), 1, (1, 2)),
+            (5 * [0.5], 4, (3, 4)),                         # of equal places the last
+            (5 * [0.4], 1, (1, 2)),
             ((0.7, 0.1, 0.1, 0.9, 0.35), 4, (1, 2)),        # 0.5 0.5 is more than 0.7 0.35,
             ((0.9, 0.1, 0.1, 0.1, 0.4), 2, (2, 4))):        # and less than 0.9 0.4
         arch.beta[:] = torch.tensor([(p, 1 - p) for p in beta0]).log()
@@ -1533,8 +1539,9 @@ def test_fastersg_search_data_are_disjoint_and_validation_is_unseen():
     assert classes == 11 and opened.call_args.args[3] == "train" and opened.call_count == 1
     parts = [set(loader.sampler.indices) for loader in loaders]
     assert [len(part) for part in parts] == [180, 180, 40] and len(set.union(*parts)) == 400
-    assert [loader.sampler.shuffle for loader in loaders] == [True, True, False]
-    assert [(loader.sampler.seed, loader.dataset.seed) for loader in loaders] == 3 * [(5, 5)]
+    drawn = [(loader.sampler.shuffle, loader.sampler.seed, loader.dataset.seed)
+             for loader in loaders]
+    assert drawn == [(True, 5, 5), (True, 5, 5), (False, 5, 5)]
     others = fastersg.search_loaders(replace(cfg, seed=6))[1]
     assert parts[2] != set(others[2].sampler.indices)
     assert next(iter(loaders[0]))[0].shape == (2, 3, 32, 64)
@@ -1544,10 +1551,10 @@ def test_fastersg_search_data_are_disjoint_and_validation_is_unseen():
 @torch.no_grad()
 def test_fastersg_selection_by_appendix_b():
     """The teacher by the supernet's accuracy, the student by Eq. (5)."""
-    torch.manual_seed(0)
-    cfg = tiny(target_power=-0.5)
+    torch.manual_seed(5)
+    cfg = tiny(target_power=-1)
     net, table = shake_norms(fastersg.Supernet(cfg, 3)).train(), table_of(cfg, classes=3)
-    archs = [one_hot_arch(cfg, random.Random(seed)) for seed in (3, 4)]
+    archs = [one_hot_arch(cfg, random.Random(seed)) for seed in (3, 2)]
     loader = [(torch.randn(1, 3, 32, 64), torch.randint(0, 3, (1, 32, 64))) for _ in range(2)]
     found, rows = fastersg.select(cfg, net, *archs, table, loader)
     assert net.training
@@ -1558,7 +1565,7 @@ def test_fastersg_selection_by_appendix_b():
             arch, row = fastersg.derive(draw, cfg, who, rates), rows[f"{name} {rates}"]
             target = row["supernet_miou"]
             if who == STUDENT:
-                target *= (8.3 / table.network_ms(arch)) ** 0.5
+                target *= 8.3 / table.network_ms(arch)
             assert abs(row["target"] - target) < 1e-9
             candidates[target] = arch, row
         arch, row = candidates[max(candidates)]
@@ -1851,8 +1858,7 @@ def test_fastersg_ablations_from_the_command_line():
         assert "Table 2" not in call_main(fastersg, "--search", *method.flags(tmp, out), *flags)
         for which in fastersg.NETWORKS:
             arch = fastersg.load_architecture(str(out / "arch.json"), which)
-            (cells,) = arch.branches.values()
-            assert {cell.chi for cell in cells} <= {2}
+            assert len(arch.branches) == 1
         said = call_main(fastersg, "--train", "--eval", *method.flags(tmp, out, train=True),
                          "--arch", "paper", "--no-distill", "--amp")
         assert "student: retrained mIoU on val" in said
