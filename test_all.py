@@ -1621,12 +1621,13 @@ def test_fastersg_trains_teacher_then_student():
     is. common.fit is not run: it has tests of its own."""
     cfg, fit = fastersg.Config(device="cpu", lr_decay=0.5), mock.Mock(return_value=0.5)
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
-    opened = mock.Mock(num_classes=3), 3 * [(images, labels)]
-    with (mock.patch.multiple(fastersg, open_loader=lambda *args, **options: opened,
+    opened = mock.Mock(return_value=(mock.Mock(num_classes=3), 3 * [(images, labels)]))
+    with (mock.patch.multiple(fastersg, open_loader=opened,
                               load_architecture=lambda path, which: FORKED),
           mock.patch.multiple(common, fit=fit, scorer=mock.DEFAULT)):
         quiet(fastersg.train, cfg)
         quiet(fastersg.train, replace(cfg, distill=False))
+    assert opened.call_args == mock.call(replace(cfg, distill=False), "train", train=True)
     runs, loss_terms = zip(*(call.args[:2] for call in fit.call_args_list))
     assert [(run.folder.name, run.resume) for run in runs] == [
         ("teacher", True), ("student", False), ("student_alone", False)]
