@@ -1449,12 +1449,14 @@ def test_fastersg_places_by_hand():
         places = fastersg.downsampling_places(arch.widest().beta, 5)
         assert places == {8: (), 16: (once,), 32: twice}
     # So node (32, 4) prefers to stay, and the cell that would have stayed is a skip: the node is as
-    # wide as gamma says, not as wide as the skip's input.
+    # wide as gamma says, not as wide as the skip's input. The same of node (16, 4), entered last.
     arch.alpha[:, 1] = 1.0
-    arch.alpha[-2, 0] = 9.0                                 # cell (32, 3)
-    arch.gamma[-4, 1] = 1.0                                 # node (32, 4): the wider of two
-    cells = fastersg.derive(arch.likeliest(), cfg, STUDENT, (32,)).branches[32]
-    assert [(c.rate, c.layer, c.chi) for c in cells if c.down] == [(8, 1, 1), (16, 3, 2)]
+    arch.alpha[[-2, -5], 0] = 9.0                           # cells (32, 3), (16, 3)
+    arch.gamma[[-4, -5], 1] = 1.0                           # nodes (32, 4), (16, 4): wide
+    for beta_16_4, rate, ways in ((0.1, 32, [(8, 1, 1), (16, 3, 2)]), (0.95, 16, [(8, 3, 2)])):
+        arch.beta[3] = torch.tensor([beta_16_4, 1 - beta_16_4]).log()
+        cells = fastersg.derive(arch.likeliest(), cfg, STUDENT, (rate,)).branches[rate]
+        assert [(c.rate, c.layer, c.chi) for c in cells if c.down] == ways
 
 
 def test_fastersg_gumbel_softmax_is_torchs():
@@ -1496,9 +1498,10 @@ def searched(cfg, table, loss, nets, *loaders):
 def test_fastersg_each_update_moves_what_appendix_f_says():
     """Each pass of pretraining and of the four updates: whose, at which widths, on which data; and
     behind it what has moved."""
-    cfg = tiny(widths=(1, 2, 3), pretrain_epochs=1, search_epochs=1, search_steps=1)
+    cfg = tiny(widths=(1, 2, 3), pretrain_epochs=1, search_epochs=1, search_steps=1, lam=0.0)
     torch.manual_seed(0)
     nets, events, before = trio(cfg, fastersg.Supernet(cfg, 7)), [], {}
+    table = table_of(cfg)
     a, b = ((torch.randn(2, 3, 32, 64), torch.randint(0, 7, (2, 32, 64))) for _ in range(2))
     real_loss = fastersg.seg_loss
 
@@ -1514,14 +1517,17 @@ def test_fastersg_each_update_moves_what_appendix_f_says():
         events.append(f"{'TS'[who]} {widths} {'AB'[images is b[0]]}")
         return real_loss(net, draw, who, images, *rest)
     Batches.sampler.reset_mock()
-    run = searched(cfg, table_of(cfg), spy, nets, Batches([a, a]), Batches([b, b]))
+    with mock.patch.object(fastersg, "weighed_latency", wraps=fastersg.weighed_latency) as weighed:
+        run = searched(cfg, table, spy, nets, Batches([a, a]), Batches([b, b]))
     note_moves()
+    changes = fastersg.sensitivities(table, cfg)
+    assert weighed.call_args.args[2] == fastersg.solve_footnote_1(changes)              # Eq. (3)
     assert events == [
         "T [2] A", "S [0] A", "S [0, 1, 2] A", "S [0, 1, 2] A", "W",        # pretraining
         "T [2] A", "W",                                                     # 1
         "S [0] A", "S [2] A", "S [0, 1, 2] A", "W",                         # 2
         "T [2] B", "T.alpha", "T.beta",                                     # 3
-        "S [0, 1, 2] B", "S.alpha", "S.beta", "S.gamma"]                    # 4
+        "S [0, 1, 2] B", "S.alpha", "S.beta", "S.gamma"]                    # 4; lambda is 0 here
     epochs = [call.args[0] for call in Batches.sampler.set_epoch.call_args_list]
     assert epochs == [0, 1, 1]                              # A; B and A
     left = nn.utils.get_total_norm([p.grad for p in nets["W"].parameters()
@@ -1530,6 +1536,16 @@ def test_fastersg_each_update_moves_what_appendix_f_says():
     group, = run.parts["sgd"].param_groups
     assert abs(group["lr"] - 0.01 * 0.99 ** 2) < 1e-9                       # App. H
     assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
+
+
+def test_fastersg_gradients_of_a_step_on_w_are_those_of_its_passes():
+    net, run = nn.Linear(1, 1, bias=False), mock.Mock()
+    sgd, passes = torch.optim.SGD(net.parameters(), 0.0), [(3.0, STUDENT), (1.0, STUDENT)]
+    with mock.patch.object(fastersg, "seg_loss", lambda net, slope, *_: slope * net.weight.sum()):
+        for _ in range(2):
+            fastersg.update_weights(run, "S", sgd, net, (), [(who, k) for k, who in passes])
+    assert net.weight.grad.item() == 4 == run.check.call_args.kwargs["gradient_W"]
+    agree(run.check.call_args.kwargs["S"], 2 * net.weight.sum().detach())
 
 
 def test_fastersg_search_data_are_disjoint_and_validation_is_unseen():
@@ -1606,12 +1622,12 @@ def test_fastersg_logs_what_a_search_epoch_has_found():
     student = one_hot_arch(cfg, None, alpha=[2] * 9, beta=[1] * 3, gamma=[0] * 11)
     net, run = mock.Mock(final_sets=fastersg.final_sets(2)), mock.Mock(cfg=cfg, epoch=1)
     net.buffers.return_value = []
-    scores = {(8, 16): 0.1, (8, 32): 0.2, (16, 32): 0.6}
+    scores, table = {(8, 16): 0.1, (8, 32): 0.2, (16, 32): 0.6}, table_of(cfg)
     with mock.patch.object(fastersg, "supernet_miou", lambda *_: scores):
-        fastersg.end_search_epoch(run, net, fastersg.ArchParameters(cfg), student,
-                                  table_of(cfg), None)
+        fastersg.end_search_epoch(run, net, fastersg.ArchParameters(cfg), student, table, None)
     record = run.end_epoch.call_args.kwargs
     assert abs(record["supernet_miou"] - 0.3) < 1e-9 and record["searching"] is True
+    assert record["ms"] == table.mean(student.likeliest())
     shares = record["student"]["shares"]
     assert {name for name, share in shares.items() if share > 0.99} == {"conv_x2", "stay", "chi 1"}
 
@@ -1626,12 +1642,13 @@ def test_fastersg_trains_teacher_then_student():
                               load_architecture=lambda path, which: FORKED),
           mock.patch.multiple(common, fit=fit, scorer=mock.DEFAULT)):
         quiet(fastersg.train, cfg)
+        quiet(fastersg.train, replace(cfg, network="teacher", distill=False))
         quiet(fastersg.train, replace(cfg, distill=False))
     assert opened.call_args == mock.call(replace(cfg, distill=False), "train", train=True)
     runs, loss_terms = zip(*(call.args[:2] for call in fit.call_args_list))
     assert [(run.folder.name, run.resume) for run in runs] == [
-        ("teacher", True), ("student", False), ("student_alone", False)]
-    teacher, student, alone = (run.parts["model"] for run in runs)
+        ("teacher", True), ("student", False), ("teacher", True), ("student_alone", False)]
+    teacher, student, _, alone = (run.parts["model"] for run in runs)
     terms = loss_terms[1](student.train(), images, labels)
     sum(terms.values()).backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -1639,7 +1656,7 @@ def test_fastersg_trains_teacher_then_student():
     agree(terms, {"seg": fastersg.ohem(logits, labels),
                   "aux": 0.2 * sum(fastersg.ohem(y, labels) for y in auxiliary),
                   "kl": fastersg.distillation(logits, teacher(images))})
-    assert loss_terms[2](alone.train(), images, labels).keys() == {"seg", "aux"}
+    assert loss_terms[3](alone.train(), images, labels).keys() == {"seg", "aux"}
     group, = runs[1].parts["optimizer"].param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 5e-4)
     rates = [runs[1].parts["schedule"].lr_lambdas[0](step) for step in (2, 3)]
