@@ -203,7 +203,8 @@ def drop_useless(connectivity):
 
 
 def drop_repeated(connectivity, L):
-    """The release's two passes after the paper's rules (OFFICIAL-CODE); D_1 is exempt.
+    """The release's two passes after the paper's rules (OFFICIAL-CODE). D_1 always stays: it has no
+    reader, and it reads whatever else is there, if by way of others.
 
     Duplicates: of stages with the same inputs the deepest survives, for the others' readers too
     (OURS: also those that merging makes; the release may miss them).
@@ -211,7 +212,7 @@ def drop_repeated(connectivity, L):
     {D5: (E6,), D3: (E6, E3), D1: (D5, D3)} all that D5 reads reaches D1 through D3 too.
     """
     kept = {stage: set(inputs) for stage, inputs in connectivity.items()}
-    pairs = list(itertools.combinations([stage for stage in kept if stage != "D1"], 2))
+    pairs = list(itertools.combinations(kept, 2))
 
     def readers(stage):
         return {reader for reader, inputs in kept.items() if stage in inputs}
@@ -1094,8 +1095,7 @@ class SaliencyScores:
 
     def update(self, saliency, mask):
         saliency, mask = np.ravel(saliency), np.ravel(mask) > 0                 # (H W,)
-        # The small number keeps k / 255 itself, stored as float32, at threshold k.
-        salient = saliency >= np.arange(256)[:, None] / 255 - 1e-6              # (256, H W)
+        salient = saliency >= np.arange(256)[:, None] / 255                     # (256, H W)
         hits = (salient & mask).sum(1)
         self.curves[0] += hits / salient.sum(1).clip(1)
         self.curves[1] += hits / mask.sum().clip(1)

@@ -2106,6 +2106,12 @@ def test_sparsemask_random_connectivities():
     for _ in range(6):                                  # 559,104 of the 560,981: the convolutions
         like = sparsemask.random_like(sparsemask.RELEASED, "mobilenet_v2", generator, 64)
         assert abs(sparsemask.link_params(like, "mobilenet_v2", 64) / 559104 - 1) < 0.1
+    with scratch() as tmp:
+        put(tmp / "arch.json", json.dumps({"encoder": "mobilenet_v2", "connectivity": like}))
+        settings = dict(network="random_like", arch=str(tmp / "arch.json"))
+        others = [sparsemask.connectivity_of(sparsemask.Config(**settings, seed=seed))
+                  for seed in range(2)]
+        assert like not in others and others[0] != others[1]
 
 
 def test_sparsemask_connectivity_files():
@@ -3359,6 +3365,18 @@ def test_mtp_what_each_training_starts_from():
     assert trainings[:6] == [*dense, ("W1", 12, 1), ("W3", 12, 12),
                              ("train", "cls", 0.9, 123, 13), ("train", "seg", 0.9, 1235, 135)]
     assert trainings[10:] == [("train", "seg", 0.9, 790, 790)], "Table 1: seventh, eighth, tenth"
+
+
+def test_mtp_each_training_has_its_own_schedule_and_the_sparse_one_its_order():
+    task, cfg = mtp.Task(nn.Linear(1, 1), None, [0, 0, 0]), mtp.Config(batch_order=3)
+    with (mock.patch.object(common, "fit", return_value=0.0) as fit,
+          mock.patch.multiple(mtp, train_sparse=mock.DEFAULT, report_dose=mock.DEFAULT,
+                              report_gammas=mock.DEFAULT) as mocks):
+        quiet(mtp.train, "train", task, "cls", 2, 0.5, 0.7, cfg, Path("cls"))
+        mtp.sparse_stage([task, task], [], cfg)
+    schedule = fit.call_args.args[0].parts["schedule"]
+    assert (schedule.power, schedule.total_iters, schedule.base_lrs) == (0.7, 6, [0.5])
+    assert [task.batches.order for task in mocks["train_sparse"].call_args.args[:2]] == [3, 3]
 
 
 def test_mtp_one_dense_pair_serves_all_methods_and_percentiles():
