@@ -1546,6 +1546,7 @@ def test_fastersg_gradients_of_a_step_on_w_are_those_of_its_passes():
             fastersg.update_weights(run, "S", sgd, net, (), [(who, k) for k, who in passes])
     assert net.weight.grad.item() == 4 == run.check.call_args.kwargs["gradient_W"]
     agree(run.check.call_args.kwargs["S"], 2 * net.weight.sum().detach())
+    assert not run.check.call_args.kwargs["S"].requires_grad            # no graph outlives its step
 
 
 def test_fastersg_search_data_are_disjoint_and_validation_is_unseen():
@@ -1596,6 +1597,7 @@ def test_fastersg_random_control():
     student = fastersg.random_architecture(cfg, g)
     archs = [student, *fastersg.controls(cfg, student, table).values()]
     assert len(set(map(str, archs))) == 4
+    assert [fastersg.Architecture.from_json(arch.to_json()) for arch in archs] == archs
     times = [table.network_ms(arch) for arch in archs]
     assert np.allclose(times, times[0], rtol=0.03)
     paths, cells = collections.Counter(), collections.Counter()
