@@ -2335,6 +2335,7 @@ def test_sparsemask_derived_network_and_ablations():
         run("--search --search-epochs 1 --loss maskconnect --k 3 --no-bn")
         assert made.call_args.args[-2:] == (False, 3)
         run("--search --search-epochs 2 --lam 0.3")
+        assert made.call_args.args[-2:] == (True, 0)
         found, = common.read_log(tmp, "found")
         assert found["supernet"] == found["derived"]
         derived = f"derived mIoU on val {100 * found['derived']:.2f}"
