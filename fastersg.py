@@ -30,7 +30,7 @@ The idea in five lines:
     lambda, T         cfg.lam, cfg.target_ms           Eq. (8), Eq. (5)
     q^s, q^t          logits of student and teacher    Eq. (4)
 
-    python fastersg.py --search                  77 seconds on two CPU cores, 0.8 GiB
+    python fastersg.py --search                  68 seconds on two CPU cores, 0.9 GiB
     python fastersg.py --train --eval            teacher, then the distilled student
     python fastersg.py --bench --arch paper      10 seconds: the published network, exact counts
 """

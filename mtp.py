@@ -30,7 +30,7 @@ The idea in five lines:
     p; tau1, tau2           cfg.percentile             percent removed; thresholds, here ranks
     0.75x, 0.5x             --percentile 25, 50        share of the channels that stays
 
-    python mtp.py --search                       107 seconds on two CPU cores, 1.4 GiB
+    python mtp.py --search                       106 seconds on two CPU cores, 1.4 GiB
     python mtp.py --train --eval                 fine-tune: class, then mask
     python mtp.py --bench                        dense beside all pruned networks
 """

@@ -26,7 +26,7 @@ The idea in five lines:
     alpha_l, lambda    alpha_l, cfg.lam                    Eq. (5), Eq. (3)
     sigma              cfg.sigma                           pruning threshold, Section 3.3
 
-    python sparsemask.py --search                68 seconds on two CPU cores, 1.1 GiB
+    python sparsemask.py --search                69 seconds on two CPU cores, 1.1 GiB
     python sparsemask.py --train --eval          the found network, retrained
     python sparsemask.py --bench                 10 seconds: Table 1's decoders beside its counts
 """
