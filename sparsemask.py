@@ -592,7 +592,7 @@ class Padded(nn.Module):
 class FCN(nn.Module):
     """The baseline of Table 1: one 1x1 convolution on E_L, up-sampled."""
 
-    def __init__(self, encoder, num_classes=21):
+    def __init__(self, encoder, num_classes):
         super().__init__()
         self.encoder = encoder
         self.classifier = nn.Conv2d(encoder.channels[-1], num_classes, 1)
@@ -611,7 +611,7 @@ class DeepLabV3(nn.Module):
     every decoder here does.
     """
 
-    def __init__(self, encoder, num_classes=21, width=64):
+    def __init__(self, encoder, num_classes, width=64):
         super().__init__()
         self.encoder = encoder
         self.source = "E8" if encoder.name == "mobilenet_v2" else "E5"
