@@ -1581,7 +1581,7 @@ def test_fastersg_selection_by_appendix_b():
     loader = [(torch.randn(1, 3, 32, 64), torch.randint(0, 3, (1, 32, 64))) for _ in range(2)]
     loader[0][1][:, 0, 0] = data.IGNORE
     found, rows = fastersg.select(cfg, net, *archs, table, loader)
-    assert net.training
+    assert net.training and len(net.down) == 3 + 2          # the last layer does not go down
     for who, name, draw in ((TEACHER, "teacher", archs[0].widest()),
                             (STUDENT, "student", archs[1].likeliest())):
         candidates = {}
