@@ -80,7 +80,8 @@ class Config(BaseConfig):
     task: str = opt("segmentation", "what is predicted (PAPER 5.3)", "search",
                     ("segmentation", "saliency", "edges"))
     dataset: str = opt("synthetic", "where images come from; each task has sets of its own",
-                       "dense")
+                       "dense", sorted({*data.set_names("segmentation"),
+                                        *data.set_names("saliency"), *data.set_names("edges")}))
     encoder: str = opt("mobilenet_v2", "classifier that becomes the encoder (PAPER 4.1, 5.1)",
                        "search", ("mobilenet_v2", "vgg16", "resnet50", "resnet101"))
     weights_encoder: str = opt("imagenet", "none, imagenet (downloaded) or a file", "search")
@@ -611,7 +612,7 @@ class DeepLabV3(nn.Module):
     every decoder here does.
     """
 
-    def __init__(self, encoder, num_classes, width=64):
+    def __init__(self, encoder, num_classes, width):
         super().__init__()
         self.encoder = encoder
         self.source = "E8" if encoder.name == "mobilenet_v2" else "E5"
@@ -1069,6 +1070,7 @@ def train(cfg):
         return {"task": task_loss(forward(images), labels, cfg.task)}
 
     best = common.fit(run, loss_terms, loader, common.scorer(cfg, cfg.task, Padded))
+    cfg.flags = cfg.flags.replace(f"--init {cfg.init}", "")     # it is for --train alone
     print(f"{cfg.network}: {decoder_params(net):,} decoder parameters, best retrained mIoU on "
           f"val {100 * best:.2f}, in {folder_of(cfg)}\n"
           + common.next_command(cfg, "sparsemask", "--eval --bench"))
@@ -1186,8 +1188,7 @@ def bench(cfg):
         params = decoder_params(net)
         macs = rows[name]["conv_macs"] - common.count_macs(net.encoder, cfg.frame)
         rows[name] |= {"decoder_params": params, "decoder_macs": macs}
-        paper = ", ".join(map(str, PAPER.get(name, ())))
-        print(f"{name:12s} {params:15,d} {macs / 1e9:8.3f} G | {paper}")
+        print(f"{name:12s} {params:15,d} {macs / 1e9:8.3f} G | {PAPER.get(name, '')}")
     latency.write_bench(cfg, about, rows)
 
 # ---------------------------------------------------------------------------------------------
@@ -1200,18 +1201,17 @@ STAGES = {"search": search, "train": train, "eval": evaluate_network, "bench": b
 def check(cfg, stages):
     """Refuse early what cannot work together, data sets that are missing, batches that do not fit.
     """
-    if cfg.dataset not in data.set_names(cfg.task):
-        raise InputError(f"--task {cfg.task} has no data set {cfg.dataset}; choose "
-                         f"{', '.join(data.set_names(cfg.task))}")
     if cfg.task == "edges" and cfg.image_scale != 1:
         raise InputError("--image-scale does not go with --task edges: an edge map has no other "
                          "resolution than its picture")
     if cfg.arch and cfg.network not in ("found", "random_like"):
         raise InputError("--arch is for --network found and random_like; leave it out")
+    if cfg.init and "train" not in stages:
+        raise InputError("--init is where --train starts; add --train, or leave it out")
     if "search" in stages and cfg.warmup >= cfg.search_epochs:
         raise InputError(f"--warmup {cfg.warmup} leaves no epoch of {cfg.search_epochs} to decide")
-    trains = stages & {"search", "train"}
-    if trains and cfg.encoder != "vgg16" and any(side % 32 != 1 for side in cfg.size):
+    if (stages & {"search", "train"} and cfg.encoder != "vgg16"
+            and any(side % 32 != 1 for side in cfg.size)):
         print(f"note: --size {cfg.size[0]} {cfg.size[1]} is not 32 k + 1: coarse features lie up "
               "to a cell, 32 pixels, from where they do in --eval, which pads pictures to 32 k + 1")
     for stage, split in (("search", "train"), ("train", cfg.train_split), ("eval", cfg.split)):

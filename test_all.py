@@ -1872,7 +1872,7 @@ def test_fastersg_planted_skips_and_reach():
         if distant:
             assert skips < 0.3 and reach > 1.5, (skips, reach)
         else:
-            assert skips > 0.3 and reach < 1.2, (skips, reach)
+            assert skips > 0.35 and reach < 1.2, (skips, reach)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2368,7 +2368,9 @@ def test_sparsemask_refuses_wrong_input():
           mock.patch.dict(sparsemask.STAGES, dict.fromkeys(sparsemask.STAGES, print))):
         for flags, word in (
                 ("--train --network unet --arch x", "--arch"),
-                ("--train --eval --weights x", "--weights"),
+                ("--train --eval --weights x", "--weights"), ("--eval --init x", "--init"),
+                ("--bench --dataset x", "--dataset"),
+                ("--search --task edges --dataset voc --data-root x", "voc"),
                 ("--search --warmup 4", "--warmup"),
                 ("--train --task edges --image-scale 0.5", "--image-scale"),
                 ("--search --batch-size 3", "3 of 400"),
