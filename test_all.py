@@ -3721,16 +3721,16 @@ def test_bilevel_prune_two_ranks_hold_the_same_network():
 
 
 def cuda_steps_are_the_cpus():
-    """In float64, no rounding hides a kernel that does something else: the gradient of a step of
-    every search. FasterSeg's loss is float32. NHWC too. (Dropout draws other masks on a GPU.)"""
+    """In float64, no rounding hides a kernel that does something else: loss and gradient of a step
+    of every search. FasterSeg's loss is float32. NHWC too."""
     torch.manual_seed(0)
     cfg = fastersg.Config(**TINY)
-    supernet = nn.ModuleList([fastersg.Supernet(cfg, 3), one_hot_arch(cfg, random.Random(0))])
+    arch = one_hot_arch(cfg, random.Random(0)).double()
+    supernet = nn.ModuleList([fastersg.Supernet(cfg, 3), arch]).double()
 
     def of_supernet(nets, images, labels):
         net, arch = nets
-        return fastersg.seg_loss(net, arch.likeliest(), fastersg.STUDENT, images, labels,
-                                 cfg)
+        return fastersg.seg_loss(net, arch.likeliest(), fastersg.STUDENT, images, labels, cfg)
 
     def plain(net, images, labels):
         logits = net(images)
@@ -3738,20 +3738,23 @@ def cuda_steps_are_the_cpus():
         return common.cross_entropy(common.enlarged(main, labels.shape[-2:]), labels)
     cases = {"fastersg": (supernet, of_supernet), "sparsemask": (dense_net(), plain),
              "bilevel_prune": (with_masks(bilevel_prune.build("tiny", 3).double()), plain),
-             "mtp": (mtp.Segmenter("deeplabv3_resnet18", 3), plain)}
+             "mtp": (mtp.Segmenter("deeplabv3_resnet18", 3).double(), plain)}
     images, labels = torch.rand(4, 3, 65, 97).double(), torch.randint(0, 3, (4, 65, 97))
     for name, (net, loss_of) in cases.items():
-        gradients = []
+        for module in net.modules():
+            if isinstance(module, nn.Dropout2d):        # draws other masks on a GPU
+                module.p = 0.0
+        found = []
         for device, layout in (("cpu", torch.contiguous_format), ("cuda", torch.contiguous_format),
                                ("cuda", torch.channels_last)):
-            copied = copy.deepcopy(net).double().to(device, memory_format=layout).train()
-            with mock.patch.object(F, "dropout2d", lambda x, *rest: x):
-                loss = loss_of(copied, images.to(device, memory_format=layout), labels.to(device))
+            copied = copy.deepcopy(net).to(device, memory_format=layout).train()
+            loss = loss_of(copied, images.to(device, memory_format=layout), labels.to(device))
             loss.backward()
-            parts = [p.grad.cpu().flatten() for p in copied.parameters() if p.grad is not None]
-            gradients.append(torch.cat(parts))
-        for gradient in gradients[1:]:
-            assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm(), name
+            grads = [p.grad.cpu().flatten() for p in copied.parameters() if p.grad is not None]
+            found.append((float(loss.detach()), torch.cat(grads)))
+        for loss, gradient in found[1:]:
+            assert abs(loss / found[0][0] - 1) < 1e-6, name
+            assert (gradient - found[0][1]).norm() < 1e-5 * found[0][1].norm(), name
 
 
 def cuda_graph_computes_what_the_network_does():
@@ -3764,6 +3767,8 @@ def cuda_graph_computes_what_the_network_does():
         replay()
         torch.cuda.synchronize()
         assert torch.allclose(seen[-1].cpu(), net(x.cpu()), atol=1e-2)          # TF32
+    times = latency.measure({"a": latency.prepare(net, [(1, 3, 64, 64)], "cuda")}, "cuda")
+    assert 0 < times["a"]["median"] < 100
 
 
 def cuda_stages_run(name):
